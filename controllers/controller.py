@@ -1,0 +1,95 @@
+"""What every controller is: something that looks at telemetry and chooses c and n before an iteration."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from engine.backends.simulator import CompiledLoop, Simulator
+from engine.core.action import ActionGrid
+from engine.core.telemetry import Observation
+from engine.latency.lookup import LookupTable
+
+
+@dataclass(frozen=True)
+class Plant:
+    """What a controller may know of the engine it will govern: the actions, the predictions, the batch limit.
+
+    `predict` makes the `LookupTable` when it is first asked for, because fitting one takes seconds and a fixed
+    setting needs none.
+    """
+
+    grid: ActionGrid
+    predict: Callable[[], LookupTable]
+
+    @cached_property
+    def lookup(self) -> LookupTable:
+        """Predicted iteration times over the grid."""
+        return self.predict()
+
+
+class Controller(BaseModel, ABC):
+    """Chooses an action from telemetry; its fields are its configuration and are validated.
+
+    Subclasses implement `choose`. `reset` begins a run on a plant and must come before the first decision.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    decision_s: ClassVar[float] = 0.0
+    """Seconds one decision is charged with `charge_decisions=constant`: a bound on what it takes on one core."""
+    peeks: ClassVar[bool] = False
+    """Whether it sees what no controller can see; reports label such a one as a bound."""
+
+    _plant: Plant | None = None
+
+    def reset(self, plant: Plant) -> None:
+        """Forget everything and begin a run on `plant`."""
+        self._plant = plant
+
+    @property
+    def plant(self) -> Plant:
+        """The plant of the current run."""
+        if self._plant is None:
+            raise RuntimeError(f"{type(self).__name__}.reset(plant) must be called before its first decision")
+        return self._plant
+
+    @abstractmethod
+    def choose(self, observation: Mapping[str, NDArray[np.float32]]) -> tuple[int, int]:
+        """(c, n) in tokens for the next iteration, from one engine's observation (see `envs.serving`)."""
+
+    def act(self, observation: Mapping[str, NDArray[np.float32]]) -> NDArray[np.int64]:
+        """The environment's action: indices of the choices nearest below what `choose` asks for."""
+        return self.plant.grid.floor(*self.choose(observation))
+
+    def label(self) -> str:
+        """How tables and figures call this controller with these settings."""
+        return type(self).__name__.lower()
+
+
+class CompiledController(Controller):
+    """A controller that also runs inside the simulator's compiled loop."""
+
+    @abstractmethod
+    def loop(self, simulator: Simulator, decision_s: float) -> CompiledLoop:
+        """A loop for `Simulator.run_to_end` that decides before every iteration and charges `decision_s` each time."""
+
+
+def batched(observation: Mapping[str, NDArray[np.float32]]) -> Observation:
+    """One engine's observation dict as the arrays that compiled controllers read (N = 1, no copy)."""
+    return Observation(
+        load=observation["load"][None],
+        queue=observation["queue"][None],
+        drafted=observation["drafted"][None],
+        accepted=observation["accepted"][None],
+    )
+
+
+def as_dict(observation: Observation, e: int = 0) -> dict[str, Any]:
+    """Engine `e`'s rows of batched telemetry as the environment's observation dict (views)."""
+    return {name: array[e] for name, array in zip(Observation._fields, observation, strict=True)}

@@ -1,0 +1,32 @@
+"""The serving engine: one scheduler, two clocks, and everything that says how long an iteration takes.
+
+Importing this package points numba's on-disk cache at a folder named after the compiled sources, because numba
+itself only notices a change in the file that holds a function, not in the functions it calls.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numba
+
+
+def cache_home() -> Path:
+    """Folder for what can be made again: compiled code and baked lookup tables (`$XDG_CACHE_HOME/governor`)."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "governor"
+
+
+def _compiled_sources_digest() -> str:
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256(numba.__version__.encode())
+    for package in ("engine", "controllers", "envs"):
+        for path in sorted((root / package).rglob("*.py")):
+            text = path.read_bytes()
+            if b"njit" in text or b"engine.compiled" in text:
+                digest.update(str(path.relative_to(root)).encode() + b"\0" + text)
+    return digest.hexdigest()[:16]
+
+
+if not os.environ.get("NUMBA_CACHE_DIR"):
+    numba.config.CACHE_DIR = str(cache_home() / f"numba-{_compiled_sources_digest()}")

@@ -1,0 +1,67 @@
+"""What a serving engine is configured with, validated."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from engine.latency.model import LatencyModel
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What the scheduler needs to know about memory: KV blocks, batch slots, context."""
+
+    total_blocks: int
+    block_size: int
+    watermark_blocks: int
+    max_num_seqs: int
+    max_model_len: int
+
+
+class EngineConfig(BaseModel):
+    """A model with its drafter on a GPU.
+
+    Args:
+        name: how reports call it.
+        latency: name of a table shipped in `engine/latency/tables`, or a path to one.
+        max_num_seqs: most requests in one batch.
+        max_model_len: most prompt + output tokens of one request.
+        block_size: tokens per KV block.
+        watermark: share of KV blocks kept free when a new request is admitted.
+        gpu_memory_utilization: share of GPU memory for weights, activations and KV cache.
+        num_kv_blocks: KV blocks; 0 derives them from GPU memory and weights.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    latency: str
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 256
+    max_model_len: Annotated[int, Field(ge=2)] = 16384
+    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
+    watermark: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    num_kv_blocks: Annotated[int, Field(ge=0)] = 0
+
+    def limits(self, latency: LatencyModel) -> EngineLimits:
+        """Scheduler limits on the hardware that `latency` describes.
+
+        Raises:
+            ValueError: when weights leave no room for KV blocks.
+        """
+        blocks = self.num_kv_blocks
+        if blocks == 0:
+            blocks = int(latency.kv_capacity_tokens(self.gpu_memory_utilization)) // self.block_size
+        if blocks < 1:
+            raise ValueError(
+                f"engine.gpu_memory_utilization={self.gpu_memory_utilization} leaves no KV blocks beside the weights "
+                f"of {self.name}; raise it, or set engine.num_kv_blocks"
+            )
+        return EngineLimits(
+            total_blocks=blocks,
+            block_size=self.block_size,
+            watermark_blocks=int(self.watermark * blocks),
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=self.max_model_len,
+        )

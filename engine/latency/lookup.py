@@ -1,0 +1,394 @@
+"""`LookupTable`: the iteration-time prediction that controllers use, learnt from noisy iterations like an engine's log.
+
+An extra-trees regression is fitted on sampled, noisy iterations of a `LatencyModel`, evaluated once over a grid of
+(decodes, cached tokens, candidates, prefill tokens) and read by compiled interpolation. It is never the truth itself:
+its held-out error is kept beside it and printed by load.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from engine.latency.model import MAX_CONTEXT_TOKENS, LatencyModel, iteration_time, prefill_attention_time
+
+CACHE_VERSION = 1
+LOAD_EDGES = (0, 1, 9, 33, 65, 129)
+MODEL_SEED_OFFSET = 7919
+
+
+class LookupGrid(NamedTuple):
+    """Predicted seconds over a grid, for kernels.
+
+    batch (nB,): decoding requests; kv_tokens (nK,): cached tokens summed over them; candidates (nC,): c;
+    prefill_tokens (nN,): n, starting with 0; seconds (nB, nK, nC, nN), C-contiguous.
+    """
+
+    batch: NDArray[np.float64]
+    kv_tokens: NDArray[np.float64]
+    candidates: NDArray[np.int64]
+    prefill_tokens: NDArray[np.int64]
+    seconds: NDArray[np.float64]
+
+
+@njit(cache=True, error_model="numpy")
+def _cell(axis, value):  # type: ignore[no-untyped-def]
+    """Lower node and fraction of `value` on an ascending axis: clamped below, extrapolated above."""
+    low = 0
+    high = axis.shape[0] - 1
+    if high == 0 or value <= axis[0]:
+        return 0, 0.0
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if value >= axis[middle]:
+            low = middle
+        else:
+            high = middle
+    return low, (value - axis[low]) / (axis[low + 1] - axis[low])
+
+
+@njit(cache=True, error_model="numpy")
+def lookup_slice(grid, num_decodes, kv_tokens, out):  # type: ignore[no-untyped-def]
+    """Fill out[nC, nN] with the predicted seconds of every (c, n) at this many decodes and cached tokens.
+
+    Bilinear over (decodes, cached tokens); below the first node the first node's value, past the last the last cell's
+    slope goes on.
+    """
+    i, x = _cell(grid.batch, float(num_decodes))
+    j, y = _cell(grid.kv_tokens, float(kv_tokens))
+    i1 = min(i + 1, grid.batch.shape[0] - 1)
+    j1 = min(j + 1, grid.kv_tokens.shape[0] - 1)
+    w00 = (1.0 - x) * (1.0 - y)
+    w01 = (1.0 - x) * y
+    w10 = x * (1.0 - y)
+    w11 = x * y
+    seconds = grid.seconds
+    a = seconds[i, j]
+    b = seconds[i, j1]
+    c = seconds[i1, j]
+    d = seconds[i1, j1]
+    for k in range(a.shape[0]):
+        for m in range(a.shape[1]):
+            out[k, m] = w00 * a[k, m] + w01 * b[k, m] + w10 * c[k, m] + w11 * d[k, m]
+
+
+@njit(cache=True, error_model="numpy")
+def lookup_time(grid, num_decodes, kv_tokens, candidates, prefill_tokens):  # type: ignore[no-untyped-def]
+    """Predicted seconds of one iteration; linear between the grid's c and n as well."""
+    i, x = _cell(grid.batch, float(num_decodes))
+    j, y = _cell(grid.kv_tokens, float(kv_tokens))
+    k, z = _cell(grid.candidates, float(candidates))
+    m, w = _cell(grid.prefill_tokens, float(prefill_tokens))
+    i1 = min(i + 1, grid.batch.shape[0] - 1)
+    j1 = min(j + 1, grid.kv_tokens.shape[0] - 1)
+    k1 = min(k + 1, grid.candidates.shape[0] - 1)
+    m1 = min(m + 1, grid.prefill_tokens.shape[0] - 1)
+    w00 = (1.0 - x) * (1.0 - y)
+    w01 = (1.0 - x) * y
+    w10 = x * (1.0 - y)
+    w11 = x * y
+    total = 0.0
+    for kk, wk in ((k, 1.0 - z), (k1, z)):
+        for mm, wm in ((m, 1.0 - w), (m1, w)):
+            s = grid.seconds[:, :, kk, mm]
+            total += wk * wm * (w00 * s[i, j] + w01 * s[i, j1] + w10 * s[i1, j] + w11 * s[i1, j1])
+    return total
+
+
+@njit(cache=True, error_model="numpy")
+def _true_times(tables, decodes, kv, candidates, chunks, contexts):  # type: ignore[no-untyped-def]
+    """Noise-free seconds of sampled iterations: decodes, kv, candidates (S,); chunks, contexts (S, P)."""
+    out = np.empty(decodes.shape[0])
+    for s in range(decodes.shape[0]):
+        attention = 0.0
+        prefills = 0
+        tokens = 0
+        for p in range(chunks.shape[1]):
+            if chunks[s, p] > 0:
+                attention += prefill_attention_time(tables, chunks[s, p], contexts[s, p])
+                prefills += 1
+                tokens += chunks[s, p]
+        rows = decodes[s] * (1 + candidates[s])
+        steps = candidates[s] if decodes[s] > 0 else 0
+        # A chunk completes its prompt about every second time; one sampled row is far below the noise.
+        completed = (prefills + 1) // 2
+        out[s] = iteration_time(
+            tables, decodes[s], rows, steps, kv[s], prefills, tokens, attention, rows + completed
+        )
+    return out
+
+
+@dataclass(frozen=True)
+class Iterations:
+    """Sampled iterations: decodes, kv, candidates, prefill (S,), and their noise-free seconds (S,)."""
+
+    decodes: NDArray[np.int64]
+    kv: NDArray[np.int64]
+    candidates: NDArray[np.int64]
+    prefill: NDArray[np.int64]
+    seconds: NDArray[np.float64]
+
+
+def batch_axis(max_num_seqs: int) -> NDArray[np.float64]:
+    """Decodes on the grid: every one to 16, then ever wider steps that stay under a tenth of the value."""
+    nodes = [*range(17), *range(18, 32, 2), *range(32, 64, 4), *range(64, 128, 8), *range(128, 1 << 14, 16)]
+    axis = [node for node in nodes if node < max_num_seqs]
+    return np.array([*axis, max_num_seqs], dtype=np.float64)
+
+
+def kv_axis(kv_capacity_tokens: int) -> NDArray[np.float64]:
+    """Cached tokens on the grid: 0, then geometric from 1,024 to the capacity (attention is linear in them)."""
+    first = min(1024.0, kv_capacity_tokens / 4.0)
+    return np.concatenate([[0.0], np.round(np.geomspace(first, kv_capacity_tokens, 11))])
+
+
+def sample_iterations(
+    model: LatencyModel,
+    candidate_choices: Sequence[int],
+    budget_choices: Sequence[int],
+    max_num_seqs: int,
+    kv_capacity_tokens: int,
+    samples: int,
+    rng: np.random.Generator,
+) -> Iterations:
+    """Draw iterations over the whole operating range, as profiling runs of an engine would.
+
+    Decodes log-uniform to `max_num_seqs` (one in 20 none); cached tokens a request lognormal (median 600) for most, and
+    uniform in total for the rest so that the grid's corners are covered; a third of the batches have no prefill,
+    the rest a budget choice (or anything below it), split over one to three prompts whose cached part is
+    exponential (mean 600 tokens), as prompts of about a thousand tokens in chunks leave it.
+    """
+    decodes = np.round(np.exp(rng.uniform(0.0, np.log(max_num_seqs), samples))).astype(np.int64)
+    decodes[rng.random(samples) < 0.05] = 0
+    each = np.exp(rng.normal(np.log(600.0), 0.9, samples))
+    kv = decodes * each
+    spread = rng.random(samples) < 0.25
+    kv[spread] = rng.uniform(0.0, kv_capacity_tokens, spread.sum())
+    kv = np.where(decodes == 0, 0, np.clip(kv, 1, kv_capacity_tokens)).astype(np.int64)
+    candidates = rng.choice(np.asarray(candidate_choices, dtype=np.int64), samples)
+    budgets = rng.choice(np.array([n for n in budget_choices if n > 0] or [0], dtype=np.int64), samples)
+    below = rng.random(samples) < 0.4
+    budgets[below] = (budgets[below] * rng.random(below.sum())).astype(np.int64)
+    budgets[rng.random(samples) < 1.0 / 3.0] = 0
+    idle = (decodes == 0) & (budgets == 0)
+    decodes[idle], kv[idle] = 1, 600
+    prompts = rng.choice([1, 2, 3], samples, p=[0.7, 0.2, 0.1])
+    first = np.where(prompts == 1, budgets, (budgets * rng.uniform(0.3, 0.7, samples)).astype(np.int64))
+    second = np.where(prompts == 3, (budgets - first) // 2, budgets - first)
+    chunks = np.stack([first, second, budgets - first - second], axis=1)
+    # Only the first prompt in line can have been cut by an earlier budget.
+    contexts = np.zeros_like(chunks)
+    cut = rng.random(samples) < 0.5
+    contexts[:, 0] = np.where(cut, np.minimum(rng.exponential(600.0, samples), MAX_CONTEXT_TOKENS), 0)
+    seconds = _true_times(model.tables, decodes, kv, candidates, chunks, contexts)
+    return Iterations(decodes, kv, candidates, budgets, seconds)
+
+
+def _features(decodes: NDArray, kv: NDArray, candidates: NDArray, prefill: NDArray) -> NDArray[np.float32]:
+    rows = decodes * (1 + candidates)
+    each = kv / np.maximum(decodes, 1)
+    columns = (decodes, candidates, prefill, kv, rows, rows + prefill, each, candidates * decodes)
+    return np.stack([np.asarray(column, dtype=np.float32) for column in columns], axis=1)
+
+
+def _straight_line(decodes: NDArray, kv: NDArray, candidates: NDArray, prefill: NDArray) -> NDArray[np.float64]:
+    """Columns of the cheap analytic guess whose ratio to the truth the trees learn, (S, 7)."""
+    rows = decodes * (1 + candidates)
+    drafting = (candidates > 0) & (decodes > 0)
+    columns = (
+        np.ones(len(decodes)), rows + prefill, kv, kv * candidates, drafting * candidates, prefill > 0, rows
+    )  # fmt: skip
+    return np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
+
+
+@dataclass(frozen=True)
+class LookupTable:
+    """A baked grid and how well it predicts iterations it has not seen.
+
+    `heldout_mape` maps "overall", "mixed" (decodes and prefill), "decode only", "prefill only" and buckets of decodes
+    ("1-8 decodes") to the mean absolute relative error against noise-free iterations.
+    """
+
+    grid: LookupGrid
+    heldout_mape: dict[str, float]
+
+    @classmethod
+    def fit(
+        cls,
+        model: LatencyModel,
+        candidate_choices: Sequence[int],
+        budget_choices: Sequence[int],
+        max_num_seqs: int,
+        kv_capacity_tokens: int,
+        samples: int = 16000,
+        noise: float = 0.03,
+        seed: int = 0,
+    ) -> "LookupTable":
+        """Fit on `samples` iterations with multiplicative noise (standard deviation `noise`) and bake the grid.
+
+        Raises:
+            ValueError: empty or unsorted choices, or a limit below 1.
+        """
+        candidates = _checked_choices("candidate_choices", candidate_choices)
+        budgets = _checked_choices("budget_choices", budget_choices)
+        for key, value in (("max_num_seqs", max_num_seqs), ("kv_capacity_tokens", kv_capacity_tokens)):
+            if value < 1:
+                raise ValueError(f"{key} must be at least 1, got {value}")
+        if samples < 100 or not 0.0 <= noise < 1.0:
+            raise ValueError(f"samples must be >= 100 and noise in [0, 1), got samples={samples}, noise={noise}")
+        rng = np.random.default_rng(seed)
+        limits = (candidates, budgets, max_num_seqs, kv_capacity_tokens)
+        seen = sample_iterations(model, *limits, samples, rng)
+        noisy = seen.seconds * np.maximum(0.1, 1.0 + noise * rng.standard_normal(samples))
+        grid = _bake(seen, noisy, candidates, budgets, max_num_seqs, kv_capacity_tokens, seed)
+        unseen = sample_iterations(model, *limits, 4000, np.random.default_rng([seed, MODEL_SEED_OFFSET]))
+        return cls(grid, heldout_errors(grid, unseen))
+
+    @classmethod
+    def load_or_fit(
+        cls,
+        model: LatencyModel,
+        candidate_choices: Sequence[int],
+        budget_choices: Sequence[int],
+        max_num_seqs: int,
+        kv_capacity_tokens: int,
+        samples: int = 16000,
+        noise: float = 0.03,
+        seed: int = 0,
+        cache_dir: Path | None = None,
+    ) -> "LookupTable":
+        """`fit`, or its result from the disk cache (`$XDG_CACHE_HOME/governor`, by default `~/.cache/governor`).
+
+        The file's name is a digest of everything the grid depends on; it is written beside and renamed, so that
+        concurrent jobs see a whole file or none. A cache that cannot be read or written is ignored.
+        """
+        arguments = {
+            "candidate_choices": [int(c) for c in candidate_choices],
+            "budget_choices": [int(n) for n in budget_choices],
+            "max_num_seqs": int(max_num_seqs),
+            "kv_capacity_tokens": int(kv_capacity_tokens),
+            "samples": int(samples),
+            "noise": float(noise),
+            "seed": int(seed),
+        }
+        folder = cache_dir if cache_dir is not None else default_cache_dir()
+        path = folder / f"lookup-{_digest(model, arguments)}.npz"
+        cached = _read_cache(path)
+        if cached is not None:
+            return cached
+        table = cls.fit(model, **arguments)  # type: ignore[arg-type]
+        _write_cache(path, table)
+        return table
+
+
+def _checked_choices(key: str, choices: Sequence[int]) -> list[int]:
+    values = [int(value) for value in choices]
+    if not values or values[0] < 0 or any(b <= a for a, b in zip(values[:-1], values[1:], strict=True)):
+        raise ValueError(f"{key} must be non-empty, >= 0 and strictly increasing, got {list(choices)}")
+    return values
+
+
+def _bake(
+    seen: Iterations,
+    noisy_s: NDArray,
+    candidates: list[int],
+    budgets: list[int],
+    max_num_seqs: int,
+    kv_capacity_tokens: int,
+    seed: int,
+) -> LookupGrid:
+    """Fit trees to the ratio of the noisy times to a straight line, and evaluate both over the grid."""
+    from sklearn.ensemble import ExtraTreesRegressor
+
+    observed = (seen.decodes, seen.kv, seen.candidates, seen.prefill)
+    line = _straight_line(*observed)
+    weights, *_ = np.linalg.lstsq(line / noisy_s[:, None], np.ones(len(noisy_s)), rcond=None)
+    floor = 0.25 * float(noisy_s.min())
+    guess = np.maximum(line @ weights, floor)
+    trees = ExtraTreesRegressor(n_estimators=40, min_samples_leaf=3, random_state=seed, n_jobs=1)
+    trees.fit(_features(*observed), noisy_s / guess)
+    axes = (
+        batch_axis(max_num_seqs),
+        kv_axis(kv_capacity_tokens),
+        np.array(candidates, dtype=np.int64),
+        np.array([0, *[n for n in budgets if n > 0]], dtype=np.int64),
+    )
+    mesh = [axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")]
+    ratio = trees.predict(_features(*mesh))
+    seconds = ratio * np.maximum(_straight_line(*mesh) @ weights, floor)
+    shape = tuple(len(axis) for axis in axes)
+    return LookupGrid(*axes, np.ascontiguousarray(seconds.reshape(shape)))
+
+
+@njit(cache=True, error_model="numpy")
+def _grid_times(grid, decodes, kv, candidates, prefill):  # type: ignore[no-untyped-def]
+    out = np.empty(decodes.shape[0])
+    for s in range(decodes.shape[0]):
+        out[s] = lookup_time(grid, decodes[s], kv[s], candidates[s], prefill[s])
+    return out
+
+
+def heldout_errors(grid: LookupGrid, unseen: Iterations) -> dict[str, float]:
+    """Mean absolute relative error of the grid against noise-free iterations: overall, by kind, by decodes."""
+    predicted = _grid_times(grid, unseen.decodes, unseen.kv, unseen.candidates, unseen.prefill)
+    error = np.abs(predicted / unseen.seconds - 1.0)
+    decoding, filling = unseen.decodes > 0, unseen.prefill > 0
+    groups: dict[str, Any] = {
+        "overall": np.ones(len(error), dtype=bool),
+        "decode only": decoding & ~filling,
+        "prefill only": ~decoding & filling,
+        "mixed": decoding & filling,
+    }
+    edges = (*LOAD_EDGES, int(grid.batch[-1]) + 1)
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        if high > max(low, 1):
+            groups[f"{low}-{high - 1} decodes"] = (unseen.decodes >= low) & (unseen.decodes < high)
+    return {name: float(error[mask].mean()) for name, mask in groups.items() if mask.any()}
+
+
+def default_cache_dir() -> Path:
+    """Where baked grids are kept: `$XDG_CACHE_HOME/governor`, or `~/.cache/governor`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "governor"
+
+
+def _digest(model: LatencyModel, arguments: dict[str, Any]) -> str:
+    import sklearn
+
+    digest = hashlib.sha256()
+    digest.update(json.dumps([CACHE_VERSION, sklearn.__version__, np.__version__, arguments], sort_keys=True).encode())
+    for field, value in zip(model.tables._fields, model.tables, strict=True):
+        digest.update(field.encode())
+        digest.update(np.ascontiguousarray(value, dtype=np.float64).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _read_cache(path: Path) -> LookupTable | None:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            grid = LookupGrid(*(stored[field] for field in LookupGrid._fields))
+            return LookupTable(grid, json.loads(str(stored["heldout_mape"])))
+    except (OSError, KeyError, ValueError, EOFError):
+        return None
+
+
+def _write_cache(path: Path, table: LookupTable) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    except OSError:
+        return
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.savez(file, **table.grid._asdict(), heldout_mape=json.dumps(table.heldout_mape))
+        os.replace(name, path)
+    except OSError:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,201 @@
+"""What a run asks for its requests: sources that turn a seed into a `Workload`, checked when they are configured."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+
+from engine.workload.acceptance_log import read_acceptance_log, replay
+from engine.workload.agreement import AgreementModel, DrafterAgreement
+from engine.workload.arrivals import Arrivals
+from engine.workload.lengths import LengthModel
+from engine.workload.trace import RateMode, TooLong, ZeroOutput, prepare_trace, read_trace
+from engine.workload.workload import Workload, WorkloadError
+
+Scale = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+# Streams of one seed. A number is never given another meaning: that would change everybody's requests.
+_ARRIVALS, _LENGTHS, _AGREEMENT = 0, 1, 2
+
+
+class WorkloadSource(BaseModel, ABC):
+    """One kind of workload with its settings; an unknown key, a wrong type or range is refused with the key's name.
+
+    The luck of a request depends on the seed and its number in the source only, never on `rate_scale`: the same
+    request meets the same agreements at every load.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rate_scale: Scale = 1.0
+    """Request rate relative to the source's own: 0.5 is half the rate."""
+
+    @abstractmethod
+    def draw(self, seed: int) -> Workload:
+        """The workload for this seed: the same settings and seed always give the same arrays."""
+
+    @property
+    @abstractmethod
+    def scenario(self) -> str:
+        """A short name for the workload without its seed, for tables: two runs can be compared if it is equal."""
+
+    def _provenance(self, seed: int) -> dict[str, Any]:
+        return {"source": type(self).__name__, "seed": seed, "settings": self.model_dump(mode="json")}
+
+    def _suffix(self) -> str:
+        return "" if self.rate_scale == 1.0 else f" x{self.rate_scale:g}"
+
+
+class TraceSource(WorkloadSource):
+    """Requests of a trace file (`trace.read_trace`, `trace.prepare_trace`): the seed draws their agreement only."""
+
+    path: Path
+    rate_mode: RateMode = "stretch"
+    start_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    duration_s: Seconds | None = None
+    max_requests: Count | None = None
+    too_long: TooLong = "error"
+    max_prompt_tokens: Count | None = None
+    max_output_tokens: Count | None = None
+    max_total_tokens: Annotated[int, Field(ge=2)] | None = None
+    zero_output: ZeroOutput = "error"
+    thin_seed: Annotated[int, Field(ge=0)] = 0
+    agreement: SerializeAsAny[AgreementModel] = DrafterAgreement()
+
+    @model_validator(mode="after")
+    def _thinnable(self) -> Self:
+        if self.rate_mode == "thin" and self.rate_scale > 1.0:
+            raise ValueError(
+                f"rate_scale={self.rate_scale:g} with rate_mode=thin: thinning can only remove requests; "
+                "set rate_mode=stretch to compress time instead"
+            )
+        return self
+
+    @property
+    def scenario(self) -> str:
+        settings = {
+            name: getattr(self, name)
+            for name in type(self).model_fields
+            if name not in {"path", "rate_scale", "agreement"}
+            and getattr(self, name) != type(self).model_fields[name].default
+        }
+        options = "".join(f" {name}={value}" for name, value in settings.items())
+        return f"{_stem(self.path)}{self._suffix()}{options}"
+
+    def draw(self, seed: int) -> Workload:
+        trace = prepare_trace(
+            read_trace(self.path, self.zero_output),
+            start_s=self.start_s,
+            duration_s=self.duration_s,
+            rate_scale=self.rate_scale,
+            rate_mode=self.rate_mode,
+            max_requests=self.max_requests,
+            too_long=self.too_long,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_output_tokens=self.max_output_tokens,
+            max_total_tokens=self.max_total_tokens,
+            thin_seed=self.thin_seed,
+        )
+        return Workload.build(
+            _stem(self.path),
+            trace.arrival,
+            trace.prompt_tokens,
+            trace.output_tokens,
+            self.agreement,
+            _stream(seed, _AGREEMENT),
+            self._provenance(seed),
+            source_row=trace.row,
+        )
+
+
+class SyntheticSource(WorkloadSource):
+    """Arrivals x lengths x agreement, each from its own stream of the seed: changing one leaves the others' luck.
+
+    `num_requests` or `duration_s` bounds the workload (both: whichever ends first). `rate_scale` stretches time, the
+    schedule of a time-varying rate included, so the requests are the same at every scale; `duration_s` counts before
+    scaling.
+    """
+
+    name: str = "synthetic"
+    arrivals: SerializeAsAny[Arrivals]
+    lengths: SerializeAsAny[LengthModel]
+    agreement: SerializeAsAny[AgreementModel] = DrafterAgreement()
+    num_requests: Count | None = None
+    duration_s: Seconds | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.num_requests is None and self.duration_s is None:
+            raise ValueError("set num_requests or duration_s: how long should requests arrive?")
+        return self
+
+    @property
+    def scenario(self) -> str:
+        return f"{self.name}{self._suffix()}"
+
+    def draw(self, seed: int) -> Workload:
+        arrival = self.arrivals.draw(_stream(seed, _ARRIVALS), self.num_requests, self.duration_s)
+        lengths = self.lengths.draw(_stream(seed, _LENGTHS), arrival.size)
+        return Workload.build(
+            self.name,
+            arrival / self.rate_scale,
+            lengths.prompt_tokens,
+            lengths.output_tokens,
+            self.agreement,
+            _stream(seed, _AGREEMENT),
+            self._provenance(seed),
+        )
+
+
+class AcceptanceLogSource(WorkloadSource):
+    """Logged turns as requests: agreement and output lengths as recorded, arrivals (and prompts) drawn.
+
+    `order` cycles through the turns in file order or draws them with replacement from the seed. See
+    `acceptance_log.replay` for how a log becomes agreement, position by position.
+    """
+
+    path: Path
+    arrivals: SerializeAsAny[Arrivals]
+    lengths: SerializeAsAny[LengthModel]
+    """Gives the prompt lengths; the output lengths are the log's."""
+    order: Annotated[str, Field(pattern="^(cyclic|random)$")] = "cyclic"
+    depth: Count | None = None
+    """Deepest draft of a log without `k_drafted` (None: the deepest acceptance in it)."""
+    fill: SerializeAsAny[AgreementModel] = DrafterAgreement()
+    """Draws ranks, confidence and the agreement of positions the log did not observe."""
+    num_requests: Count | None = None
+    duration_s: Seconds | None = None
+
+    @property
+    def scenario(self) -> str:
+        return f"{_stem(self.path)} replay{self._suffix()}"
+
+    def draw(self, seed: int) -> Workload:
+        log = read_acceptance_log(self.path, self.depth)
+        bound = len(log.turns) if self.num_requests is None and self.duration_s is None else self.num_requests
+        arrival = self.arrivals.draw(_stream(seed, _ARRIVALS), bound, self.duration_s)
+        if self.order == "cyclic":
+            turn = np.arange(arrival.size) % len(log.turns)
+        else:
+            turn = _stream(seed, _LENGTHS, 1).integers(len(log.turns), size=arrival.size)
+        prompt = self.lengths.draw(_stream(seed, _LENGTHS), arrival.size).prompt_tokens
+        return replay(
+            log, turn, arrival / self.rate_scale, prompt, self.fill, _stream(seed, _AGREEMENT), self._provenance(seed)
+        )
+
+
+def _stream(seed: int, *key: int) -> np.random.Generator:
+    if seed < 0 or not math.isfinite(seed):
+        raise WorkloadError(f"seed={seed} must be a non-negative whole number")
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+def _stem(path: Path) -> str:
+    return path.name.split(".")[0]

@@ -1,0 +1,1 @@
+"""The command-line apps: evaluate, train, profile, report, export, serve."""

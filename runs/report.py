@@ -1,0 +1,237 @@
+"""Collates run folders into one report: `python -m runs.report DIR... [--out DIR]`.
+
+Reads the files that `runs.evaluate` left and nothing else; writes `report.html` (one self-contained page), the figures
+as PNG, `runs.csv`, `comparison.csv`, `windows.csv` and `claims.json`, and prints the claims and the main rows.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import track
+
+from runs.reporting import claims, figures, page, palette, tables
+from runs.reporting.collate import Collation, ReportError, collate
+from runs.reporting.tables import Table
+
+MOST_PRINTED = 12
+PIPE_WIDTH = 150
+CAPTIONS = {
+    "speculation": (
+        "Speculation: TPOT against load, window by window",
+        "Look at where the lines of fixed c cross: many candidates pay while few requests run together, and cost "
+        "when many do. The optimizer should follow the lowest line throughout. Mean over the time windows with "
+        "about that request rate, pooled over loads and seeds; bands are 95 % bootstrap intervals over windows. All "
+        "c run with one n: the one that attains the TTFT target at the most loads.",
+    ),
+    "chunked_prefill": (
+        "Chunked prefill: TPOT against TTFT attainment",
+        "Right and down is better. One panel a load; the line joins the fixed budgets n (numbers) at the best fixed "
+        "setting's c, faint dots are the other fixed pairs: a larger n buys attainment with TPOT, and the n that "
+        "suffices moves with the load. The optimizer's point should lie at the right and no higher than the lowest "
+        "point there. At most four loads are drawn, from the lightest to the heaviest; settings with over three "
+        "times the lowest TPOT are not.",
+    ),
+    "overview": (
+        "Every load: TPOT above, TTFT attainment below",
+        "Each grey line is one fixed pair (c, n), kept at every load; the dashed line picks the best pair of each "
+        "load in hindsight, at equal attainment. The optimizer should stay at the dashed line or below it in TPOT "
+        "without falling below it in attainment.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a report holds, before it is written."""
+
+    collation: Collation
+    comparison: pd.DataFrame
+    claims: dict[str, pd.DataFrame]
+    sentences: list[str]
+    notes: list[str]
+    claim_tables: list[Table]
+    comparison_tables: list[Table]
+
+
+def build(collation: Collation, baseline: str | None = None) -> Report:
+    """Counts the claims and compares every setting. Raises ReportError when `baseline` is no label of these runs."""
+    runs = collation.runs
+    labels = sorted(runs["label"].unique())
+    if baseline is not None and baseline not in labels:
+        raise ReportError(f"--baseline {baseline!r}: no run has this label; there are: {', '.join(labels)}")
+    frame, unpaired = tables.comparison(runs, baseline)
+    window = claims.window_claim(collation.windows, claims.headline_budgets(frame))
+    found = {
+        "windows": window,
+        "windows_pooled": claims.pool_windows(window),
+        "budgets": claims.budget_claim(runs),
+        "loads": claims.load_claim(runs),
+    }
+    return Report(
+        collation=collation,
+        comparison=frame,
+        claims=found,
+        sentences=claims.sentences(found["windows_pooled"], found["budgets"], found["loads"]),
+        notes=[*(f"Left out: {reason}" for reason in collation.skipped), *unpaired],
+        claim_tables=_claim_tables(found),
+        comparison_tables=tables.comparison_tables(frame, runs),
+    )
+
+
+def draw(report: Report) -> list[page.Picture]:
+    """The figures of a report, as PNG."""
+    budgets = claims.panel_budgets(report.comparison)
+    jobs = {
+        "speculation": lambda: figures.speculation(report.collation.windows, budgets),
+        "chunked_prefill": lambda: figures.chunked_prefill(report.comparison),
+        "overview": lambda: figures.overview(report.comparison),
+    }
+    return [page.Picture(name, *CAPTIONS[name], palette.png(job())) for name, job in jobs.items()]
+
+
+def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
+    """Writes the report's files into `out`, the page last: where it exists, everything else does."""
+    runs = report.collation.runs
+    html = page.render(
+        facts=describe(runs),
+        verdicts=report.sentences,
+        pictures=pictures,
+        claims=report.claim_tables,
+        comparisons=report.comparison_tables,
+        ran=[
+            Table("Scenarios", tables.IDENTITY, tables.identity(runs)),
+            Table(f"All {len(runs)} runs", tables.RUNS, runs),
+        ],
+        rules={
+            "Best fixed setting": claims.BEST_FIXED_RULE,
+            "Load windows": claims.RULES["windows"],
+            "Same TTFT target": claims.RULES["budgets"],
+            "Every load": claims.RULES["loads"],
+            "Intervals": (
+                "95 % percentile bootstrap of the mean of the paired differences, resampling seeds (9999 draws); "
+                "only runs with equal engine, scenario, seed and workload digest are paired. With one seed no "
+                "interval is given; with fewer than about five it spans little more than the seeds seen, so read it "
+                "as a range."
+            ),
+        },
+        notes=report.notes,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    for picture in pictures:
+        (out / f"{picture.name}.png").write_bytes(picture.png)
+    runs.drop(columns="written").to_csv(out / "runs.csv", index=False)
+    report.comparison.to_csv(out / "comparison.csv", index=False)
+    report.collation.windows.to_csv(out / "windows.csv", index=False)
+    counted = {name: json.loads(frame.to_json(orient="records")) for name, frame in report.claims.items()}
+    content = {"rules": {"best_fixed": claims.BEST_FIXED_RULE, **claims.RULES}, "said": report.sentences, **counted}
+    (out / "claims.json").write_text(json.dumps(content, indent=1) + "\n")
+    (out / "report.html").write_text(html, encoding="utf-8")
+
+
+def describe(runs: pd.DataFrame) -> str:
+    """One line on what was run, with a digest over all configurations and workloads."""
+    identity = sorted(zip(runs["config_digest"], runs["workload_digest"], runs["label"], runs["seed"], strict=True))
+    digest = hashlib.sha256(repr([tuple(map(str, row)) for row in identity]).encode()).hexdigest()[:12]
+    number = {"runs": len(runs), "engines": runs["engine"].nunique(), "seeds": runs["seed"].nunique()}
+    number |= {"scenarios": runs["scenario"].nunique(), "settings": runs["label"].nunique()}
+    counted = ", ".join(f"{count} {name if count != 1 else name[:-1]}" for name, count in number.items())
+    return f"{counted}; {int(runs['requests_total'].sum()):,} requests simulated or served; digest {digest}"
+
+
+def show(report: Report, console: Console) -> None:
+    """Prints the claims, the main rows of every load, and what they come to."""
+    loads = report.comparison_tables
+    for table in [*(loads if len(loads) <= MOST_PRINTED else []), *report.claim_tables]:
+        if len(table.frame):
+            console.print(tables.to_rich(table), "")
+    for sentence in report.sentences:
+        console.print(f"• {sentence}", highlight=False)
+    for note in report.notes:
+        console.print(f"[yellow]! {note}[/yellow]", highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns 0, or 2 with the reason on stderr when the input cannot be reported."""
+    options = _parser().parse_args(arguments)
+    # A pipe or a log has no width of its own, and 80 columns would fold every table.
+    console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+    complaints = Console(stderr=True)
+    out = options.out or Path("runs/outputs/report") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    try:
+        collation = collate(
+            options.folders,
+            window_s=options.window_s,
+            ttft_target_s=options.ttft_target,
+            skip_broken=options.skip_broken,
+            latest=options.latest,
+            track=lambda folders: track(folders, "Reading runs", console=complaints, transient=True),
+        )
+        with complaints.status("Comparing"):
+            report = build(collation, options.baseline)
+        with complaints.status("Drawing"):
+            pictures = draw(report)
+    except ReportError as error:
+        complaints.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        return 2
+    write(report, pictures, out)
+    show(report, console)
+    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _claim_tables(found: dict[str, pd.DataFrame]) -> list[Table]:
+    pooled, window = found["windows_pooled"].copy(), found["windows"]
+    if len(pooled):
+        pooled["decides"] = pooled["role"] == "optimizer"
+        window = window[window["role"] == "optimizer"].sort_values("headline", ascending=False, kind="stable")
+        window["aside"] = ~window["headline"]
+    budgets, loads = (tables.with_interval(found[name]) for name in ("budgets", "loads"))
+    return [
+        Table(
+            "Load windows at the best fixed c, over all loads",
+            tables.WINDOWS_POOLED,
+            pooled,
+            claims.RULES["windows"],
+            emphasis="decides" if len(pooled) else None,
+        ),
+        Table(
+            "Load windows by load and budget n (first the n of the best fixed setting)",
+            tables.WINDOWS,
+            window,
+            emphasis="headline" if len(window) else None,
+            minor="aside" if len(window) else None,
+        ),
+        Table(
+            "TPOT against the best fixed n that meets the same TTFT target",
+            tables.BUDGETS,
+            budgets,
+            claims.RULES["budgets"],
+        ),
+        Table("Attainment and TPOT at every load", tables.LOADS, loads, claims.RULES["loads"]),
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m runs.report", description="Collates run folders into one report.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders to search for runs")
+    parser.add_argument("--out", type=Path, help="where to write (default: runs/outputs/report/TIME)")
+    parser.add_argument(
+        "--baseline", metavar="LABEL", help="compare with this label (default: best fixed at each load)"
+    )
+    parser.add_argument("--ttft-target", type=float, metavar="S", help="recount attainment against this target, s")
+    parser.add_argument("--window-s", type=float, default=60.0, metavar="S", help="length of a load window, s (60)")
+    parser.add_argument("--skip-broken", action="store_true", help="leave broken or half-written run folders out")
+    parser.add_argument("--latest", action="store_true", help="of two runs of the same thing keep the newer")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Turns finished run folders into tables, claims, figures and one self-contained page."""
