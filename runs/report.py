@@ -22,7 +22,7 @@ from runs.reporting.collate import Collation, ReportError, collate
 from runs.reporting.tables import Table
 
 MOST_PRINTED = 12
-PIPE_WIDTH = 150
+PRINTED_WIDTH = 150
 CAPTIONS = {
     "speculation": (
         "Speculation: TPOT against load, window by window",
@@ -161,8 +161,8 @@ def show(report: Report, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns 0, or 2 with the reason on stderr when the input cannot be reported."""
     options = _parser().parse_args(arguments)
-    # A pipe or a log has no width of its own, and 80 columns would fold every table.
-    console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+    # A pipe has no width of its own, and in a narrow window folded lines are better than columns cut off.
+    console = Console(width=max(Console().width, PRINTED_WIDTH))
     complaints = Console(stderr=True)
     out = options.out or Path("runs/outputs/report") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     try:

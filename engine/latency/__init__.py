@@ -1,1 +1,1 @@
-"""Iteration time: measured operator profiles, the composed `LatencyModel`, and the `LookupTable` controllers predict with."""
+"""Iteration time: operator profiles, the composed `LatencyModel`, and the `LookupTable` that controllers use."""

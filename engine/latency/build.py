@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.latency import compose, recipes
 from engine.latency.estimates import Estimates
-from engine.latency.recipes import ENGINES, HEAD_ROWS, KV_TOKENS, REQUESTS, Engine, Sources
+from engine.latency.recipes import ENGINES, KV_TOKENS, REQUESTS, Engine, Sources
 from engine.latency.shapes import gpu_spec
 from engine.latency.table_file import SCHEMA, dump, rounded
 
@@ -102,8 +102,8 @@ def table_document(root: Path, name: str, estimates: Estimates | None = None) ->
         "prefill_attention": {
             "fresh_chunk": prefill.fresh.nodes.astype(np.int64).tolist(),
             "fresh_seconds": rounded(prefill.fresh.seconds * layers),
-            "chunk": prefill.cached.nodes.astype(np.int64).tolist(),
-            "cached_seconds": rounded(prefill.cached.seconds * layers),
+            "chunk": prefill.extra.nodes.astype(np.int64).tolist(),
+            "extra_seconds": rounded(prefill.extra.seconds * layers),
             "context_token_seconds": rounded(prefill.context.seconds * layers),
         },
         "drafter": {

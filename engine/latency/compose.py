@@ -99,39 +99,40 @@ def scale_heads(surface: NDArray, nodes: NDArray, requests: NDArray, heads_ratio
 
 @dataclass(frozen=True)
 class PrefillCurves:
-    """Prefill attention of one layer by chunk: nothing cached; something cached; a cached token's addition."""
+    """Prefill attention of one layer by chunk.
+
+    `fresh`: nothing cached. `extra`: what having anything cached adds (another kernel). `context`: what each cached
+    token adds.
+    """
 
     fresh: Curve
-    cached: Curve
+    extra: Curve
     context: Curve
 
 
-CACHED_CHUNK_NODES = (64, 128, 192, 256, 320, 384, 416, 512, 640, 768, 1024, 1280, 1536, 2048, 3072)
-
-
-def prefill_curves(profile: AttentionProfile, one_row: Curve) -> PrefillCurves:
+def prefill_curves(profile: AttentionProfile, one_row: Curve, chunk_nodes: NDArray) -> PrefillCurves:
     """Reduce prefill rows to curves over the chunk.
 
-    `one_row` is decode attention of one request by cached tokens: what a chunk of one token costs.
+    Fresh chunks keep every measured node and the kernel's tile staircase. Rows with cached tokens are fitted in
+    relative least squares by fresh(chunk) + extra(chunk) + slope(chunk) * context, extra and slope linear between
+    `chunk_nodes`, each of which must be near measured chunks. `one_row` is decode attention of one request by cached
+    tokens: its slope is that of a chunk of one token.
     """
     fresh_rows = profile.where((profile.requests == 0) & (profile.context == 0))
     cached_rows = profile.where((profile.requests == 0) & (profile.context > 0))
-    fresh = Curve(
-        np.concatenate([[1.0], fresh_rows.chunk.astype(np.float64)]),
-        np.concatenate([[min(one_row.seconds[0], fresh_rows.seconds[0])], fresh_rows.seconds]),
-    )
+    fresh = with_steps(Curve(fresh_rows.chunk.astype(np.float64), fresh_rows.seconds))
     chunk = cached_rows.chunk.astype(np.float64)
-    nodes = np.array([n for n in CACHED_CHUNK_NODES if n <= chunk.max()], dtype=np.float64)
+    nodes = chunk_nodes[chunk_nodes <= chunk.max()].astype(np.float64)
     basis = hat_basis(chunk, nodes)
     design = np.concatenate([basis, basis * cached_rows.context[:, None]], axis=1) / cached_rows.seconds[:, None]
-    solution, _ = nnls(design, np.ones(len(chunk)), maxiter=50 * design.shape[1])
-    base, slope = np.split(solution, 2)
+    above_fresh = cached_rows.seconds - np.interp(chunk, fresh.nodes, fresh.seconds)
+    solution, _ = nnls(design, above_fresh / cached_rows.seconds, maxiter=50 * design.shape[1])
+    extra, slope = np.split(solution, 2)
     one_slope = float(one_row.seconds[-1] - one_row.seconds[0]) / float(one_row.nodes[-1] - one_row.nodes[0])
-    one_base = float(one_row.seconds[0])
     nodes = np.concatenate([[1.0], nodes])
     return PrefillCurves(
         fresh,
-        Curve(nodes, np.concatenate([[min(one_base, base[0])], base])),
+        Curve(nodes, np.concatenate([[0.0], extra])),
         Curve(nodes, np.concatenate([[min(one_slope, slope[0])], slope])),
     )
 
@@ -142,7 +143,7 @@ def scale_prefill(curves: PrefillCurves, ratio: Curve) -> PrefillCurves:
     def scaled(curve: Curve) -> Curve:
         return Curve(curve.nodes, curve.seconds * np.interp(curve.nodes, ratio.nodes, ratio.seconds))
 
-    return PrefillCurves(scaled(curves.fresh), scaled(curves.cached), scaled(curves.context))
+    return PrefillCurves(scaled(curves.fresh), scaled(curves.extra), scaled(curves.context))
 
 
 def extend_fresh(fresh: Curve, shape: Curve, chunks: NDArray) -> Curve:
@@ -275,9 +276,7 @@ def area_prefill(fresh: Curve, one_row: Curve) -> PrefillCurves:
     one_slope = float(one_row.seconds[-1] - one_row.seconds[0]) / float(one_row.nodes[-1] - one_row.nodes[0])
     slope = np.maximum.accumulate(np.maximum((twice - 2 * at + fresh.seconds[0]) / nodes, one_slope))
     nodes = np.concatenate([[1.0], nodes])
-    return PrefillCurves(
-        fresh, Curve(nodes, np.concatenate([fresh.seconds[:1], at])), Curve(nodes, np.concatenate([[one_slope], slope]))
-    )
+    return PrefillCurves(fresh, Curve(nodes, np.zeros(len(nodes))), Curve(nodes, np.concatenate([[one_slope], slope])))
 
 
 def complete_surface(profile: AttentionProfile, requests: NDArray, kv_tokens: NDArray) -> NDArray[np.float64]:

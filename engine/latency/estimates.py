@@ -18,9 +18,9 @@ class Estimates:
         GPU time, whichever is longer. vLLM V1 with an EAGLE head at concurrency 1 takes 1.35-1.45 ms more an iteration
         for every draft token, nearly the same under 0.6B and under 8B targets, whose heads differ fourfold in bytes
         (speculators sweep): the step is bound by launches, not by its weights.
-    speculation_s: rejection sampling, bonus token and bookkeeping of an iteration with c > 0. The sweep has no k = 0, so
-        this is not measured; half a millisecond is a few dozen small launches.
-    idle_drafter_s, idle_drafter_request_s: still paid at c = 0 with a drafter loaded, because the drafter's KV cache
+    speculation_s: rejection sampling, bonus token and bookkeeping of an iteration with c > 0. The sweep has no k = 0,
+        so this is not measured; half a millisecond is a few dozen small launches.
+    idle_drafter_s, idle_drafter_request_s: paid at c = 0 with a drafter loaded, because the drafter's KV cache
         has to follow the target's tokens. A backend that skips the drafter's forward pays a few launches: the default.
         vLLM users report 20-30 % of an iteration lost in worse backends; raise it to study those.
     draft_kernel_s, draft_kernels_per_layer: GPU time of a small kernel that moves almost nothing, and kernels of one

@@ -29,7 +29,7 @@ def heldout_decode(profile: AttentionProfile) -> NDArray[np.bool_]:
 
 
 def heldout_prefill(profile: AttentionProfile) -> NDArray[np.bool_]:
-    """Prefill rows that are not fitted: odd chunks on the grid (32, above 1,024 64), or odd multiples of 64 in context."""
+    """Prefill rows that are not fitted: odd chunks of the grid (32, above 1,024 64), odd multiples of 64 in context."""
     step = np.where(profile.chunk <= 1024, 32, 64)
     odd_chunk = ((profile.chunk // step) % 2 == 1) & (profile.chunk > 192) & (profile.context == 0)
     odd_context = ((profile.context // 64) % 2 == 1) & (profile.context > 0)

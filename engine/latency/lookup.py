@@ -11,18 +11,23 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from engine.latency.model import MAX_CONTEXT_TOKENS, LatencyModel, iteration_time, prefill_attention_time
+from engine import cache_home
+from engine.latency.model import LatencyModel, iteration_time, prefill_attention_time
+from engine.latency.table_file import MAX_CONTEXT_TOKENS
 
 CACHE_VERSION = 1
 LOAD_EDGES = (0, 1, 9, 33, 65, 129)
-MODEL_SEED_OFFSET = 7919
+HELDOUT_SEED = 7919
 
 
 class LookupGrid(NamedTuple):
@@ -120,9 +125,7 @@ def _true_times(tables, decodes, kv, candidates, chunks, contexts):  # type: ign
         steps = candidates[s] if decodes[s] > 0 else 0
         # A chunk completes its prompt about every second time; one sampled row is far below the noise.
         completed = (prefills + 1) // 2
-        out[s] = iteration_time(
-            tables, decodes[s], rows, steps, kv[s], prefills, tokens, attention, rows + completed
-        )
+        out[s] = iteration_time(tables, decodes[s], rows, steps, kv[s], prefills, tokens, attention, rows + completed)
     return out
 
 
@@ -249,7 +252,7 @@ class LookupTable:
         seen = sample_iterations(model, *limits, samples, rng)
         noisy = seen.seconds * np.maximum(0.1, 1.0 + noise * rng.standard_normal(samples))
         grid = _bake(seen, noisy, candidates, budgets, max_num_seqs, kv_capacity_tokens, seed)
-        unseen = sample_iterations(model, *limits, 4000, np.random.default_rng([seed, MODEL_SEED_OFFSET]))
+        unseen = sample_iterations(model, *limits, 4000, np.random.default_rng([seed, HELDOUT_SEED]))
         return cls(grid, heldout_errors(grid, unseen))
 
     @classmethod
@@ -279,7 +282,7 @@ class LookupTable:
             "noise": float(noise),
             "seed": int(seed),
         }
-        folder = cache_dir if cache_dir is not None else default_cache_dir()
+        folder = cache_dir if cache_dir is not None else cache_home()
         path = folder / f"lookup-{_digest(model, arguments)}.npz"
         cached = _read_cache(path)
         if cached is not None:
@@ -291,7 +294,7 @@ class LookupTable:
 
 def _checked_choices(key: str, choices: Sequence[int]) -> list[int]:
     values = [int(value) for value in choices]
-    if not values or values[0] < 0 or any(b <= a for a, b in zip(values[:-1], values[1:], strict=True)):
+    if not values or values[0] < 0 or any(b <= a for a, b in pairwise(values)):
         raise ValueError(f"{key} must be non-empty, >= 0 and strictly increasing, got {list(choices)}")
     return values
 
@@ -348,23 +351,16 @@ def heldout_errors(grid: LookupGrid, unseen: Iterations) -> dict[str, float]:
         "mixed": decoding & filling,
     }
     edges = (*LOAD_EDGES, int(grid.batch[-1]) + 1)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         if high > max(low, 1):
             groups[f"{low}-{high - 1} decodes"] = (unseen.decodes >= low) & (unseen.decodes < high)
     return {name: float(error[mask].mean()) for name, mask in groups.items() if mask.any()}
 
 
-def default_cache_dir() -> Path:
-    """Where baked grids are kept: `$XDG_CACHE_HOME/governor`, or `~/.cache/governor`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "governor"
-
-
 def _digest(model: LatencyModel, arguments: dict[str, Any]) -> str:
-    import sklearn
-
+    versions = [CACHE_VERSION, version("scikit-learn"), np.__version__]
     digest = hashlib.sha256()
-    digest.update(json.dumps([CACHE_VERSION, sklearn.__version__, np.__version__, arguments], sort_keys=True).encode())
+    digest.update(json.dumps([versions, arguments], sort_keys=True).encode())
     for field, value in zip(model.tables._fields, model.tables, strict=True):
         digest.update(field.encode())
         digest.update(np.ascontiguousarray(value, dtype=np.float64).tobytes())
@@ -376,7 +372,7 @@ def _read_cache(path: Path) -> LookupTable | None:
         with np.load(path, allow_pickle=False) as stored:
             grid = LookupGrid(*(stored[field] for field in LookupGrid._fields))
             return LookupTable(grid, json.loads(str(stored["heldout_mape"])))
-    except (OSError, KeyError, ValueError, EOFError):
+    except (OSError, KeyError, ValueError, EOFError, BadZipFile):
         return None
 
 

@@ -36,14 +36,16 @@ def prefill_attention_time(tables, chunk, context):  # type: ignore[no-untyped-d
     last = tables.fresh_s.shape[0] - 1
     seconds = 0.0
     while chunk > last:
-        seconds += tables.fresh_s[last] if context == 0 else tables.cached_s[last] + tables.context_s[last] * context
+        seconds += tables.fresh_s[last]
+        if context > 0:
+            seconds += tables.extra_s[last] + tables.context_s[last] * context
         context += last
         chunk -= last
-    if chunk <= 0:
-        return seconds
-    if context == 0:
-        return seconds + tables.fresh_s[chunk]
-    return seconds + tables.cached_s[chunk] + tables.context_s[chunk] * context
+    if chunk > 0:
+        seconds += tables.fresh_s[chunk]
+        if context > 0:
+            seconds += tables.extra_s[chunk] + tables.context_s[chunk] * context
+    return seconds
 
 
 @njit(cache=True, error_model="numpy", inline="always")
@@ -109,18 +111,21 @@ def iteration_time(  # type: ignore[no-untyped-def]
     else:
         seconds += tables.head_s[last] + (sampled_rows - last) * tables.head_slope_s
     attention = 0.0
+    # With candidates the drafter's first step carries the prompt tokens; without, they need a pass of their own.
+    drafting = candidate_steps > 0 and num_decodes > 0
+    prompt_pass_s = 0.0 if drafting else tables.draft_prefill_s
+    if prefill_tokens > 0:
+        seconds += prompt_pass_s + tables.draft_prefill_token_s * prefill_tokens
     if num_decodes > 0:
-        attention = decode_attention_time(tables, num_decodes, decode_kv_tokens, 1 if prefill_tokens > 0 else 0)
+        mixed = 1 if prefill_tokens > 0 else 0
+        attention = decode_attention_time(tables, num_decodes, decode_kv_tokens, mixed)
         attention *= 1.0 + tables.verify_row_fraction * (decode_tokens - num_decodes) / num_decodes
-        if candidate_steps > 0:
-            steps = tables.draft_step_s.shape[0] - 1
-            row = min(num_decodes, steps)
-            step = tables.draft_step_s[row] * (num_decodes / row) + tables.draft_kv_token_s * decode_kv_tokens
+        row = min(num_decodes, tables.draft_step_s.shape[0] - 1)
+        step = tables.draft_step_s[row] * (num_decodes / row) + tables.draft_kv_token_s * decode_kv_tokens
+        if drafting:
             seconds += tables.speculation_s + candidate_steps * step
         else:
             seconds += tables.idle_drafter_s + tables.idle_drafter_request_s * num_decodes
-    if prefill_tokens > 0:
-        seconds += tables.draft_prefill_s + tables.draft_prefill_token_s * prefill_tokens
     return seconds + attention + prefill_attention_s
 
 
@@ -173,7 +178,7 @@ class LatencyModel:
             path = TABLES_FOLDER / f"{name_or_path}.json"
         if not path.is_file():
             raise LatencyTableError(
-                f"no latency table {str(name_or_path)!r}; shipped tables: {', '.join(available_tables())}, or a .json path"
+                f"no latency table {str(name_or_path)!r}; give a .json path or one of {', '.join(available_tables())}"
             )
         try:
             document = json.loads(path.read_text())
@@ -193,7 +198,8 @@ class LatencyModel:
                 raise LatencyTableError(f"{source}: cannot override {field!r}; scalar fields: {', '.join(scalars)}")
             if not np.isfinite(value) or value < 0:
                 raise LatencyTableError(f"{source}: override {field!r} must be a finite number >= 0, got {value!r}")
-            tables = tables._replace(**{field: float(value)})
+            values: dict[str, Any] = {field: float(value)}
+            tables = tables._replace(**values)
         return cls(
             str(read_key(document, "name", source)),
             tables,
@@ -226,13 +232,13 @@ class LatencyModel:
                 raise ValueError(f"{key} must be a finite number of seconds >= 0, got {value!r}")
         none = np.zeros(2)
         tables = LatencyTables(
-            linear_s=np.arange(MAX_BATCH_TOKENS + 1) * float(per_token_s),
+            linear_s=np.arange(MAX_BATCH_TOKENS + 1, dtype=np.float64) * per_token_s,
             linear_slope_s=float(per_token_s),
             head_s=none,
             head_slope_s=0.0,
             decode_s=np.zeros((2, 2, 3)),
             fresh_s=np.zeros(MAX_CONTEXT_TOKENS + 1),
-            cached_s=np.zeros(MAX_CONTEXT_TOKENS + 1),
+            extra_s=np.zeros(MAX_CONTEXT_TOKENS + 1),
             context_s=np.zeros(MAX_CONTEXT_TOKENS + 1),
             draft_step_s=np.full(MAX_REQUESTS * 64 + 1, float(per_draft_step_s)),
             draft_kv_token_s=0.0,

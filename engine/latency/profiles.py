@@ -84,7 +84,9 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     frame = pd.read_csv(path)
     for column in columns:
         if column not in frame.columns:
-            raise ProfileError(f"{path}: column {column!r} is missing; it has {', '.join(map(str, frame.columns[:12]))}")
+            raise ProfileError(
+                f"{path}: column {column!r} is missing; it has {', '.join(map(str, frame.columns[:12]))}"
+            )
     return frame[list(columns)]
 
 
@@ -133,11 +135,11 @@ def read_vidur_elementwise(path: Path, tensor_parallel: int) -> tuple[NDArray, N
     )
 
 
-def read_vidur_attention(path: Path) -> AttentionProfile:
+def read_vidur_attention(path: Path, cache_write: bool = True) -> AttentionProfile:
     """An attention.csv in Vidur's format (Vidur, Frontier), one layer.
 
-    The write of new keys and values (`attn_kv_cache_save`, where the file has it) is added to decode rows only: on
-    prefill rows the column is an artefact.
+    With `cache_write` the write of new keys and values (`attn_kv_cache_save`, where the file has it) is added to decode
+    rows only: on prefill rows the column is an artefact.
     """
     prefill, decode = "time_stats.attn_prefill.median", "time_stats.attn_decode.median"
     save = "time_stats.attn_kv_cache_save.median"
@@ -146,7 +148,7 @@ def read_vidur_attention(path: Path) -> AttentionProfile:
     is_prefill = frame["is_prefill"].astype(bool).to_numpy()
     frame["seconds"] = np.where(is_prefill, frame[prefill], frame[decode])
     header = pd.read_csv(path, nrows=0).columns
-    if save in header:
+    if cache_write and save in header:
         saved = pd.read_csv(path, usecols=[save])[save].to_numpy(np.float64)
         frame["seconds"] += np.where(is_prefill, 0.0, saved)
     frame["seconds"] = _positive_times(path, f"{prefill} / {decode}", frame["seconds"]) * MILLISECOND
@@ -160,8 +162,8 @@ def read_vidur_attention(path: Path) -> AttentionProfile:
 def _tidy(frame: pd.DataFrame) -> AttentionProfile:
     keys = ["requests", "decode_kv", "chunk", "context"]
     medians = frame.groupby(keys)["seconds"].median().reset_index().sort_values(keys)
-    columns = [medians[key].to_numpy(np.int64) for key in keys]
-    return AttentionProfile(*columns, medians["seconds"].to_numpy(np.float64))
+    requests, decode_kv, chunk, context = (medians[key].to_numpy(np.int64) for key in keys)
+    return AttentionProfile(requests, decode_kv, chunk, context, medians["seconds"].to_numpy(np.float64))
 
 
 def read_vidur_points(path: Path) -> AttentionProfile:

@@ -13,6 +13,7 @@ from engine.latency.shapes import ModelShape, gpu_spec, model_shape
 REQUESTS = np.array([1, 2, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512])
 KV_TOKENS = np.array([32, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4032])
 HEAD_ROWS = np.array([1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024, 2048, 4096])
+CHUNKS = np.array([64, 128, 192, 256, 320, 384, 416, 512, 640, 768, 1024, 1280, 1536, 2048])
 LONG_CHUNKS = np.array([6144, 8192, 12288, 16384])
 
 VIDUR_LAYER = {"vicuna_7b": "Llama-2-7b-hf", "vicuna_13b": "internlm-20b"}
@@ -46,7 +47,7 @@ ENGINES: dict[str, Engine] = {
     "llama3_8b_rtx4090": Engine(model_shape("llama3_8b"), None, "rtx4090"),
     "llama3_8b_rtxpro6000": Engine(model_shape("llama3_8b"), None, "rtxpro6000"),
 }
-"""The shipped engines. 7B drafts with 68M, whose acceptance logs are measured; 13B and 33B with 160M, as SmartSpec does.
+"""The shipped engines. 7B drafts with 68M, whose acceptance logs are measured; 13B and 33B with 160M (SmartSpec).
 33B needs two 80 GB GPUs."""
 
 
@@ -147,14 +148,14 @@ def attention_a100(sources: Sources, engine: Engine) -> Attention:
     profile = profiles.read_vidur_attention(sources.path("frontier/a800/Llama-2-7b-hf/attention.csv"))
     decode = profile.where(profile.chunk == 0)
     prefill = profile.where(profile.chunk > 0)
-    nodes = REQUESTS[REQUESTS <= decode.requests.max()]
+    nodes = REQUESTS[decode.requests.max() >= REQUESTS]
     surface = compose.decode_surface(decode.where(~holdout.heldout_decode(decode)), nodes, KV_TOKENS)
     one_row = Curve(KV_TOKENS.astype(np.float64), surface[0])
     fitted = prefill.where(~holdout.heldout_prefill(prefill))
-    curves = compose.prefill_curves(fitted, one_row)
+    curves = compose.prefill_curves(fitted, one_row, CHUNKS)
     path = sources.aiconfigurator(engine.gpu, "context_attention")
     base = prefill_by_heads(path, 32.0)
-    curves = PrefillCurves(compose.extend_fresh(curves.fresh, base, LONG_CHUNKS), curves.cached, curves.context)
+    curves = PrefillCurves(compose.extend_fresh(curves.fresh, base, LONG_CHUNKS), curves.extra, curves.context)
     heads = engine.model.heads / engine.tensor_parallel
     if heads != 32:
         curves = compose.scale_prefill(curves, Curve(base.nodes, prefill_by_heads(path, heads).seconds / base.seconds))
@@ -195,7 +196,7 @@ def attention_llmservingsim(sources: Sources, engine: Engine) -> Attention:
     alone = profiles.AttentionProfile(
         beside.requests, beside.decode_kv, beside.chunk, beside.context, np.maximum(0.0, beside.seconds - chunk)
     )
-    curves = compose.prefill_curves(prefill, one_row)
+    curves = compose.prefill_curves(prefill, one_row, np.unique(prefill.chunk))
     a100 = attention_a100(sources, Engine(model_shape("vicuna_7b"), None, "a100_80gb"))
     return Attention(surface, _on_grid(alone), curves, a100.verify_row_fraction)
 
@@ -218,7 +219,7 @@ def prefill_by_heads(path: Path, heads: float) -> Curve:
 
 
 def sampler_part(sources: Sources, engine: Engine) -> Curve:
-    """The sampler by rows: measured on the RTX cards, elsewhere the RTX PRO 6000's moved to vocabulary and bandwidth."""
+    """The sampler by rows: measured on the RTX cards, elsewhere the RTX PRO 6000's moved over."""
     measured_on = engine.gpu if engine.gpu in LLMSERVINGSIM else "rtxpro6000"
     rows, seconds = profiles.read_llmservingsim_rows(sources.llmservingsim(measured_on, "per_sequence.csv"), "sampler")
     vocabulary = engine.model.vocabulary / model_shape("llama3_8b").vocabulary

@@ -77,7 +77,9 @@ GPUS: dict[str, GpuSpec] = {
         GpuSpec("a100_80gb", 85_100_000_000, 2.039e12, 312e12, "NVIDIA A100-SXM4-80GB data sheet"),
         GpuSpec("h100_80gb", 85_000_000_000, 3.35e12, 989e12, "NVIDIA H100-SXM5-80GB data sheet"),
         GpuSpec("rtx4090", 25_250_627_584, 1.008e12, 165e12, "NVIDIA Ada whitepaper, FP32 accumulate"),
-        GpuSpec("rtxpro6000", 101_970_000_000, 1.597e12, 503e12, "NVIDIA RTX PRO 6000 Blackwell Server Edition data sheet"),
+        GpuSpec(
+            "rtxpro6000", 101_970_000_000, 1.597e12, 503e12, "NVIDIA RTX PRO 6000 Blackwell Server Edition data sheet"
+        ),
     )
 }
 

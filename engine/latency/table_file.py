@@ -29,9 +29,10 @@ class LatencyTables(NamedTuple):
         `KV_STEP_TOKENS`; the last column is the slope (a cached token of each request) past the one before it. First
         index 0: the batch only decodes; 1: it also holds a prompt chunk. Engines that run prefill and decode as
         separate kernels have the same figures in both; one kernel over a mixed batch decodes more slowly.
-    fresh_s, cached_s, context_s (C+1,): prefill attention of all layers by chunk: with nothing cached; with
-        something cached; and what every cached token adds.
-    draft_step_s (B+1,): one drafter step by decoding requests; `draft_kv_token_s` a cached token a step.
+    fresh_s, extra_s, context_s (C+1,): prefill attention of all layers by chunk with nothing cached; what
+        having anything cached adds; and what every cached token adds.
+    draft_step_s (B+1,): one drafter step by decoding requests; `draft_kv_token_s` a cached token a step;
+        `draft_prefill_token_s` a prompt token, and `draft_prefill_s` if no first step carries the prompt.
     """
 
     linear_s: NDArray[np.float64]
@@ -40,7 +41,7 @@ class LatencyTables(NamedTuple):
     head_slope_s: float
     decode_s: NDArray[np.float64]
     fresh_s: NDArray[np.float64]
-    cached_s: NDArray[np.float64]
+    extra_s: NDArray[np.float64]
     context_s: NDArray[np.float64]
     draft_step_s: NDArray[np.float64]
     draft_kv_token_s: float
@@ -140,7 +141,7 @@ def tables_from_document(document: dict[str, Any], source: str) -> LatencyTables
     tokens, linear = read_curve(document, "linear", "tokens", "seconds", source)
     rows, head = read_curve(document, "head", "rows", "seconds", source)
     chunk, fresh = read_curve(document, "prefill_attention", "fresh_chunk", "fresh_seconds", source)
-    cached_chunk, cached = read_curve(document, "prefill_attention", "chunk", "cached_seconds", source)
+    extra_chunk, extra = read_curve(document, "prefill_attention", "chunk", "extra_seconds", source)
     _, context = read_curve(document, "prefill_attention", "chunk", "context_token_seconds", source)
     drafts, draft = read_curve(document, "drafter", "requests", "step_seconds", source)
     decode = _expand_decode(document, source, "seconds")
@@ -157,8 +158,8 @@ def tables_from_document(document: dict[str, Any], source: str) -> LatencyTables
         head_slope_s=tail_slope(rows, head),
         decode_s=np.stack([decode, mixed]),
         fresh_s=_extended(chunks, chunk, fresh, zero_first=True),
-        cached_s=_extended(chunks, cached_chunk, cached, zero_first=True),
-        context_s=_extended(chunks, cached_chunk, context, zero_first=True),
+        extra_s=_extended(chunks, extra_chunk, extra, zero_first=True),
+        context_s=_extended(chunks, extra_chunk, context, zero_first=True),
         draft_step_s=_extended(np.arange(MAX_REQUESTS + 1, dtype=np.float64), drafts, draft),
         draft_kv_token_s=read_number(document, "drafter.kv_token_seconds", source),
         draft_prefill_s=read_number(document, "drafter.prefill_seconds", source),

@@ -1,4 +1,4 @@
-"""Acceptance logs: how many drafted tokens every verify step of a real run accepted, read, and replayed as a workload."""
+"""Acceptance logs: how many drafted tokens each verify step of a real run accepted, read and replayed as a workload."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from engine.workload.agreement import AgreementModel
+from engine.workload.agreement import AgreementModel, confidence_at
 from engine.workload.workload import Workload, WorkloadError, offsets, run_lengths
 
 UNOBSERVED = -1
@@ -219,8 +219,7 @@ def _sample_back(law, easy_share, persistence, agree, uniform, confidences, rank
 def _mark(position, probability, agrees, uniform, confidences, ranks, rank, confidence):  # type: ignore[no-untyped-def]
     """Set rank and confidence of a position whose agreement is settled."""
     quantile = int(uniform[position, 1] * 2.0**20)
-    level = int(probability * (confidences.shape[0] - 1) + 0.5)
-    confidence[position] = confidences[level, agrees, quantile % 256]
+    confidence[position] = confidence_at(confidences, probability, agrees, quantile % 256)
     rank[position] = 0 if agrees == 1 else ranks[quantile // 256]
 
 
@@ -239,9 +238,7 @@ def _counts(file: Path, row: int, key: str, values: Any) -> NDArray[np.int64]:
     return np.array(values, dtype=np.int64)
 
 
-def _turn(
-    file: Path, row: int, record: dict[str, Any], accepted: NDArray[np.int64], depth: int
-) -> LoggedTurn:
+def _turn(file: Path, row: int, record: dict[str, Any], accepted: NDArray[np.int64], depth: int) -> LoggedTurn:
     if "k_drafted" in record:
         drafted = _counts(file, row, "k_drafted", record["k_drafted"])
     else:

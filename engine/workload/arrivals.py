@@ -24,9 +24,7 @@ class Arrivals(BaseModel, ABC):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    def draw(
-        self, rng: np.random.Generator, num_requests: int | None = None, duration_s: float | None = None
-    ) -> Times:
+    def draw(self, rng: np.random.Generator, num_requests: int | None = None, duration_s: float | None = None) -> Times:
         """Arrival times of the first `num_requests`, or of all in [0, duration_s); both given: whichever ends first.
 
         With one seed, a longer draw begins with the shorter one. Raises `WorkloadError` if neither is given, or if
@@ -283,5 +281,7 @@ def _inverse(expected: Times, times: Times, counts: Times) -> Times:
     """The earliest time at which the piecewise linear count reaches `expected`."""
     piece = np.clip(np.searchsorted(counts, expected, side="left"), 1, counts.size - 1)
     rise = counts[piece] - counts[piece - 1]
-    part = np.where(rise > 0.0, (np.minimum(expected, counts[piece]) - counts[piece - 1]) / np.where(rise > 0, rise, 1), 0)
+    part = np.where(
+        rise > 0.0, (np.minimum(expected, counts[piece]) - counts[piece - 1]) / np.where(rise > 0, rise, 1), 0
+    )
     return times[piece - 1] + part * (times[piece] - times[piece - 1])

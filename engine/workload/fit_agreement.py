@@ -25,6 +25,8 @@ from engine.workload.agreement import IidAgreement, MarkovAgreement
 _NODES = 20
 _REPEATS = 20
 LOOP_RUN = 20
+# Much below this, a tree's narrowing would be explained by positions that agree every other time.
+_MOMENTUM = (-1.5, 5.0)
 
 
 def log_likelihood(model: MarkovAgreement, log: AcceptanceLog) -> float:
@@ -41,7 +43,9 @@ def fit_agreement(log: AcceptanceLog) -> MarkovAgreement:
         return -_log_likelihood(_model(theta), seen, offset) + 1e-3 * float(theta @ theta)
 
     starts = [(0.0, 3.0, -1.5, 1.5, 3.0, 0.3), (0.0, 2.0, -0.5, 1.5, 0.5, 0.0)]
-    fits = [minimize(loss, start, method="L-BFGS-B", bounds=[(-6, 6)] * 6) for start in np.array(starts)]
+    fits = [
+        minimize(loss, start, method="L-BFGS-B", bounds=[*[(-6.0, 6.0)] * 5, _MOMENTUM]) for start in np.array(starts)
+    ]
     return _model(min(fits, key=lambda fit: fit.fun).x)
 
 
@@ -52,9 +56,7 @@ def fit_chain_equivalent(log: AcceptanceLog) -> MarkovAgreement:
     above and then falls below it as the tree narrows, but it can emit as many tokens an iteration.
     """
     fitted, target = fit_agreement(log), logged_steps(log).accepted.mean()
-    shift = brentq(
-        lambda by: simulated_steps(fitted.shifted(by), log).accepted.mean() - target, -2.0, 2.0, xtol=1e-3
-    )
+    shift = brentq(lambda by: simulated_steps(fitted.shifted(by), log).accepted.mean() - target, -2.0, 2.0, xtol=1e-3)
     return fitted.shifted(shift)
 
 

@@ -43,7 +43,9 @@ def fit(prompt: NDArray[np.int64], output: NDArray[np.int64], max_total_tokens: 
     )
 
 
-def heldout_error(prompt: NDArray[np.int64], output: NDArray[np.int64], max_total_tokens: int | None) -> dict[str, float]:
+def heldout_error(
+    prompt: NDArray[np.int64], output: NDArray[np.int64], max_total_tokens: int | None
+) -> dict[str, float]:
     """Fit on a random half of the rows and compare 100,000 draws with the other half.
 
     Returns Kolmogorov-Smirnov distances (`*_ks`), relative errors of the means (`*_mean`) and of the mean total, and

@@ -2,15 +2,15 @@
 
 `TABLES` holds quantiles in tokens at `LEVELS`, with the Gaussian copula correlation (2 sin(pi rho / 6) of Spearman's
 rho), computed by `python -m engine.workload.fit_lengths`. Held-out errors come from fitting on one half of the rows and
-comparing with the other (KS = Kolmogorov-Smirnov distance of prompts / outputs; mean = relative error of the means):
+comparing with the other (KS = Kolmogorov-Smirnov distance, prompts / outputs; mean = relative error of the means):
 
-| name | source | rows | held out: KS, mean |
-|---|---|---|---|
-| sharegpt | Sarathi-Serve (Agrawal et al., OSDI'24) sharegpt_8k, Llama-2 tokens; history included | 30,731 | .008 / .006, +0.6 % / -0.1 % |
-| arxiv | Vidur (Agrawal et al., MLSys'24) arXiv summarization 4k, Llama-2 tokens | 28,257 | .024 / .014, -2.0 % / -4.2 % |
-| specbench | Spec-Bench (Xia et al., 2024) questions, greedy Vicuna-7B answers, Vicuna template | 560 | .062 / .059, -6.2 % / +1.1 % |
-| azure_conv | Azure LLM inference trace 2023 (Splitwise, Patel et al., ISCA'24), first 30 min | 10,108 | .038 / .024, +0.9 % / -0.2 % |
-| azure_code | the same, code completion | 5,740 | .025 / .027, -2.0 % / -8.2 % |
+| name | rows | KS | mean | source |
+|---|---|---|---|---|
+| sharegpt | 30,731 | .008 / .006 | +0.6 % / -0.1 % | Sarathi-Serve sharegpt_8k, Llama-2 tokens, with history |
+| arxiv | 28,257 | .024 / .014 | -2.0 % / -4.2 % | Vidur (MLSys'24) arXiv summarization 4k, Llama-2 tokens |
+| specbench | 560 | .062 / .059 | -6.2 % / +1.1 % | Spec-Bench (Xia et al., 2024), Vicuna template, greedy Vicuna-7B |
+| azure_conv | 10,108 | .038 / .024 | +0.9 % / -0.2 % | Azure LLM inference trace 2023 (Splitwise, ISCA'24), 30 min |
+| azure_code | 5,740 | .025 / .027 | -2.0 % / -8.2 % | the same, code completion |
 
 arXiv's negative correlation comes from its bound on the total; Azure's two lengths are all but independent.
 
@@ -21,11 +21,11 @@ arXiv's negative correlation comes from its bound on the total; Azure's two leng
   of 1.2 and the independence are estimates. Medians follow from mean = median exp(sigma^2 / 2).
 - lmsys_chat_1m_4k: turns with their history, total at most 4096. Medians and sigmas follow from the published median
   and 90th percentile, 417 and 1678 prompt tokens, 139 and 484 output tokens (Vidur, table of workloads). The
-  independence is an estimate. The clipped law's means are 9 % and 11 % above the published 686 and 197.
+  independence is an estimate. The law's means are 3 % and 12 % above the published 686 and 197.
 - cnn_dailymail: computed from the 80 CNN/DailyMail questions of Spec-Bench with Vicuna-7B's greedy summaries
   (medians, sigmas and correlation of logarithms: 793, 0.46, 159, 0.37, 0.50). A small sample, one model's verbosity.
 - bigcodebench: an estimate. The mean prompt of 1,112.5 characters and the mean solution of 426 characters (Zhuo et
-  al., "BigCodeBench", ICLR'25, table of statistics, Complete) at 3.5 and 3.2 characters a Llama-2 token, plus 40 tokens of
+  al., "BigCodeBench", ICLR'25, statistics of Complete) at 3.5 and 3.2 characters a Llama-2 token, plus 40 tokens of
   instruction and, because chat models repeat the signature and imports and explain, twice the solution. Sigmas and
   correlation are guesses.
 """

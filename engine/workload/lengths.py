@@ -157,7 +157,7 @@ def _correlated_normals(
     return normal[:, 0], correlation * normal[:, 0] + math.sqrt(1.0 - correlation**2) * normal[:, 1]
 
 
-def _whole(tokens: NDArray[np.float64], most: int | None) -> NDArray[np.int64]:
+def _whole(tokens: NDArray[np.floating[Any]], most: int | None) -> NDArray[np.int64]:
     return np.clip(np.rint(tokens), 1, 2**31 - 1 if most is None else most).astype(np.int64)
 
 

@@ -138,7 +138,10 @@ class SyntheticSource(WorkloadSource):
 
     @property
     def scenario(self) -> str:
-        return f"{self.name}{self._suffix()}"
+        fields = type(self.arrivals).model_fields
+        values = {name: getattr(self.arrivals, name) for name in fields}
+        set_ = {n: v for n, v in values.items() if isinstance(v, float) and v != fields[n].default}
+        return " ".join([self.name, *(f"{n}={v:g}" for n, v in sorted(set_.items()))]) + self._suffix()
 
     def draw(self, seed: int) -> Workload:
         arrival = self.arrivals.draw(_stream(seed, _ARRIVALS), self.num_requests, self.duration_s)

@@ -227,9 +227,7 @@ def _read_jsonl(path: Path) -> Trace:
                 )
             for values, key in zip(fields, _MOONCAKE, strict=True):
                 values.append(record[key])
-    arrival, prompt, output = (
-        _numbers(path, key, values) for key, values in zip(_MOONCAKE, fields, strict=True)
-    )
+    arrival, prompt, output = (_numbers(path, key, values) for key, values in zip(_MOONCAKE, fields, strict=True))
     trace = _checked(path, _MOONCAKE, arrival / 1000.0, prompt, output)
     return replace(trace, arrival=spread_ticks(trace.arrival))
 

@@ -153,7 +153,9 @@ class Workload:
         rows = self._rows
         for name, size in {"prompt_tokens": requests, "output_tokens": requests, "source_row": requests}.items():
             if getattr(self, name).size != size:
-                raise WorkloadError(f"workload {self.name!r}: {name} has {getattr(self, name).size} entries, not {size}")
+                raise WorkloadError(
+                    f"workload {self.name!r}: {name} has {getattr(self, name).size} entries, not {size}"
+                )
         _require_arrivals(self.name, self.arrival, rows)
         _require_tokens(self.name, "prompt_tokens", self.prompt_tokens, rows)
         _require_tokens(self.name, "output_tokens", self.output_tokens, rows)
@@ -215,9 +217,9 @@ class Workload:
         if over.size:
             longest = int(over[np.argmax(total[over])])
             raise WorkloadError(
-                f"workload {self.name!r}: {over.size} of {self.num_requests} requests exceed {what} of {limit} tokens: "
-                f"{_rows_text(self._rows[over])}; the longest, row {self._rows[longest]}, needs {total[longest]} tokens "
-                f"({self.prompt_tokens[longest]} prompt + {self.output_tokens[longest]} output). "
+                f"workload {self.name!r}: {over.size} of {self.num_requests} requests exceed {what} of {limit} tokens, "
+                f"{_rows_text(self._rows[over])}; the longest, row {self._rows[longest]}, needs {total[longest]} "
+                f"tokens ({self.prompt_tokens[longest]} prompt + {self.output_tokens[longest]} output). "
                 f"Set workload.too_long=clip or workload.too_long=drop together with workload.max_total_tokens={limit} "
                 "(or workload.max_prompt_tokens and workload.max_output_tokens), or choose an engine with more room."
             )

@@ -188,7 +188,8 @@ def sentences(pooled: pd.DataFrame, budgets: pd.DataFrame, loads: pd.DataFrame) 
             share = rival["within"] / rival["windows"]
             text = f"Load windows: {label} is within 1 % of the best fixed c, or better, in {within} of {total}"
             if share.notna().any():
-                text += f" ({within / total:.0%}); the best single one, {share.idxmax()}, in {share.max():.0%}"
+                single, most = share.idxmax(), 100 * share.max()
+                text += f" ({100 * within / total:.0f} %); the best single one, {single}, in {most:.0f} %"
             said.append(text + ".")
     for name, claim, unit in (("Same TTFT target", budgets, "best fixed n"), ("Every load", loads, "best fixed pair")):
         if claim.empty:

@@ -10,10 +10,11 @@ import pandas as pd
 
 from runs.reporting.tables import Table
 
+MOST_OPEN_ROWS = 40
 _STYLE = """
 :root { --ink: #222; --quiet: #667; --line: #e3e6ea; --soft: #f6f7f9; --strong: #D55E00; --good: #0b7a55; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1080px; padding: 28px 24px 80px; color: var(--ink); background: #fff;
+body { margin: 0 auto; max-width: 1260px; padding: 28px 24px 80px; color: var(--ink); background: #fff;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 44px 0 8px; }
 h3 { font-size: 15px; margin: 24px 0 4px; }
@@ -121,7 +122,7 @@ def _picture(picture: Picture) -> str:
 
 def _claim(table: Table) -> str:
     body = _table(table)
-    if len(table.frame) > 14:
+    if len(table.frame) > MOST_OPEN_ROWS:
         body = f"<details><summary>{len(table.frame)} rows</summary>{body}</details>"
     note = f"<p class='note'>{escape(table.note)}</p>" if table.note else ""
     return f"<h3>{escape(table.title)}</h3>{note}{body}"

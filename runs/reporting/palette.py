@@ -142,7 +142,7 @@ def scale_axis(axes: Axes, values: Any, which: str, ratio: float = 6.0) -> None:
     else:
         margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
         limits(low - margin, high + margin)
-        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 
 
 def attainment_axis(axes: Axes, percents: Any) -> None:

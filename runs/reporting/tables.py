@@ -149,7 +149,9 @@ def comparison(runs: pd.DataFrame, baseline: str | None = None) -> tuple[pd.Data
             if len(chosen) and not row["is_baseline"]:
                 paired = paired_difference(mine[row["label"]], mine[chosen.iloc[0]], "tpot_mean_s")
                 if paired is None:
-                    notes.append(f"{engine}, {scenario}: {row['label']} shares no seed with {chosen.iloc[0]}.")
+                    notes.append(
+                        f"{engine}, {scenario}: {row['label']} has no seed with a TPOT in common with {chosen.iloc[0]}."
+                    )
                 else:
                     cells.update(
                         ratio=paired.ratio,
@@ -215,7 +217,7 @@ def to_rich(table: Table) -> RichTable:
         hidden = int(frame[table.minor].sum())
         frame = frame[~frame[table.minor]]
         if hidden:
-            caption = f"{hidden} more rows are in report.html. {caption}".strip()
+            caption = f"{hidden} more in report.html. {caption}".strip()
     # What is the same in every row is said once, above: a terminal is narrow.
     said = [c for c in table.columns if c.key in ("engine", "family") and frame[c.key].nunique() == 1]
     columns = [column for column in table.columns if column not in said and not column.detail]

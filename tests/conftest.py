@@ -1,0 +1,19 @@
+"""What every test may ask for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of third-party data (../shared/data, or $GOVERNOR_DATA); skips the test where there is none."""
+    folder = Path(os.environ.get("GOVERNOR_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data folder at {folder}; set GOVERNOR_DATA to run the tests that need measured data")
+    return folder
