@@ -22,6 +22,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from engine import cache_home
+from engine.compiled import kernel
 from engine.latency.model import LatencyModel, iteration_time, prefill_attention_time
 from engine.latency.table_file import MAX_CONTEXT_TOKENS
 
@@ -44,7 +45,7 @@ class LookupGrid(NamedTuple):
     seconds: NDArray[np.float64]
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def _cell(axis, value):  # type: ignore[no-untyped-def]
     """Lower node and fraction of `value` on an ascending axis: clamped below, extrapolated above."""
     low = 0
@@ -60,7 +61,7 @@ def _cell(axis, value):  # type: ignore[no-untyped-def]
     return low, (value - axis[low]) / (axis[low + 1] - axis[low])
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def lookup_slice(grid, num_decodes, kv_tokens, out):  # type: ignore[no-untyped-def]
     """Fill out[nC, nN] with the predicted seconds of every (c, n) at this many decodes and cached tokens.
 
@@ -85,7 +86,7 @@ def lookup_slice(grid, num_decodes, kv_tokens, out):  # type: ignore[no-untyped-
             out[k, m] = w00 * a[k, m] + w01 * b[k, m] + w10 * c[k, m] + w11 * d[k, m]
 
 
-@njit(cache=True, error_model="numpy")
+@kernel
 def lookup_time(grid, num_decodes, kv_tokens, candidates, prefill_tokens):  # type: ignore[no-untyped-def]
     """Predicted seconds of one iteration; linear between the grid's c and n as well."""
     i, x = _cell(grid.batch, float(num_decodes))

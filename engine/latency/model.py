@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from engine.compiled import kernel
 from engine.latency.table_file import (
     KV_STEP_TOKENS,
     MAX_BATCH_TOKENS,
@@ -26,7 +26,7 @@ from engine.latency.table_file import (
 TABLES_FOLDER = Path(__file__).parent / "tables"
 
 
-@njit(cache=True, error_model="numpy", inline="always")
+@kernel
 def prefill_attention_time(tables, chunk, context):  # type: ignore[no-untyped-def]
     """Seconds that the attention of one request's prompt chunk takes over all layers.
 
@@ -48,7 +48,7 @@ def prefill_attention_time(tables, chunk, context):  # type: ignore[no-untyped-d
     return seconds
 
 
-@njit(cache=True, error_model="numpy", inline="always")
+@kernel
 def decode_attention_time(tables, num_decodes, kv_tokens, mixed):  # type: ignore[no-untyped-def]
     """Seconds that attention takes over all layers for one new token in each of `num_decodes` requests.
 
@@ -70,7 +70,7 @@ def decode_attention_time(tables, num_decodes, kv_tokens, mixed):  # type: ignor
     return low * (num_decodes * seconds_per_request)
 
 
-@njit(cache=True, error_model="numpy", inline="always")
+@kernel
 def iteration_time(  # type: ignore[no-untyped-def]
     tables,
     num_decodes,

@@ -1,0 +1,362 @@
+"""The analytic optimizer made fit for service: guarded deadlines, a price for prefill, and a plan for overload."""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, PrivateAttr
+
+from controllers.acceptance import learn_acceptance, new_memory
+from controllers.controller import CompiledController, Plant, batched
+from engine.backends.simulator import CompiledLoop, Simulator, log_iteration, run_iteration
+from engine.compiled import kernel
+from engine.core.telemetry import (
+    DECODE_KV_TOKENS,
+    FINISHED_REQUESTS,
+    FINISHED_TOKENS,
+    FREE_KV_TOKENS,
+    FREE_SEQS,
+    INTERVAL_S,
+    NO_DEADLINE_S,
+    NUM_DECODES,
+    PREFILLING_TOKENS,
+    TTFT_TARGET_S,
+    Observation,
+    observe,
+)
+from engine.latency.lookup import LookupGrid, lookup_slice
+
+UNBOUNDED_S = 1e9
+LENGTH_MEMORY_S = 60.0
+"""Time constant in s of the mean output length of finished requests."""
+PRIOR_OUTPUT_TOKENS = 200.0
+"""Output length believed before the first request finishes; it counts as one finished request."""
+
+
+class Settings(NamedTuple):
+    """`Analytic`'s fields as plain floats, for the kernels."""
+
+    ttft_target: float
+    guard: float
+    longest_iteration: float
+    prefill_price: float
+    batch_memory_s: float
+    drain_rate: float
+
+
+class Memory(NamedTuple):
+    """What the optimizer keeps between decisions, and its scratch space.
+
+    acceptance: (2, C) counts · tokens: (C + 1,) G by candidate count · usual_batch: (1,) moving average of B over time
+    · finished: (2,) fading sums of finished requests and their output tokens · seconds: (nC, nN + 1) predicted T ·
+    most_seconds: (nN + 1,) longest T that keeps the deadlines, by budget.
+    """
+
+    acceptance: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    usual_batch: NDArray[np.float64]
+    finished: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    most_seconds: NDArray[np.float64]
+
+
+@kernel
+def _admissible_tokens(observation, e):  # type: ignore[no-untyped-def]
+    """Prompt tokens that the next iteration could prefill: the prompt in progress and what fits behind it.
+
+    With the KV cache or the batch full the answer is little or nothing however long the queue is, and a budget chosen
+    for the queue would be spent on nobody.
+    """
+    load = observation.load
+    tokens = load[e, PREFILLING_TOKENS]
+    free_kv = load[e, FREE_KV_TOKENS]
+    free_seqs = load[e, FREE_SEQS]
+    engine_empty = load[e, NUM_DECODES] <= 0.0 and tokens <= 0.0
+    for row in range(1 if tokens > 0.0 else 0, observation.queue.shape[1] - 1):
+        prompt = observation.queue[e, row, 0]
+        if prompt <= 0.0 or free_seqs <= 0.0 or (prompt > free_kv and not (engine_empty and row == 0)):
+            break
+        tokens += prompt
+        free_kv -= prompt
+        free_seqs -= 1.0
+    return tokens
+
+
+@kernel
+def _limit_by_deadlines(queue, extra_slack, work, grid, last, settings, memory):  # type: ignore[no-untyped-def]
+    """Fill `most_seconds` for budgets 1..last; returns whether a queued request is past saving.
+
+    Request i needs ceil(S_i / n) iterations of T(c, n) before its first token. It can be saved if some budget makes
+    that fit its slack without speculation; a request that cannot be saved constrains nothing. For the others only
+    `guard` of the slack is planned with: batches grow while a prompt waits, and predictions err.
+    """
+    seconds = memory.seconds
+    most_seconds = memory.most_seconds
+    for j in range(1, last + 1):
+        most_seconds[j] = UNBOUNDED_S
+    cumulative = 0.0
+    lost = False
+    for row in range(queue.shape[0]):
+        if queue[row, 0] <= 0.0:
+            continue
+        cumulative += queue[row, 0]
+        slack = queue[row, 1] + extra_slack
+        if slack >= 0.5 * NO_DEADLINE_S:
+            continue
+        can_be_saved = False
+        for j in range(last, 0, -1):
+            if math.ceil(cumulative / min(float(grid.prefill_tokens[j]), work)) * seconds[0, j] <= slack:
+                can_be_saved = True
+                break
+        if not can_be_saved:
+            lost = True
+            continue
+        for j in range(1, last + 1):
+            iterations = math.ceil(cumulative / min(float(grid.prefill_tokens[j]), work))
+            most_seconds[j] = min(most_seconds[j], settings.guard * slack / iterations)
+    return lost
+
+
+@kernel
+def _cheapest_candidates(seconds, tokens, candidates, j, token_value):  # type: ignore[no-untyped-def]
+    """Index of the c with the least time beyond the value of its tokens, T(c, n_j) - mu G(c)."""
+    best = UNBOUNDED_S
+    chosen = 0
+    for c in range(candidates.shape[0]):
+        excess = seconds[c, j] - token_value * tokens[candidates[c]]
+        if excess < best:
+            best = excess
+            chosen = c
+    return chosen
+
+
+@kernel
+def _remember_load(observation, e, settings, memory):  # type: ignore[no-untyped-def]
+    """Update the usual batch and the mean output length of finished requests."""
+    load = observation.load
+    elapsed = load[e, INTERVAL_S]
+    weight = 1.0 - math.exp(-elapsed / settings.batch_memory_s)
+    memory.usual_batch[0] += weight * (load[e, NUM_DECODES] - memory.usual_batch[0])
+    keep = math.exp(-elapsed / LENGTH_MEMORY_S)
+    memory.finished[0] = memory.finished[0] * keep + load[e, FINISHED_REQUESTS]
+    memory.finished[1] = memory.finished[1] * keep + load[e, FINISHED_TOKENS]
+
+
+@kernel
+def _prefill_price(num_decodes, token_value, settings, memory):  # type: ignore[no-untyped-def]
+    """Price of a prompt token relative to its cost in bulk: decodes that a prompt put off will meet, per decode now.
+
+    Of the requests that decode now a share exp(-l guard / (output length x mu)) is still there when the slack is used
+    up; the others are replaced by the usual batch.
+    """
+    length = (memory.finished[1] + PRIOR_OUTPUT_TOKENS) / (memory.finished[0] + 1.0)
+    stay = math.exp(-settings.guard * settings.ttft_target / (length * token_value))
+    return settings.prefill_price * (stay + (1.0 - stay) * memory.usual_batch[0] / num_decodes)
+
+
+@kernel
+def _least_prefill_rate(work, last, longest, token_value, grid, settings, memory):  # type: ignore[no-untyped-def]
+    """Slowest prefill, in prompt tokens per second, that still drains a late queue."""
+    fastest = 0.0
+    for j in range(1, last + 1):
+        c = _cheapest_candidates(memory.seconds, memory.tokens, grid.candidates, j, token_value)
+        if memory.seconds[c, j] <= longest or j == 1:
+            fastest = max(fastest, min(float(grid.prefill_tokens[j]), work) / memory.seconds[c, j])
+    return settings.drain_rate * fastest
+
+
+@kernel
+def _choose_budget(num_decodes, work, last, lost, token_value, grid, settings, memory):  # type: ignore[no-untyped-def]
+    """Indices of (c, n) among budgets 1..last; the rules are in `Analytic`'s docstring."""
+    seconds = memory.seconds
+    widest = grid.prefill_tokens.shape[0] - 1
+    longest = settings.longest_iteration * settings.ttft_target
+    least_rate = 0.0
+    price = 0.0
+    if lost:
+        least_rate = _least_prefill_rate(work, last, longest, token_value, grid, settings, memory)
+    elif num_decodes > 0.0:
+        price = _prefill_price(num_decodes, token_value, settings, memory)
+        price *= grid.seconds[0, 0, 0, widest] / grid.prefill_tokens[widest]
+    best = UNBOUNDED_S
+    c_best, j_best = -1, 1
+    least_late = UNBOUNDED_S
+    c_late, j_late = 0, 1
+    for j in range(1, last + 1):
+        prompt_tokens = min(float(grid.prefill_tokens[j]), work)
+        c = _cheapest_candidates(seconds, memory.tokens, grid.candidates, j, token_value)
+        spent = seconds[c, j]
+        if spent > longest and j > 1:
+            continue
+        late = spent / max(memory.most_seconds[j], 1e-9)
+        if late < least_late:
+            least_late = late
+            c_late, j_late = c, j
+        if late > 1.0 or prompt_tokens < least_rate * spent:
+            continue
+        cost = -prompt_tokens
+        if num_decodes > 0.0:
+            cost = spent - token_value * memory.tokens[grid.candidates[c]] - price * prompt_tokens
+        if cost < best:
+            best = cost
+            c_best, j_best = c, j
+    if c_best < 0:
+        return c_late, j_late - 1
+    return c_best, j_best - 1
+
+
+@kernel
+def decide(observation, e, grid, settings, memory):  # type: ignore[no-untyped-def]
+    """Indices (c, n) of the next action for engine `e`."""
+    load = observation.load
+    num_decodes = load[e, NUM_DECODES]
+    learn_acceptance(
+        memory.acceptance, observation.drafted[e], observation.accepted[e], load[e, INTERVAL_S], memory.tokens
+    )
+    seconds = memory.seconds
+    lookup_slice(grid, num_decodes, load[e, DECODE_KV_TOKENS], seconds)
+    token_value = UNBOUNDED_S
+    alone = 0
+    for c in range(grid.candidates.shape[0]):
+        ratio = seconds[c, 0] / memory.tokens[grid.candidates[c]]
+        if ratio < token_value:
+            token_value = ratio
+            alone = c
+    work = _admissible_tokens(observation, e)
+    _remember_load(observation, e, settings, memory)
+    last = grid.prefill_tokens.shape[0] - 1
+    if work <= 0.0:
+        while last > 1 and seconds[alone, last] > settings.longest_iteration * settings.ttft_target:
+            last -= 1
+        return alone, last - 1
+    while last > 1 and grid.prefill_tokens[last - 1] >= work:
+        last -= 1
+    if work < grid.prefill_tokens[last]:
+        low = grid.prefill_tokens[last - 1]
+        share = (work - low) / (grid.prefill_tokens[last] - low)
+        for c in range(grid.candidates.shape[0]):
+            seconds[c, last] = seconds[c, last - 1] + share * (seconds[c, last] - seconds[c, last - 1])
+    extra_slack = settings.ttft_target - load[e, TTFT_TARGET_S]
+    lost = _limit_by_deadlines(observation.queue[e], extra_slack, work, grid, last, settings, memory)
+    return _choose_budget(num_decodes, work, last, lost, token_value, grid, settings, memory)
+
+
+@kernel
+def _run(  # type: ignore[no-untyped-def]
+    state, tables, run_lengths, observation, grid, settings, memory, decision_s, max_iterations, log
+):
+    recording = len(log) > 0
+    for row in range(max_iterations):
+        observe(state, 0, observation)
+        c, n = decide(observation, 0, grid, settings, memory)
+        more = run_iteration(state, 0, tables, run_lengths, grid.candidates[c], grid.prefill_tokens[n + 1], decision_s)
+        if recording:
+            log_iteration(state, 0, log, row)
+        if not more:
+            return row + 1, False
+    return max_iterations, True
+
+
+class Analytic(CompiledController):
+    """Chooses c for the decodes and n for the prompts, from predicted times and measured acceptance.
+
+    Symbols: T(c, n) predicted iteration time at the current batch and cache (lookup table), G(c) tokens per iteration
+    (measured online), mu = min_c T(c, 0) / G(c) what a token costs a decoding request when nothing is prefilled, tau =
+    T / n of the largest budget alone, what a prompt token costs when prefilled in bulk, l the TTFT target.
+
+    **Candidates.** For every n, c minimises T(c, n) - mu G(c): the time an iteration takes beyond what its tokens are
+    worth. Deadlines never choose c: giving up candidates to make one prompt punctual slows every decode, the batch
+    grows, and more prompts are late.
+
+    **Deadlines, guarded.** Queued request i needs ceil(S_i / n) iterations, whole ones: tokens come at an iteration's
+    end. Pairs with ceil(S_i / n) T > guard x slack_i are out, for every i that can still be saved. The rest of the
+    slack is for prediction error and for a batch that grows meanwhile. Iterations longer than `longest_iteration` x l
+    are out always: a prompt that arrives just after one began waits for all of it.
+
+    **Price of prefill.** Among what is left, n minimises T - mu G - p tau n. With p = 0 this is the poster: as little
+    prefill as the deadlines allow. But prompt tokens have to be computed some time, and what they cost is the time by
+    which they delay every request that decodes. p says how many of those there will be later for one there is now:
+    p = s + (1 - s) B_usual / B, s = exp(-guard l / (mean output length x mu)) the share of today's batch that is still
+    decoding when the slack is used up. Where outputs are long or the load is steady p is near 1, and a prompt token is
+    taken whenever it costs no more than in bulk, above all in the shadow of the weights that a decode batch reads
+    anyway; where the batch is about to empty, prompts wait for that; where it is unusually small, they go first. With
+    nobody decoding, all that the deadlines allow is prefilled at once: it delays no one.
+
+    **Overload.** A request that no budget can save constrains nothing, but it stands before others: first come, first
+    served. While there is one the queue is drained, at no less than `drain_rate` of the highest prefill rate n / T, by
+    the smallest n that does: the last few per cent of rate take budgets several times as large, and decodes get one
+    step per iteration. Requests further back that can still be saved keep their guarded deadlines meanwhile.
+
+    Prompts that the KV cache or the batch limit keep out are no reason to choose a large n or a c for mixed batches,
+    so only prompts that can be admitted count as work.
+
+    Source: the optimizer minimises PerIterExecTime / PerIterGenTokens subject to TTFT <= l (`controllers.poster`); mu
+    as the value of a token is Dinkelbach's method for that ratio (Management Science 13(7), 1967).
+
+    Args:
+        ttft_target: l in s.
+        guard: share of a request's slack that is planned with.
+        longest_iteration: longest iteration, as a share of `ttft_target`.
+        prefill_price: factor on p; 0 prefills as late as the deadlines allow.
+        batch_memory_s: time constant in s of B_usual.
+        drain_rate: share of the highest prefill rate kept while a request is past saving; 0 turns the rule off.
+    """
+
+    decision_s = 20e-6
+
+    ttft_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    guard: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    longest_iteration: Annotated[float, Field(gt=0.0)] = 0.5
+    prefill_price: Annotated[float, Field(ge=0.0)] = 1.0
+    batch_memory_s: Annotated[float, Field(gt=0.0)] = 5.0
+    drain_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
+
+    _memory: Memory = PrivateAttr()
+    _settings: Settings = PrivateAttr()
+    _grid: LookupGrid = PrivateAttr()
+
+    def reset(self, plant: Plant) -> None:
+        """Forget the measured acceptance and begin on `plant`."""
+        super().reset(plant)
+        self._grid = plant.lookup.grid
+        most_candidates = int(self._grid.candidates.max())
+        acceptance = new_memory(most_candidates)
+        self._memory = Memory(
+            acceptance=acceptance,
+            tokens=np.ones(acceptance.shape[1] + 1),
+            usual_batch=np.zeros(1),
+            finished=np.zeros(2),
+            seconds=np.zeros((len(self._grid.candidates), len(self._grid.prefill_tokens))),
+            most_seconds=np.zeros(len(self._grid.prefill_tokens)),
+        )
+        self._settings = Settings(**{name: float(getattr(self, name)) for name in Settings._fields})
+
+    def act(self, observation: Mapping[str, NDArray[np.float32]]) -> NDArray[np.int64]:
+        """Indices of the chosen pair."""
+        return np.array(decide(batched(observation), 0, self._grid, self._settings, self._memory), dtype=np.int64)
+
+    def choose(self, observation: Mapping[str, NDArray[np.float32]]) -> tuple[int, int]:
+        """The chosen pair in tokens."""
+        return self.plant.grid.values(self.act(observation))
+
+    def loop(self, simulator: Simulator, decision_s: float) -> CompiledLoop:
+        """The optimizer inside the compiled loop."""
+        observation: Observation = simulator.new_observation()
+
+        def loop(max_iterations: int, log: NDArray[np.void]) -> tuple[int, bool]:
+            return _run(
+                simulator.state,
+                simulator.latency.tables,
+                simulator.run_lengths,
+                observation,
+                self._grid,
+                self._settings,
+                self._memory,
+                decision_s,
+                max_iterations,
+                log,
+            )
+
+        return loop
