@@ -1,0 +1,194 @@
+"""N simulated engines stepped together: the one implementation behind the single and the vector environment."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.simulator import Simulator, run_iteration
+from engine.compiled import kernel
+from engine.config import EngineConfig
+from engine.core.action import ActionError, ActionGrid
+from engine.core.telemetry import Observation, observe
+from engine.workload.agreement import DrafterAgreement
+from engine.workload.arrivals import PoissonArrivals
+from engine.workload.lengths import NamedLengths
+from engine.workload.source import SyntheticSource, WorkloadSource
+from engine.workload.workload import Workload
+from envs.reward import TERMS, Prices, episode_summary, unfinished_cost
+
+LARGEST_SEED = 2**31 - 1
+
+
+def default_workload() -> WorkloadSource:
+    """Poisson arrivals at 4 requests/s with ShareGPT lengths, 200 requests an episode."""
+    return SyntheticSource(
+        arrivals=PoissonArrivals(rate=4.0),
+        lengths=NamedLengths(name="sharegpt"),
+        agreement=DrafterAgreement(),
+        num_requests=200,
+        name="poisson_sharegpt",
+    )
+
+
+@kernel
+def _step_all(
+    state, tables, run_lengths, candidates, budgets, decision_s, decide_every, prices, observation, costs, drained
+):
+    """One decision in every engine: up to `decide_every` iterations, what they cost, then the telemetry."""
+    for e in range(candidates.shape[0]):
+        engine = state.engines[e]
+        tpot_cost = engine.tpot_cost
+        violations = engine.violations
+        lateness = engine.lateness
+        more = True
+        for iteration in range(decide_every):
+            charge = decision_s if iteration == 0 else 0.0
+            more = run_iteration(state, e, tables, run_lengths, candidates[e], budgets[e], charge)
+            if not more:
+                break
+        costs[e, 0] = (engine.tpot_cost - tpot_cost) * prices[0]
+        costs[e, 1] = (engine.violations - violations) * prices[1]
+        costs[e, 2] = (engine.lateness - lateness) * prices[2]
+        drained[e] = not more
+        observe(state, e, observation)
+
+
+class ServingBatch:
+    """N engines with episodes: actions in, telemetry and costs out.
+
+    Args are those of `envs.serving.ServingEnv`.
+    """
+
+    def __init__(
+        self,
+        num_envs: int,
+        *,
+        engine: str | EngineConfig = "vicuna_7b_a100",
+        workload: WorkloadSource | Workload | None = None,
+        ttft_target: float = 1.0,
+        prices: Prices | None = None,
+        grid: ActionGrid | None = None,
+        queue_rows: int = 64,
+        decide_every: int = 1,
+        decision_s: float = 20e-6,
+        episode_decisions: int | None = None,
+        distinct_workloads: int | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("num_envs", num_envs, 1),
+            ("queue_rows", queue_rows, 1),
+            ("decide_every", decide_every, 1),
+            ("episode_decisions", 1 if episode_decisions is None else episode_decisions, 1),
+            ("distinct_workloads", 1 if distinct_workloads is None else distinct_workloads, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        if not (np.isfinite(ttft_target) and ttft_target > 0.0):
+            raise ValueError(f"ttft_target={ttft_target} must be a positive number of seconds")
+        if not (np.isfinite(decision_s) and decision_s >= 0.0):
+            raise ValueError(f"decision_s={decision_s} must be a number of seconds >= 0")
+        self.num_envs = num_envs
+        self.config = EngineConfig(name=engine, latency=engine) if isinstance(engine, str) else engine
+        self.source = workload if workload is not None else default_workload()
+        self.prices = prices if prices is not None else Prices()
+        self.grid = grid if grid is not None else ActionGrid()
+        self.queue_rows = queue_rows
+        self.max_candidates = max(self.grid.candidate_choices)
+        self.decide_every = decide_every
+        self.decision_s = decision_s
+        self.episode_decisions = episode_decisions
+        self.ttft_target = ttft_target
+        self.distinct_workloads = distinct_workloads
+        self.decisions = np.zeros(num_envs, dtype=np.int64)
+        self._choices = np.array([len(self.grid.candidate_choices), len(self.grid.budget_choices)])
+        self._unit_prices = self.prices.per_unit(ttft_target)
+        self._drawn: dict[int, Workload] = {}
+        self._simulator: Simulator | None = None
+
+    @property
+    def simulator(self) -> Simulator:
+        """The engines; RuntimeError before the first reset."""
+        if self._simulator is None:
+            raise RuntimeError("call reset() before anything else")
+        return self._simulator
+
+    def _draw(self, rng: np.random.Generator) -> Workload:
+        if isinstance(self.source, Workload):
+            return self.source
+        if self.distinct_workloads is None:
+            return self.source.draw(int(rng.integers(LARGEST_SEED)))
+        seed = int(rng.integers(self.distinct_workloads))
+        if seed not in self._drawn:
+            self._drawn[seed] = self.source.draw(seed)
+        return self._drawn[seed]
+
+    def reset(
+        self, envs: Sequence[int], rngs: Sequence[np.random.Generator], workloads: Sequence[Workload] | None = None
+    ) -> None:
+        """Begin a new episode in each of `envs`, with a workload drawn from its generator or given."""
+        drawn = list(workloads) if workloads is not None else [self._draw(rng) for rng in rngs]
+        if self._simulator is None:
+            if len(drawn) != self.num_envs:
+                raise RuntimeError("the first reset must be of all environments")
+            self._simulator = Simulator(
+                self.config,
+                drawn,
+                ttft_target=self.ttft_target,
+                queue_rows=self.queue_rows,
+                max_candidates=self.max_candidates,
+            )
+        else:
+            for e, workload in zip(envs, drawn, strict=True):
+                self._simulator.load(e, workload)
+        self.decisions[list(envs)] = 0
+
+    def observe(self, envs: Sequence[int], observation: Observation) -> None:
+        """Write the telemetry of `envs` into their rows of `observation`."""
+        for e in envs:
+            self.simulator.observe(e, observation)
+
+    def step(self, actions: NDArray[np.int64]) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_]]:
+        """One decision in every engine.
+
+        Args:
+            actions: (N, 2) indices of c and n.
+
+        Returns fresh telemetry arrays, the costs of this decision (N, len(TERMS)), and which episodes are over (N,).
+        """
+        simulator = self.simulator
+        if actions.shape != (self.num_envs, 2) or actions.dtype.kind not in "iu":
+            raise ActionError(
+                f"actions must be integers of shape ({self.num_envs}, 2): the indices of c and n, got "
+                f"{actions.dtype} of shape {actions.shape}"
+            )
+        if (actions < 0).any() or (actions >= self._choices).any():
+            row = int(((actions < 0) | (actions >= self._choices)).any(axis=1).argmax())
+            self.grid.values(actions[row])
+        observation = simulator.new_observation()
+        over = np.zeros(self.num_envs, dtype=np.bool_)
+        costs = np.zeros((self.num_envs, len(TERMS)))
+        _step_all(
+            simulator.state,
+            simulator.latency.tables,
+            simulator.run_lengths,
+            self.grid.candidates[actions[:, 0]],
+            self.grid.budgets[actions[:, 1]],
+            self.decision_s,
+            self.decide_every,
+            self._unit_prices,
+            observation,
+            costs,
+            over,
+        )
+        self.decisions += 1
+        if self.episode_decisions is not None:
+            for e in np.flatnonzero((self.decisions >= self.episode_decisions) & ~over):
+                costs[e, 3] = unfinished_cost(simulator.state, int(e), self.prices)
+                over[e] = True
+        return observation, costs, over
+
+    def summary(self, e: int) -> dict[str, Any]:
+        """The reported figures of engine `e`'s episode."""
+        return episode_summary(self.simulator.state, e, self.prices)

@@ -1,0 +1,135 @@
+"""`governor/Serving-v0`: one serving engine whose actions are candidate counts and token budgets."""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from engine.core.telemetry import Observation
+from envs.batch import ServingBatch
+from envs.reward import TERMS
+from envs.spaces import action_space, observation_space
+
+
+class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]]):
+    """An LLM serving engine under a governor.
+
+    ## Description
+
+    A continuous-batching engine with speculative decoding and chunked prefill serves a fixed list of requests under a
+    virtual clock. Before every iteration the governor chooses c, the candidate tokens each decoding request
+    speculates, and n, the prompt tokens prefilled over all requests. A large c lowers the time per output token (TPOT)
+    while the GPU is idle and raises it under load; a large n lowers the time to first token (TTFT) and raises TPOT.
+
+    ## Action space
+
+    `MultiDiscrete([len(candidate_choices), len(budget_choices)])`: indices into the choices of `grid`.
+
+    | Num | Action | Unit | Default choices |
+    |-----|--------|------|-----------------|
+    | 0 | c, candidate tokens per decoding request | tokens | 0 1 2 3 4 5 6 7 8 |
+    | 1 | n, prompt tokens per iteration | tokens | 32 64 96 128 192 256 384 512 768 1024 1536 2048 4096 |
+
+    `envs.wrappers` has a `Discrete` and a `Box` form.
+
+    ## Observation space
+
+    A `Dict` of float32 arrays in engineering units; nothing in it knows an output length, a future arrival or a future
+    agreement of drafter and target. "Last" is the iteration before, "new" is since the previous observation. All
+    values are >= 0 but slack.
+
+    | Key | Index | Observation | Unit | Max |
+    |-----|-------|-------------|------|-----|
+    | load | 0 | num_decodes: B, requests that decode | requests | 1e6 |
+    | | 1 | decode_kv_tokens: their cached tokens | tokens | 1e9 |
+    | | 2 | num_waiting: requests whose prompt is not done | requests | 1e6 |
+    | | 3 | waiting_tokens: their prompt tokens left | tokens | 1e9 |
+    | | 4 | prefilling_tokens: of these, of the prompt in progress | tokens | 1e9 |
+    | | 5 | free_kv_tokens: KV cache that new requests may take | tokens | 1e9 |
+    | | 6 | free_seqs: requests that may still join the batch | requests | 1e6 |
+    | | 7 | interval_s: time since the previous observation | s | 1e6 |
+    | | 8 | iterations: new | iterations | 1e6 |
+    | | 9 | arrivals: new | requests | 1e6 |
+    | | 10 | arrived_tokens: their prompts | tokens | 1e9 |
+    | | 11 | finished: new | requests | 1e6 |
+    | | 12 | finished_tokens: their outputs | tokens | 1e9 |
+    | | 13 | emitted_tokens: new | tokens | 1e9 |
+    | | 14 | preemptions: new | requests | 1e6 |
+    | | 15 | last_iteration_s | s | 1e6 |
+    | | 16 | last_candidates: c chosen | tokens | 1e6 |
+    | | 17 | last_prefill_tokens | tokens | 1e9 |
+    | | 18 | last_num_decodes | requests | 1e6 |
+    | | 19 | last_decode_kv_tokens | tokens | 1e9 |
+    | | 20 | last_emitted_tokens | tokens | 1e9 |
+    | | 21 | overdue: requests past their deadline without a first token | requests | 1e6 |
+    | | 22 | ttft_target_s: l | s | 1e6 |
+    | queue | [i, 0] | prompt tokens left of the i-th waiting request, in order of service; 0 = none | tokens | 1e9 |
+    | | [i, 1] | its slack to the TTFT deadline, from -1e6; 1e6 if its first token is out already | s | 1e6 |
+    | | [M, :] | the waiting requests after the first M: sum of tokens, smallest slack | | |
+    | drafted | d | new candidates at depth d + 1 verified after all before them were accepted | tokens | 1e6 |
+    | accepted | d | of these, accepted | tokens | 1e6 |
+
+    ## Reward
+
+    Minus the cost of the decision (`envs.reward`): TPOT / tpot_target, plus `violation` per missed TTFT deadline, plus
+    `lateness` per further `ttft_target` of delay. The rewards of an episode sum to minus the number of requests times
+    the reported objective. `info["reward_terms"]` holds the terms.
+
+    ## Episode end
+
+    Never by termination: serving is a continuing task. Truncation when every request of the workload has finished, or
+    after `episode_decisions`; what is unfinished then is charged. `info["episode_summary"]` reports the episode.
+
+    ## Arguments
+
+    - `engine`: name of a shipped latency table or an `EngineConfig`.
+    - `workload`: a `WorkloadSource`, which draws a workload per episode, or one `Workload` for all of them.
+    - `ttft_target`: l, in s.
+    - `prices`: `envs.reward.Prices`.
+    - `grid`: `engine.core.action.ActionGrid`, the choices.
+    - `queue_rows`: M, waiting requests observed one by one.
+    - `decide_every`: iterations per decision.
+    - `decision_s`: seconds a decision is charged on the engine's clock.
+    - `episode_decisions`: decisions after which an episode is cut; None serves every request.
+    - `distinct_workloads`: draw the workload's seed from this many and keep what was drawn, which makes resets cheap;
+      None draws a new workload for every episode.
+
+    `reset(options={"workload": workload})` plays one given workload, for comparisons on common random numbers.
+    """
+
+    metadata = {"render_modes": []}  # noqa: RUF012
+
+    def __init__(self, render_mode: str | None = None, **settings: Any) -> None:
+        if render_mode is not None:
+            raise ValueError(f"render_mode={render_mode!r}: this environment has nothing to render, leave it None")
+        self.render_mode = None
+        self.batch = ServingBatch(1, **settings)
+        self.observation_space: spaces.Space[Any] = observation_space(self.batch.queue_rows, self.batch.max_candidates)
+        self.action_space: spaces.Space[Any] = action_space(self.batch.grid)
+
+    @staticmethod
+    def _single(observation: Observation) -> dict[str, NDArray[np.float32]]:
+        return {name: array[0] for name, array in zip(Observation._fields, observation, strict=True)}
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
+        """Begin an episode; the seed draws its workload unless `options["workload"]` gives one."""
+        super().reset(seed=seed)
+        given = (options or {}).get("workload")
+        self.batch.reset([0], [self.np_random], None if given is None else [given])
+        observation = self.batch.simulator.new_observation()
+        self.batch.observe([0], observation)
+        return self._single(observation), {}
+
+    def step(
+        self, action: NDArray[np.int64]
+    ) -> tuple[dict[str, NDArray[np.float32]], float, bool, bool, dict[str, Any]]:
+        """Run `decide_every` iterations under `action`; ActionError when it is off the grid."""
+        observation, costs, over = self.batch.step(np.asarray(action)[None])
+        info: dict[str, Any] = {"reward_terms": dict(zip(TERMS, costs[0].tolist(), strict=True))}
+        if over[0]:
+            info["episode_summary"] = self.batch.summary(0)
+        return self._single(observation), float(-costs[0].sum()), False, bool(over[0]), info

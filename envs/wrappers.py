@@ -1,0 +1,72 @@
+"""Other forms of the serving environment's action and observation, for learners that need them."""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S
+
+
+class DiscreteAction(gymnasium.ActionWrapper[Any, np.int64, NDArray[np.int64]]):
+    """One integer for the pair: action = index of c * number of budget choices + index of n."""
+
+    def __init__(self, env: gymnasium.Env[Any, NDArray[np.int64]]) -> None:
+        super().__init__(env)
+        assert isinstance(env.action_space, spaces.MultiDiscrete)
+        self._budgets = int(env.action_space.nvec[1])
+        self.action_space = spaces.Discrete(int(env.action_space.nvec.prod()))
+
+    def action(self, action: np.int64) -> NDArray[np.int64]:
+        """The pair of indices."""
+        return np.array(divmod(int(action), self._budgets), dtype=np.int64)
+
+
+class BoxAction(gymnasium.ActionWrapper[Any, NDArray[np.float32], NDArray[np.int64]]):
+    """Two numbers in [-1, 1], spread evenly over the candidate choices and the budget choices."""
+
+    def __init__(self, env: gymnasium.Env[Any, NDArray[np.int64]]) -> None:
+        super().__init__(env)
+        assert isinstance(env.action_space, spaces.MultiDiscrete)
+        self._last = env.action_space.nvec - 1
+        self.action_space = spaces.Box(-1.0, 1.0, shape=(2,), dtype=np.float32)
+
+    def action(self, action: NDArray[np.float32]) -> NDArray[np.int64]:
+        """The indices nearest to the two numbers; beyond [-1, 1] the ends."""
+        unit = (np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0) + 1.0) / 2.0
+        return np.rint(unit * self._last).astype(np.int64)
+
+
+class FlatObservation(gymnasium.ObservationWrapper[NDArray[np.float32], Any, Any]):
+    """One flat vector with every entry of order one: log(1 + x) of counts, tokens and times, squashed slack.
+
+    Counts, tokens and durations become log(1 + x / unit) with unit 1 request, 100 tokens, 10 ms; slack becomes
+    tanh(slack / ttft_target), which keeps its sign; acceptance counts become the shares accepted / drafted, 0 where
+    nothing was drafted.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+        super().__init__(env)
+        assert isinstance(env.observation_space, spaces.Dict)
+        size = sum(spaces.flatdim(space) for space in env.observation_space.values())
+        self.observation_space = spaces.Box(-1.0, 50.0, shape=(size,), dtype=np.float32)
+        units = [0.01 if name.endswith("_s") else 100.0 if "tokens" in name else 1.0 for name in LOAD_FIELDS]
+        self._units = np.array(units, dtype=np.float32)
+        self._target = LOAD_FIELDS.index("ttft_target_s")
+
+    def observation(self, observation: Any) -> NDArray[np.float32]:
+        """The flat vector: load, queue tokens, queue slack, drafted counts, shares accepted."""
+        load = observation["load"]
+        tokens, slack = observation["queue"][:, 0], observation["queue"][:, 1]
+        squashed = np.where(slack >= NO_DEADLINE_S, 1.0, np.tanh(slack / load[self._target]))
+        share = observation["accepted"] / np.maximum(observation["drafted"], 1.0)
+        parts = [
+            np.log1p(load / self._units),
+            np.log1p(tokens / 100.0),
+            squashed,
+            np.log1p(observation["drafted"]),
+            share,
+        ]
+        return np.concatenate(parts).astype(np.float32)
