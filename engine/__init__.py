@@ -23,10 +23,12 @@ def _compiled_sources_digest() -> str:
     for package in ("engine", "controllers", "envs"):
         for path in sorted((root / package).rglob("*.py")):
             text = path.read_bytes()
-            if b"njit" in text or b"engine.compiled" in text:
+            if b"numba" in text or b"engine.compiled" in text:
                 digest.update(str(path.relative_to(root)).encode() + b"\0" + text)
     return digest.hexdigest()[:16]
 
 
 if not os.environ.get("NUMBA_CACHE_DIR"):
-    numba.config.CACHE_DIR = str(cache_home() / f"numba-{_compiled_sources_digest()}")
+    numba.config.CACHE_DIR = str(  # type: ignore[attr-defined]
+        cache_home() / f"numba-{_compiled_sources_digest()}"
+    )

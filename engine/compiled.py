@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit
+import numba
 
-kernel: Callable[..., Any] = njit(cache=True, error_model="numpy", forceinline=True, _nrt=False)
+kernel: Callable[..., Any] = numba.njit(cache=True, error_model="numpy", forceinline=True, _nrt=False)  # type: ignore[call-overload]
 """Compile a function that allocates nothing.
 
 Without numba's reference counting (`_nrt=False`), which would touch the counters of all the arrays of a `State` at

@@ -188,9 +188,7 @@ class Simulator:
         self._grow(len(workload.arrival), len(workload.run_length))
         self.workloads[e] = workload
         self.run_lengths[e, : len(workload.run_length)] = workload.run_length
-        core.load(
-            self.state, e, workload.arrival, workload.prompt_tokens, workload.output_tokens, workload.offset[:-1]
-        )
+        core.load(self.state, e, workload.arrival, workload.prompt_tokens, workload.output_tokens, workload.offset[:-1])
         settle(self.state, e)
 
     def _grow(self, requests: int, positions: int) -> None:
@@ -216,9 +214,7 @@ class Simulator:
     def step(self, e: int, candidates: int, token_budget: int, decision_s: float = 0.0) -> bool:
         """Run one iteration of engine `e`; returns False when its last request has finished."""
         return bool(
-            run_iteration(
-                self.state, e, self.latency.tables, self.run_lengths, candidates, token_budget, decision_s
-            )
+            run_iteration(self.state, e, self.latency.tables, self.run_lengths, candidates, token_budget, decision_s)
         )
 
     def constant_loop(self, candidates: int, token_budget: int, decision_s: float = 0.0) -> CompiledLoop:

@@ -1,5 +1,6 @@
 """The governor's action: how many candidate tokens each request speculates, how many prompt tokens are prefilled."""
 
+from itertools import pairwise
 from typing import Annotated, Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class ActionGrid(BaseModel):
     @field_validator("candidate_choices", "budget_choices")
     @classmethod
     def _increasing(cls, choices: tuple[int, ...], info: Any) -> tuple[int, ...]:
-        if any(b <= a for a, b in zip(choices[:-1], choices[1:], strict=True)):
+        if any(b <= a for a, b in pairwise(choices)):
             raise ValueError(f"{info.field_name}={list(choices)} must be strictly increasing")
         for choice in choices:
             if info.field_name == "candidate_choices":

@@ -54,10 +54,11 @@ def summarize(state: State, *, ttft_target: float, tpot_target: float, e: int = 
         tpot_target: s per token; a request of one output token has no TPOT and cannot miss it.
 
     Attainments are shares of all requests, so one that never finished attains nothing. `duration_s` runs from the
-    first arrival to the clock at the end; rates are per second of it, except `request_rate_rps`, the offered load. `goodput_rps` counts finished requests that
-    attain both targets, `token_goodput_tps` generated tokens (SmartSpec's goodput). `mean_batch` is requests per
-    iteration, `tokens_per_iteration` is G: tokens a decoding request emits per iteration. ITL is per gap between the
-    emission events of a request; its mean is exact, its quantiles are within 0.5 % (histogram).
+    first arrival to the clock at the end; rates are per second of it, except `request_rate_rps`, the offered load.
+    `goodput_rps` counts finished requests that attain both targets, `token_goodput_tps` generated tokens (SmartSpec's
+    goodput). `mean_batch` is requests per iteration, `tokens_per_iteration` is G: tokens a decoding request emits per
+    iteration. ITL is per gap between the emission events of a request; its mean is exact, its quantiles are within
+    0.5 % (histogram).
     """
     table = request_table(state, e)
     engine = state.engines[e]

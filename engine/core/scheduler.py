@@ -82,6 +82,7 @@ def preempt_latest(state, e):
     request = state.requests[e, r]
     if request.phase == DECODING:
         engine.num_decoding -= 1
+        engine.kv_tokens -= request.computed
         remaining = 0
     else:
         remaining = request.context - request.computed
@@ -123,7 +124,6 @@ def _plan_decodes(state, e, candidates):
         _secure_one_slot_each(state, e)
     num_decodes = engine.num_decoding
     decode_tokens = 0
-    kv_tokens = 0
     steps = 0
     for i in range(num_decodes):
         r = state.running[e, i]
@@ -138,11 +138,10 @@ def _plan_decodes(state, e, candidates):
         state.batch_request[e, i] = r
         state.batch_tokens[e, i] = tokens
         decode_tokens += tokens
-        kv_tokens += request.computed
         steps = max(steps, tokens - 1)
     engine.num_decodes = num_decodes
     engine.decode_tokens = decode_tokens
-    engine.decode_kv_tokens = kv_tokens
+    engine.decode_kv_tokens = engine.kv_tokens
     engine.candidate_steps = steps
 
 
@@ -229,6 +228,7 @@ def _record_gap(state, e, gap, count):
 def _finish(engine, request):
     request.phase = np.int32(FINISHED)
     give_back(engine, request)
+    engine.kv_tokens -= request.computed
     engine.num_finished += 1
     engine.seen_finished += 1
     engine.seen_finished_tokens += request.generated
@@ -274,6 +274,7 @@ def _commit_decodes(state, e, previous_end):
             _finish(engine, request)
     if usual > 0:
         _record_gap(state, e, usual_gap, usual)
+    engine.kv_tokens += emitted_sum
     engine.total_drafted += drafted_sum
     engine.total_accepted += emitted_sum - engine.num_decodes
     engine.total_decode_steps += engine.num_decodes
@@ -295,6 +296,7 @@ def _commit_prefills(state, e):
         emitted += 1
         request.generated = np.int32(request.generated + 1)
         request.phase = np.int32(DECODING)
+        engine.kv_tokens += request.computed
         if math.isnan(request.first_token):
             request.first_token = end
             if r < engine.next_deadline:
@@ -320,7 +322,7 @@ def _drop_finished(state, e):
     for i in range(engine.num_running):
         r = state.running[e, i]
         phase = state.requests[e, r].phase
-        if phase == DECODING or phase == PREFILLING:
+        if phase in (DECODING, PREFILLING):
             state.running[e, kept] = r
             kept += 1
             decoding += phase == DECODING

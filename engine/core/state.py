@@ -64,6 +64,7 @@ ENGINE = np.dtype(
         ("num_running", np.int64),
         ("num_decoding", np.int64),  # the first `num_decoding` of the running list decode; the rest prefill
         ("free_blocks", np.int64),
+        ("kv_tokens", np.int64),  # cached tokens of the decoding requests
         ("num_finished", np.int64),
         ("waiting_tokens", np.int64),  # prompt tokens still to prefill over all released requests
         ("next_deadline", np.int64),  # first request whose TTFT deadline has not been looked at
@@ -73,7 +74,7 @@ ENGINE = np.dtype(
         ("num_decodes", np.int64),
         ("num_prefills", np.int64),
         ("decode_tokens", np.int64),  # sum of 1 + c_i
-        ("decode_kv_tokens", np.int64),  # cached tokens of the decoding requests
+        ("decode_kv_tokens", np.int64),  # `kv_tokens` when the batch was planned
         ("candidate_steps", np.int64),  # largest c_i
         ("prefill_tokens", np.int64),
         ("prompts_completed", np.int64),  # of the batch's prefills, those whose last chunk this is

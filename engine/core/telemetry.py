@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.compiled import kernel
-from engine.core.state import MAX_CANDIDATES, State
+from engine.core.state import MAX_CANDIDATES
 
 LOAD_FIELDS = (
     "num_decodes",
@@ -93,7 +93,7 @@ def allocate_observation(num_engines: int, queue_rows: int, max_candidates: int)
 
 
 @kernel
-def _observe_queue(state: State, e, queue):
+def _observe_queue(state, e, queue):
     """Fill the queue rows in order of service: the prompt in progress, the preempted, then the new."""
     engine = state.engines[e]
     rows = queue.shape[1] - 1
@@ -130,7 +130,7 @@ def _observe_queue(state: State, e, queue):
 
 
 @kernel
-def _observe_acceptance(state: State, e, drafted, accepted):
+def _observe_acceptance(state, e, drafted, accepted):
     """Per-depth counts from the histograms of accepted lengths, which are emptied."""
     depths = drafted.shape[1]
     reached = 0
@@ -145,21 +145,18 @@ def _observe_acceptance(state: State, e, drafted, accepted):
 
 
 @kernel
-def observe(state: State, e, observation: Observation):
+def observe(state, e, observation):
     """Write engine `e`'s telemetry into `observation` and restart its since-last-observation counters."""
     engine = state.engines[e]
     load = observation.load
     waiting = _observe_queue(state, e, observation.queue)
     _observe_acceptance(state, e, observation.drafted, observation.accepted)
-    kv_tokens = 0
-    for i in range(engine.num_decoding):
-        kv_tokens += state.requests[e, state.running[e, i]].computed
     prefilling_tokens = 0
     for i in range(engine.num_decoding, engine.num_running):
         request = state.requests[e, state.running[e, i]]
         prefilling_tokens += request.context - request.computed
     load[e, NUM_DECODES] = engine.num_decoding
-    load[e, DECODE_KV_TOKENS] = kv_tokens
+    load[e, DECODE_KV_TOKENS] = engine.kv_tokens
     load[e, NUM_WAITING] = waiting
     load[e, WAITING_TOKENS] = engine.waiting_tokens
     load[e, PREFILLING_TOKENS] = prefilling_tokens

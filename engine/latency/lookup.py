@@ -46,7 +46,7 @@ class LookupGrid(NamedTuple):
 
 
 @kernel
-def _cell(axis, value):  # type: ignore[no-untyped-def]
+def _cell(axis, value):
     """Lower node and fraction of `value` on an ascending axis: clamped below, extrapolated above."""
     low = 0
     high = axis.shape[0] - 1
@@ -62,7 +62,7 @@ def _cell(axis, value):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def lookup_slice(grid, num_decodes, kv_tokens, out):  # type: ignore[no-untyped-def]
+def lookup_slice(grid, num_decodes, kv_tokens, out):
     """Fill out[nC, nN] with the predicted seconds of every (c, n) at this many decodes and cached tokens.
 
     Bilinear over (decodes, cached tokens); below the first node the first node's value, past the last the last cell's
@@ -87,7 +87,7 @@ def lookup_slice(grid, num_decodes, kv_tokens, out):  # type: ignore[no-untyped-
 
 
 @kernel
-def lookup_time(grid, num_decodes, kv_tokens, candidates, prefill_tokens):  # type: ignore[no-untyped-def]
+def lookup_time(grid, num_decodes, kv_tokens, candidates, prefill_tokens):
     """Predicted seconds of one iteration; linear between the grid's c and n as well."""
     i, x = _cell(grid.batch, float(num_decodes))
     j, y = _cell(grid.kv_tokens, float(kv_tokens))
@@ -110,7 +110,7 @@ def lookup_time(grid, num_decodes, kv_tokens, candidates, prefill_tokens):  # ty
 
 
 @njit(cache=True, error_model="numpy")
-def _true_times(tables, decodes, kv, candidates, chunks, contexts):  # type: ignore[no-untyped-def]
+def _true_times(tables, decodes, kv, candidates, chunks, contexts):
     """Noise-free seconds of sampled iterations: decodes, kv, candidates (S,); chunks, contexts (S, P)."""
     out = np.empty(decodes.shape[0])
     for s in range(decodes.shape[0]):
@@ -333,7 +333,7 @@ def _bake(
 
 
 @njit(cache=True, error_model="numpy")
-def _grid_times(grid, decodes, kv, candidates, prefill):  # type: ignore[no-untyped-def]
+def _grid_times(grid, decodes, kv, candidates, prefill):
     out = np.empty(decodes.shape[0])
     for s in range(decodes.shape[0]):
         out[s] = lookup_time(grid, decodes[s], kv[s], candidates[s], prefill[s])

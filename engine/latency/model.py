@@ -27,7 +27,7 @@ TABLES_FOLDER = Path(__file__).parent / "tables"
 
 
 @kernel
-def prefill_attention_time(tables, chunk, context):  # type: ignore[no-untyped-def]
+def prefill_attention_time(tables, chunk, context):
     """Seconds that the attention of one request's prompt chunk takes over all layers.
 
     `chunk` new prompt tokens after `context` cached ones. A chunk beyond the table costs as many full chunks plus the
@@ -49,7 +49,7 @@ def prefill_attention_time(tables, chunk, context):  # type: ignore[no-untyped-d
 
 
 @kernel
-def decode_attention_time(tables, num_decodes, kv_tokens, mixed):  # type: ignore[no-untyped-def]
+def decode_attention_time(tables, num_decodes, kv_tokens, mixed):
     """Seconds that attention takes over all layers for one new token in each of `num_decodes` requests.
 
     `kv_tokens` is the sum of their cached tokens, unequal requests are taken at their mean; `mixed` is 1 if the batch
@@ -71,7 +71,7 @@ def decode_attention_time(tables, num_decodes, kv_tokens, mixed):  # type: ignor
 
 
 @kernel
-def iteration_time(  # type: ignore[no-untyped-def]
+def iteration_time(
     tables,
     num_decodes,
     decode_tokens,

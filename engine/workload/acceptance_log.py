@@ -136,7 +136,7 @@ def replay(
 
 
 @njit(cache=True, error_model="numpy")
-def forward(seen, easy_share, persistence, agree, filtered):  # type: ignore[no-untyped-def]
+def forward(seen, easy_share, persistence, agree, filtered):
     """Log-likelihood of one turn's observations (P,) given its `agree` (state, agreed before).
 
     Fills `filtered` (P, 2, 2), the law of (state, agreed) at each position given what was seen up to it.
@@ -167,7 +167,7 @@ def forward(seen, easy_share, persistence, agree, filtered):  # type: ignore[no-
 
 
 @njit(cache=True, error_model="numpy")
-def _complete(seen, offset, easy_share, persistence, agree, quality, uniform, ranks, confidences):  # type: ignore[no-untyped-def]
+def _complete(seen, offset, easy_share, persistence, agree, quality, uniform, ranks, confidences):
     """Sample what is unobserved given what is; returns rank (P,) and confidence (P,)."""
     rank = np.empty(seen.size, dtype=np.uint8)
     confidence = np.empty(seen.size, dtype=np.float32)
@@ -191,7 +191,7 @@ def _complete(seen, offset, easy_share, persistence, agree, quality, uniform, ra
 
 
 @njit(cache=True, error_model="numpy")
-def _sample_back(law, easy_share, persistence, agree, uniform, confidences, ranks, rank, confidence):  # type: ignore[no-untyped-def]
+def _sample_back(law, easy_share, persistence, agree, uniform, confidences, ranks, rank, confidence):
     """Draw one turn's states and agreements from the filtered `law` (P, 2, 2), last position first."""
     state_after, agrees_after = -1, -1
     for position in range(law.shape[0] - 1, -1, -1):
@@ -216,7 +216,7 @@ def _sample_back(law, easy_share, persistence, agree, uniform, confidences, rank
 
 
 @njit(cache=True, error_model="numpy")
-def _mark(position, probability, agrees, uniform, confidences, ranks, rank, confidence):  # type: ignore[no-untyped-def]
+def _mark(position, probability, agrees, uniform, confidences, ranks, rank, confidence):
     """Set rank and confidence of a position whose agreement is settled."""
     quantile = int(uniform[position, 1] * 2.0**20)
     confidence[position] = confidence_at(confidences, probability, agrees, quantile % 256)

@@ -213,7 +213,7 @@ class DrafterAgreement(AgreementModel):
 
 
 @njit(cache=True, error_model="numpy")
-def _mix(x):  # type: ignore[no-untyped-def]
+def _mix(x):
     """SplitMix64's output function (Steele, Lea and Flood, OOPSLA 2014): 64 bits in, 64 well-mixed bits out."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -221,14 +221,14 @@ def _mix(x):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, error_model="numpy")
-def _key(seed, request):  # type: ignore[no-untyped-def]
+def _key(seed, request):
     """A request's own random stream: SplitMix64 started from two mixings of (seed, request)."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     return _mix(_mix(np.uint64(seed) + golden) ^ (np.uint64(request) * golden))
 
 
 @njit(cache=True, error_model="numpy")
-def _request_uniform(seed, request, out):  # type: ignore[no-untyped-def]
+def _request_uniform(seed, request, out):
     for i in range(request.size):
         bits = _mix(_key(seed, request[i]))
         out[i] = (np.float64(bits >> np.uint64(11)) + 0.5) * 2.0**-53
@@ -242,7 +242,7 @@ def request_uniform(seed: int, request: NDArray[np.int64]) -> NDArray[np.float64
 
 
 @njit(cache=True, error_model="numpy")
-def confidence_at(confidences, probability, agrees, quantile):  # type: ignore[no-untyped-def]
+def confidence_at(confidences, probability, agrees, quantile):
     """Confidence where agreeing has this probability: the table's quantile (0..255), interpolated in probability."""
     place = probability * (confidences.shape[0] - 1)
     level = min(int(place), confidences.shape[0] - 2)
@@ -251,7 +251,7 @@ def confidence_at(confidences, probability, agrees, quantile):  # type: ignore[n
 
 
 @njit(cache=True, error_model="numpy")
-def _fill(seed, request, offset, easy_share, persistence, agree, ranks, confidences, rank, confidence):  # type: ignore[no-untyped-def]
+def _fill(seed, request, offset, easy_share, persistence, agree, ranks, confidences, rank, confidence):
     """Walk every request's chain; `agree`, `ranks` and `confidences` as in `MarkovAgreement`."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     low = np.uint64(0xFFFFFFFF)

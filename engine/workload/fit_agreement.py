@@ -196,7 +196,7 @@ def _model(theta: NDArray[np.float64]) -> MarkovAgreement:
 
 
 @njit(cache=True, error_model="numpy")
-def _by_quality(seen, offset, easy_share, persistence, agree):  # type: ignore[no-untyped-def]
+def _by_quality(seen, offset, easy_share, persistence, agree):
     """(T, Q) log-likelihood of each turn given each quality's `agree` (Q, 2, 2)."""
     out = np.empty((offset.size - 1, agree.shape[0]))
     scratch = np.empty((seen.size, 2, 2))
@@ -208,7 +208,7 @@ def _by_quality(seen, offset, easy_share, persistence, agree):  # type: ignore[n
 
 
 @njit(cache=True, error_model="numpy")
-def _decode(run_length, offset, constant):  # type: ignore[no-untyped-def]
+def _decode(run_length, offset, constant):
     """Decode every request: constant draft length, or Hugging Face's heuristic where `constant` is 0."""
     accepted = np.empty(run_length.size, dtype=np.int64)
     drafted = np.empty(run_length.size, dtype=np.int64)
