@@ -18,7 +18,7 @@ def new_memory(max_candidates: int) -> NDArray[np.float64]:
 
 
 @kernel
-def learn_acceptance(memory, drafted, accepted, elapsed_s, tokens):  # type: ignore[no-untyped-def]
+def learn_acceptance(memory, drafted, accepted, elapsed_s, tokens):
     """Update the counts with the latest observation and write G into `tokens`.
 
     Old counts fade with a time constant of `MEMORY_S`. The chance that a candidate at depth d is accepted, given that

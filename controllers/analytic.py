@@ -6,10 +6,10 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
 from controllers.acceptance import learn_acceptance, new_memory
-from controllers.controller import CompiledController, Plant, batched
+from controllers.controller import CompiledController, Plant, batched, configured
 from engine.backends.simulator import CompiledLoop, Simulator, log_iteration, run_iteration
 from engine.compiled import kernel
 from engine.core.telemetry import (
@@ -26,7 +26,7 @@ from engine.core.telemetry import (
     Observation,
     observe,
 )
-from engine.latency.lookup import LookupGrid, lookup_slice
+from engine.latency.lookup import lookup_slice
 
 UNBOUNDED_S = 1e9
 LENGTH_MEMORY_S = 60.0
@@ -63,7 +63,7 @@ class Memory(NamedTuple):
 
 
 @kernel
-def _admissible_tokens(observation, e):  # type: ignore[no-untyped-def]
+def _admissible_tokens(observation, e):
     """Prompt tokens that the next iteration could prefill: the prompt in progress and what fits behind it.
 
     With the KV cache or the batch full the answer is little or nothing however long the queue is, and a budget chosen
@@ -85,7 +85,7 @@ def _admissible_tokens(observation, e):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _limit_by_deadlines(queue, extra_slack, work, grid, last, settings, memory):  # type: ignore[no-untyped-def]
+def _limit_by_deadlines(queue, extra_slack, work, grid, last, settings, memory):
     """Fill `most_seconds` for budgets 1..last; returns whether a queued request is past saving.
 
     Request i needs ceil(S_i / n) iterations of T(c, n) before its first token. It can be saved if some budget makes
@@ -120,7 +120,7 @@ def _limit_by_deadlines(queue, extra_slack, work, grid, last, settings, memory):
 
 
 @kernel
-def _cheapest_candidates(seconds, tokens, candidates, j, token_value):  # type: ignore[no-untyped-def]
+def _cheapest_candidates(seconds, tokens, candidates, j, token_value):
     """Index of the c with the least time beyond the value of its tokens, T(c, n_j) - mu G(c)."""
     best = UNBOUNDED_S
     chosen = 0
@@ -133,7 +133,7 @@ def _cheapest_candidates(seconds, tokens, candidates, j, token_value):  # type: 
 
 
 @kernel
-def _remember_load(observation, e, settings, memory):  # type: ignore[no-untyped-def]
+def _remember_load(observation, e, settings, memory):
     """Update the usual batch and the mean output length of finished requests."""
     load = observation.load
     elapsed = load[e, INTERVAL_S]
@@ -145,7 +145,7 @@ def _remember_load(observation, e, settings, memory):  # type: ignore[no-untyped
 
 
 @kernel
-def _prefill_price(num_decodes, token_value, settings, memory):  # type: ignore[no-untyped-def]
+def _prefill_price(num_decodes, token_value, settings, memory):
     """Price of a prompt token relative to its cost in bulk: decodes that a prompt put off will meet, per decode now.
 
     Of the requests that decode now a share exp(-l guard / (output length x mu)) is still there when the slack is used
@@ -157,7 +157,7 @@ def _prefill_price(num_decodes, token_value, settings, memory):  # type: ignore[
 
 
 @kernel
-def _least_prefill_rate(work, last, longest, token_value, grid, settings, memory):  # type: ignore[no-untyped-def]
+def _least_prefill_rate(work, last, longest, token_value, grid, settings, memory):
     """Slowest prefill, in prompt tokens per second, that still drains a late queue."""
     fastest = 0.0
     for j in range(1, last + 1):
@@ -168,7 +168,7 @@ def _least_prefill_rate(work, last, longest, token_value, grid, settings, memory
 
 
 @kernel
-def _choose_budget(num_decodes, work, last, lost, token_value, grid, settings, memory):  # type: ignore[no-untyped-def]
+def _choose_budget(num_decodes, work, last, lost, token_value, grid, settings, memory):
     """Indices of (c, n) among budgets 1..last; the rules are in `Analytic`'s docstring."""
     seconds = memory.seconds
     widest = grid.prefill_tokens.shape[0] - 1
@@ -208,7 +208,7 @@ def _choose_budget(num_decodes, work, last, lost, token_value, grid, settings, m
 
 
 @kernel
-def decide(observation, e, grid, settings, memory):  # type: ignore[no-untyped-def]
+def decide(observation, e, grid, settings, memory):
     """Indices (c, n) of the next action for engine `e`."""
     load = observation.load
     num_decodes = load[e, NUM_DECODES]
@@ -244,9 +244,7 @@ def decide(observation, e, grid, settings, memory):  # type: ignore[no-untyped-d
 
 
 @kernel
-def _run(  # type: ignore[no-untyped-def]
-    state, tables, run_lengths, observation, grid, settings, memory, decision_s, max_iterations, log
-):
+def _run(state, tables, run_lengths, observation, grid, settings, memory, decision_s, max_iterations, log):
     recording = len(log) > 0
     for row in range(max_iterations):
         observe(state, 0, observation)
@@ -259,6 +257,7 @@ def _run(  # type: ignore[no-untyped-def]
     return max_iterations, True
 
 
+@configured
 class Analytic(CompiledController):
     """Chooses c for the decodes and n for the prompts, from predicted times and measured acceptance.
 
@@ -310,12 +309,8 @@ class Analytic(CompiledController):
     guard: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     longest_iteration: Annotated[float, Field(gt=0.0)] = 0.5
     prefill_price: Annotated[float, Field(ge=0.0)] = 1.0
-    batch_memory_s: Annotated[float, Field(gt=0.0)] = 5.0
+    batch_memory_s: Annotated[float, Field(gt=0.0)] = 2.0
     drain_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
-
-    _memory: Memory = PrivateAttr()
-    _settings: Settings = PrivateAttr()
-    _grid: LookupGrid = PrivateAttr()
 
     def reset(self, plant: Plant) -> None:
         """Forget the measured acceptance and begin on `plant`."""

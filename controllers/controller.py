@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from engine.backends.simulator import CompiledLoop, Simulator
 from engine.core.action import ActionGrid
@@ -33,13 +34,17 @@ class Plant:
         return self.predict()
 
 
-class Controller(BaseModel, ABC):
-    """Chooses an action from telemetry; its fields are its configuration and are validated.
+configured = pydantic_dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+"""Class decorator of a controller: its annotated fields are its configuration; an unknown key, a wrong type or a value
+out of range is refused with the key's name."""
 
-    Subclasses implement `choose`. `reset` begins a run on a plant and must come before the first decision.
+
+class Controller(ABC):
+    """Chooses an action from telemetry.
+
+    Subclasses are `configured` and implement `choose`. `reset` begins a run on a plant and must come before the first
+    decision.
     """
-
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     decision_s: ClassVar[float] = 0.0
     """Seconds one decision is charged with `charge_decisions=constant`: a bound on what it takes on one core."""

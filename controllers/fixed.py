@@ -6,11 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import model_validator
 
-from controllers.controller import CompiledController
+from controllers.controller import CompiledController, configured
 from engine.backends.simulator import CompiledLoop, Simulator
 from engine.core.action import check_action
 
 
+@configured
 class Fixed(CompiledController):
     """Always the same candidate count and token budget.
 

@@ -5,9 +5,9 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
-from controllers.controller import CompiledController, Plant, batched
+from controllers.controller import CompiledController, Plant, batched, configured
 from engine.backends.simulator import CompiledLoop, Simulator, log_iteration, run_iteration
 from engine.compiled import kernel
 from engine.core.telemetry import (
@@ -37,7 +37,7 @@ class PosterMemory(NamedTuple):
 
 
 @kernel
-def _measure_tokens(observation, e, candidates, tokens):  # type: ignore[no-untyped-def]
+def _measure_tokens(observation, e, candidates, tokens):
     """Move G of the candidate count used last towards the tokens per request that it yielded."""
     if observation.drafted[e, 0] <= 0.0:
         return
@@ -52,7 +52,7 @@ def _measure_tokens(observation, e, candidates, tokens):  # type: ignore[no-unty
 
 
 @kernel
-def _limit_by_deadlines(queue, extra_slack, budgets, most_seconds):  # type: ignore[no-untyped-def]
+def _limit_by_deadlines(queue, extra_slack, budgets, most_seconds):
     """For each budget n the largest T with n / T >= S_i / slack_i for every queued request i with n < S_i.
 
     A request whose deadline has passed constrains nothing: the poster's right-hand side is negative there.
@@ -73,7 +73,7 @@ def _limit_by_deadlines(queue, extra_slack, budgets, most_seconds):  # type: ign
 
 
 @kernel
-def decide(observation, e, grid, ttft_target, memory):  # type: ignore[no-untyped-def]
+def decide(observation, e, grid, ttft_target, memory):
     """Indices (c, n) of the action: the largest G / T that keeps the deadlines, else the fastest prefill."""
     load = observation.load
     _measure_tokens(observation, e, grid.candidates, memory.tokens)
@@ -98,9 +98,7 @@ def decide(observation, e, grid, ttft_target, memory):  # type: ignore[no-untype
 
 
 @kernel
-def _run(  # type: ignore[no-untyped-def]
-    state, tables, run_lengths, observation, grid, ttft_target, memory, decision_s, max_iterations, log
-):
+def _run(state, tables, run_lengths, observation, grid, ttft_target, memory, decision_s, max_iterations, log):
     recording = len(log) > 0
     for row in range(max_iterations):
         observe(state, 0, observation)
@@ -113,6 +111,7 @@ def _run(  # type: ignore[no-untyped-def]
     return max_iterations, True
 
 
+@configured
 class Poster(CompiledController):
     """Maximise G(c) / T(c, n) over the whole table, subject to the queue's TTFT deadlines.
 
@@ -133,8 +132,6 @@ class Poster(CompiledController):
 
     ttft_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
     initial_acceptance: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.6
-
-    _memory: PosterMemory = PrivateAttr()
 
     def reset(self, plant: Plant) -> None:
         """Forget the measured G and begin on `plant`."""

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from controllers.controller import CompiledController
+from controllers.controller import CompiledController, configured
 from engine.backends.simulator import CompiledLoop, Simulator, log_iteration, run_iteration
 from engine.compiled import kernel
 from engine.core.action import MAX_TOKEN_BUDGET
@@ -16,7 +16,7 @@ from engine.core.telemetry import NUM_DECODES
 
 
 @kernel
-def _run(state, tables, run_lengths, candidates, total, decision_s, max_iterations, log):  # type: ignore[no-untyped-def]
+def _run(state, tables, run_lengths, candidates, total, decision_s, max_iterations, log):
     recording = len(log) > 0
     for row in range(max_iterations):
         num_decodes = state.engines[0].num_decoding
@@ -29,6 +29,7 @@ def _run(state, tables, run_lengths, candidates, total, decision_s, max_iteratio
     return max_iterations, True
 
 
+@configured
 class Sarathi(CompiledController):
     """A fixed total of tokens per iteration; prompts get what the decodes leave.
 
