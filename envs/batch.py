@@ -1,6 +1,7 @@
 """N simulated engines stepped together: the one implementation behind the single and the vector environment."""
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,24 @@ def _step_all(
         observe(state, e, observation)
 
 
+def _check_whole(**settings: Any) -> None:
+    for name, value in settings.items():
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def _check_seconds(name: str, value: Any, above_zero: bool) -> None:
+    number = isinstance(value, int | float | np.number) and bool(np.isfinite(value))
+    if not number or value < 0.0 or (above_zero and value == 0.0):
+        raise ValueError(f"{name}={value!r} must be a number of seconds {'above' if above_zero else 'of at least'} 0")
+
+
+def _check_type(name: str, value: Any, *kinds: type) -> None:
+    if not isinstance(value, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
+        raise ValueError(f"{name}={value!r} must be of type {expected}")
+
+
 class ServingBatch:
     """N engines with episodes: actions in, telemetry and costs out.
 
@@ -74,21 +93,19 @@ class ServingBatch:
         decide_every: int = 1,
         decision_s: float = 20e-6,
         episode_decisions: int | None = None,
-        distinct_workloads: int | None = None,
+        distinct_workloads: int | None = 64,
     ) -> None:
-        for name, value, least in (
-            ("num_envs", num_envs, 1),
-            ("queue_rows", queue_rows, 1),
-            ("decide_every", decide_every, 1),
-            ("episode_decisions", 1 if episode_decisions is None else episode_decisions, 1),
-            ("distinct_workloads", 1 if distinct_workloads is None else distinct_workloads, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        if not (np.isfinite(ttft_target) and ttft_target > 0.0):
-            raise ValueError(f"ttft_target={ttft_target} must be a positive number of seconds")
-        if not (np.isfinite(decision_s) and decision_s >= 0.0):
-            raise ValueError(f"decision_s={decision_s} must be a number of seconds >= 0")
+        _check_whole(num_envs=num_envs, queue_rows=queue_rows, decide_every=decide_every)
+        if episode_decisions is not None:
+            _check_whole(episode_decisions=episode_decisions)
+        if distinct_workloads is not None:
+            _check_whole(distinct_workloads=distinct_workloads)
+        _check_seconds("ttft_target", ttft_target, above_zero=True)
+        _check_seconds("decision_s", decision_s, above_zero=False)
+        _check_type("engine", engine, str, EngineConfig)
+        _check_type("workload", workload, WorkloadSource, Workload, NoneType)
+        _check_type("prices", prices, Prices, NoneType)
+        _check_type("grid", grid, ActionGrid, NoneType)
         self.num_envs = num_envs
         self.config = EngineConfig(name=engine, latency=engine) if isinstance(engine, str) else engine
         self.source = workload if workload is not None else default_workload()
@@ -129,6 +146,8 @@ class ServingBatch:
     ) -> None:
         """Begin a new episode in each of `envs`, with a workload drawn from its generator or given."""
         drawn = list(workloads) if workloads is not None else [self._draw(rng) for rng in rngs]
+        for workload in drawn:
+            _check_type("options['workload']", workload, Workload)
         if self._simulator is None:
             if len(drawn) != self.num_envs:
                 raise RuntimeError("the first reset must be of all environments")

@@ -93,8 +93,8 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
     - `decide_every`: iterations per decision.
     - `decision_s`: seconds a decision is charged on the engine's clock.
     - `episode_decisions`: decisions after which an episode is cut; None serves every request.
-    - `distinct_workloads`: draw the workload's seed from this many and keep what was drawn, which makes resets cheap;
-      None draws a new workload for every episode.
+    - `distinct_workloads`: draw the workload's seed from this many and keep what was drawn, because drawing one costs
+      about as much as serving it; None draws a new workload for every episode.
 
     `reset(options={"workload": workload})` plays one given workload, for comparisons on common random numbers.
     """

@@ -7,6 +7,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from engine.core.action import ActionError
 from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S
 
 
@@ -17,11 +18,15 @@ class DiscreteAction(gymnasium.ActionWrapper[Any, np.int64, NDArray[np.int64]]):
         super().__init__(env)
         assert isinstance(env.action_space, spaces.MultiDiscrete)
         self._budgets = int(env.action_space.nvec[1])
-        self.action_space = spaces.Discrete(int(env.action_space.nvec.prod()))
+        self._pairs = int(env.action_space.nvec.prod())
+        self.action_space = spaces.Discrete(self._pairs)
 
     def action(self, action: np.int64) -> NDArray[np.int64]:
-        """The pair of indices."""
-        return np.array(divmod(int(action), self._budgets), dtype=np.int64)
+        """The pair of indices; ActionError when the integer is out of range."""
+        number = np.asarray(action)
+        if number.shape != () or number.dtype.kind not in "iu" or not 0 <= number < self._pairs:
+            raise ActionError(f"action {action!r} must be a whole number from 0 to {self._pairs - 1}")
+        return np.array(divmod(int(number), self._budgets), dtype=np.int64)
 
 
 class BoxAction(gymnasium.ActionWrapper[Any, NDArray[np.float32], NDArray[np.int64]]):
@@ -34,8 +39,11 @@ class BoxAction(gymnasium.ActionWrapper[Any, NDArray[np.float32], NDArray[np.int
         self.action_space = spaces.Box(-1.0, 1.0, shape=(2,), dtype=np.float32)
 
     def action(self, action: NDArray[np.float32]) -> NDArray[np.int64]:
-        """The indices nearest to the two numbers; beyond [-1, 1] the ends."""
-        unit = (np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0) + 1.0) / 2.0
+        """The indices nearest to the two numbers; beyond [-1, 1] the ends. ActionError for anything else."""
+        numbers = np.asarray(action, dtype=np.float64)
+        if numbers.shape != (2,) or np.isnan(numbers).any():
+            raise ActionError(f"action {action!r} must be two numbers in [-1, 1], for c and for n")
+        unit = (np.clip(numbers, -1.0, 1.0) + 1.0) / 2.0
         return np.rint(unit * self._last).astype(np.int64)
 
 

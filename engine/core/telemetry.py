@@ -102,7 +102,7 @@ def _observe_queue(state, e, queue):
     rest_slack = NO_DEADLINE_S
     prefilling = engine.num_running - engine.num_decoding
     waiting = prefilling + engine.num_preempted + engine.released - engine.next_new
-    for position in range(min(waiting, rows + 1)):
+    for position in range(min(waiting, rows + 1 + engine.num_preempted)):
         if position < prefilling:
             r = state.running[e, engine.num_decoding + position]
         elif position < prefilling + engine.num_preempted:
@@ -113,9 +113,12 @@ def _observe_queue(state, e, queue):
         slack = NO_DEADLINE_S
         if request.generated == 0:
             slack = request.arrival + engine.ttft_target - engine.now
-        if position == rows:
-            rest_slack = slack
-            break
+        if position >= rows:
+            # Those behind arrived later: the first that has a deadline has the smallest slack.
+            if slack < NO_DEADLINE_S:
+                rest_slack = slack
+                break
+            continue
         remaining = request.context - request.computed
         queue[e, row, 0] = remaining
         queue[e, row, 1] = slack

@@ -1,0 +1,10 @@
+"""All benchmarks, one after the other: `python -m tests.bench` from the repository root."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.bench import cold_start, decisions, environment, simulator
+
+for benchmark in (simulator, decisions, environment, cold_start):
+    benchmark.main()

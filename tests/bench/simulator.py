@@ -1,0 +1,56 @@
+"""Iterations and requests per CPU second of the whole loop: `python -m tests.bench.simulator`."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from controllers.analytic import Analytic
+from controllers.controller import CompiledController
+from controllers.fixed import Fixed
+from controllers.poster import Poster
+from controllers.sarathi import Sarathi
+from engine.backends.simulator import Simulator
+from tests.bench import measure
+from tests.bench.plant import RATE, REQUESTS, plant, simulator
+
+CONTROLLERS: tuple[tuple[CompiledController, float | None, float | None], ...] = (
+    (Fixed(candidates=3, token_budget=512), 1e6, 1e5),
+    (Fixed(candidates=0, token_budget=512), None, None),
+    (Sarathi(total_budget=512), None, None),
+    (Poster(), 3e5, None),
+    (Analytic(), 3e5, None),
+)
+
+
+def _measure(
+    engine: Simulator, controller: CompiledController, iterations_goal: float | None, requests_goal: float | None
+) -> None:
+    def run() -> float:
+        engine.load(0, engine.workloads[0])
+        controller.reset(shared)
+        loop = controller.loop(engine, controller.decision_s)
+        begin = time.process_time()
+        engine.run_to_end(loop)
+        return time.process_time() - begin
+
+    shared = plant(engine)
+    seconds = measure.median_reported(run)
+    row = engine.state.engines[0]
+    batch = row["batched_requests"] / row["iterations"]
+    name = f"{controller.label()}, mean batch {batch:.1f}"
+    measure.rate(f"{name}: iterations", row["iterations"] / seconds, iterations_goal)
+    measure.rate(f"{name}: requests", row["num_finished"] / seconds, requests_goal)
+
+
+def main() -> None:
+    """Every compiled controller over the same requests."""
+    measure.title(f"Whole loop, {REQUESTS:,} LMSYS-like requests at {RATE:g} /s, Vicuna-7B on an A100")
+    engine = simulator()
+    for controller, iterations_goal, requests_goal in CONTROLLERS:
+        _measure(engine, controller, iterations_goal, requests_goal)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

@@ -1,0 +1,135 @@
+"""Small random serving cases, and a driver that runs the compiled core over one, iteration by iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle
+
+import numpy as np
+from hypothesis import strategies as st
+
+from engine.core import state as core
+from engine.core.scheduler import advance_clock, commit, has_work, plan, release
+from engine.core.state import State
+from tests.engine.core.reference import Engine, Request
+
+TTFT_TARGET_S = 1.0
+MOST_ITERATIONS = 5000
+
+
+@dataclass(frozen=True)
+class Case:
+    """Limits, requests as (arrival, prompt, output, agrees), and the actions (c, n) that are cycled through."""
+
+    block_size: int
+    total_blocks: int
+    watermark_blocks: int
+    max_num_seqs: int
+    requests: tuple[tuple[float, int, int, tuple[bool, ...]], ...]
+    actions: tuple[tuple[int, int], ...]
+
+    @property
+    def limits(self) -> dict[str, int]:
+        return {
+            "block_size": self.block_size,
+            "total_blocks": self.total_blocks,
+            "watermark_blocks": self.watermark_blocks,
+            "max_num_seqs": self.max_num_seqs,
+        }
+
+    def reference(self) -> Engine:
+        return Engine([Request(i, a, p, o, list(g)) for i, (a, p, o, g) in enumerate(self.requests)], **self.limits)
+
+    def state(self) -> State:
+        """The compiled core's memory, loaded with the requests; output positions are numbered through."""
+        state = core.allocate(1, len(self.requests), ttft_target=TTFT_TARGET_S, **self.limits)
+        arrival, prompt, output, _ = zip(*self.requests, strict=True)
+        first = np.concatenate([[0], np.cumsum(output)])
+        core.load(state, 0, np.array(arrival), np.array(prompt), np.array(output), first)
+        return state
+
+    def elapsed(self, batch_tokens: int, batch_size: int) -> float:
+        """Seconds of an iteration; dyadic, so that clocks can be compared exactly."""
+        return 0.125 + batch_tokens / 256 + batch_size / 64
+
+
+@st.composite
+def cases(draw: st.DrawFn, most_requests: int = 8, most_seqs: int = 4) -> Case:
+    """Tight memory, few seats, bursts of arrivals: what makes schedulers fail."""
+    block_size = draw(st.integers(1, 4))
+    total_blocks = draw(st.integers(3, 12))
+    capacity = block_size * total_blocks
+    requests = []
+    arrival = 0.0
+    for _ in range(draw(st.integers(1, most_requests))):
+        arrival += draw(st.sampled_from([0.0, 0.0, 0.0, 0.125, 0.5, 1.0, 8.0]))
+        prompt = draw(st.integers(1, capacity // 3) | st.integers(1, capacity - 1))
+        output = max(1, capacity - prompt - draw(st.integers(0, capacity // 2)))
+        agrees = draw(st.lists(st.booleans(), min_size=output, max_size=output))
+        requests.append((arrival, prompt, output, tuple(agrees)))
+    actions = draw(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 64)), min_size=1, max_size=6))
+    return Case(
+        block_size=block_size,
+        total_blocks=total_blocks,
+        watermark_blocks=draw(st.integers(0, 1)),
+        max_num_seqs=draw(st.integers(1, most_seqs)),
+        requests=tuple(requests),
+        actions=tuple(actions),
+    )
+
+
+def wake(state: State) -> bool:
+    """Release arrivals, jumping to the next one when there is nothing to do; False when nothing is left."""
+    release(state, 0)
+    if has_work(state, 0):
+        return True
+    engine = state.engines[0]
+    if engine["released"] == engine["num_requests"]:
+        return False
+    advance_clock(state, 0, float(state.requests["arrival"][0, engine["released"]]))
+    release(state, 0)
+    return True
+
+
+def batch(state: State) -> list[tuple[int, int]]:
+    """The planned batch as (request, tokens), decodes first."""
+    count = int(state.engines["num_decodes"][0] + state.engines["num_prefills"][0])
+    requests, tokens = state.batch_request[0, :count].tolist(), state.batch_tokens[0, :count].tolist()
+    return list(zip(requests, tokens, strict=True))
+
+
+def accept(state: State, case: Case) -> None:
+    """Accept every planned candidate up to the first disagreement."""
+    for i, (r, tokens) in enumerate(batch(state)[: int(state.engines["num_decodes"][0])]):
+        generated = int(state.requests["generated"][0, r])
+        right = [*case.requests[r][3][generated : generated + tokens - 1], False]
+        state.accepted[0, i] = right.index(False)
+
+
+def elapsed(state: State, case: Case) -> float:
+    """Seconds that the planned batch takes."""
+    planned = batch(state)
+    return case.elapsed(sum(tokens for _, tokens in planned), len(planned))
+
+
+def iterate(state: State, case: Case) -> Iterator[tuple[str, int, int]]:
+    """Run the core to the end, pausing with ("begin" | "planned" | "committed", c, n) in every iteration."""
+    for count, (candidates, token_budget) in enumerate(cycle(case.actions)):
+        assert count < MOST_ITERATIONS, "the engine makes no progress"
+        if not wake(state):
+            return
+        yield "begin", candidates, token_budget
+        assert plan(state, 0, candidates, token_budget)
+        yield "planned", candidates, token_budget
+        accept(state, case)
+        commit(state, 0, elapsed(state, case))
+        yield "committed", candidates, token_budget
+
+
+def run(case: Case) -> State:
+    """The core's state after the last request has finished."""
+    state = case.state()
+    for _ in iterate(state, case):
+        pass
+    return state

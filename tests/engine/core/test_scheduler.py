@@ -1,0 +1,376 @@
+"""The compiled scheduler against a plain-Python reference, its invariants, and timelines computed by hand."""
+
+from __future__ import annotations
+
+import math
+from itertools import cycle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from engine.core.scheduler import commit, plan
+from engine.core.state import (
+    DECODING,
+    FINISHED,
+    ITL_BINS,
+    ITL_BINS_PER_E,
+    ITL_LOWEST_S,
+    NOT_ADMITTED,
+    PREEMPTED,
+    PREFILLING,
+    State,
+)
+from tests.engine.core.cases import (
+    MOST_ITERATIONS,
+    TTFT_TARGET_S,
+    Case,
+    accept,
+    batch,
+    cases,
+    elapsed,
+    iterate,
+    run,
+    wake,
+)
+from tests.engine.core.reference import Engine, Request
+
+PHASES = {
+    "queued": (NOT_ADMITTED, PREEMPTED),
+    "prefilling": (PREFILLING,),
+    "decoding": (DECODING,),
+    "finished": (FINISHED,),
+}
+
+
+@settings(max_examples=250, deadline=None)
+@given(cases())
+def test_every_iteration_agrees_with_the_reference(case: Case) -> None:
+    _assert_agrees_with_the_reference(case)
+
+
+def _assert_agrees_with_the_reference(case: Case) -> State:
+    state, reference = case.state(), case.reference()
+    for count, (candidates, token_budget) in enumerate(cycle(case.actions)):
+        assert count < MOST_ITERATIONS
+        more = wake(state)
+        assert more == (not reference.done)
+        if not more:
+            break
+        reference.wake()
+        assert state.engines["now"][0] == reference.now
+        plan(state, 0, candidates, token_budget)
+        assert batch(state) == reference.plan(candidates, token_budget)
+        _assert_same_requests(state, reference)
+        accept(state, case)
+        seconds = elapsed(state, case)
+        assert state.accepted[0, : len(reference.decodes)].tolist() == reference.accepted()
+        commit(state, 0, seconds)
+        reference.commit(seconds)
+        _assert_same_requests(state, reference)
+    _assert_same_totals(state, reference)
+    return state
+
+
+def _assert_same_requests(state: State, reference: Engine) -> None:
+    engine = state.engines[0]
+    assert engine["now"] == reference.now
+    assert engine["free_blocks"] == reference.free_blocks
+    assert state.running[0, : engine["num_running"]].tolist() == [
+        *(request.number for request in reference.running if request.phase == "decoding"),
+        *(request.number for request in reference.running if request.phase == "prefilling"),
+    ]
+    for row, request in zip(state.requests[0], reference.requests, strict=True):
+        assert row["phase"] in PHASES[request.phase]
+        assert row["generated"] == request.generated
+        assert row["preemptions"] == request.preemptions
+        assert row["blocks"] == reference.blocks(request.slots)
+        assert _same_time(row["admitted"], request.admitted)
+        if request.phase != "finished":
+            assert (row["computed"], row["context"]) == (request.cached, request.context)
+        if request.emissions:
+            assert row["first_token"] == request.emissions[0][0]
+            assert row["last_token"] == request.emissions[-1][0]
+            assert row["max_itl"] == max(request.gaps, default=0.0)
+        else:
+            assert math.isnan(row["first_token"])
+
+
+def _same_time(a: float, b: float) -> bool:
+    return a == b or (math.isnan(a) and math.isnan(b))
+
+
+def _assert_same_totals(state: State, reference: Engine) -> None:
+    engine = state.engines[0]
+    requests = reference.requests
+    for row, request in zip(state.requests[0], requests, strict=True):
+        assert row["drafted"] == sum(drafted for drafted, _ in request.drafts)
+        assert row["accepted"] == sum(accepted for _, accepted in request.drafts)
+    assert engine["total_drafted"] == sum(drafted for r in requests for drafted, _ in r.drafts)
+    assert engine["total_accepted"] == sum(accepted for r in requests for _, accepted in r.drafts)
+    assert engine["total_decode_steps"] == sum(len(r.drafts) for r in requests)
+    assert engine["preemptions"] == sum(r.preemptions for r in requests)
+    bins = np.repeat(np.arange(ITL_BINS), state.itl[0])
+    gaps = sorted(gap for r in requests for gap in r.gaps)
+    assert len(bins) == len(gaps)
+    np.testing.assert_allclose(ITL_LOWEST_S * np.exp((bins + 0.5) / ITL_BINS_PER_E), gaps, rtol=0.00502)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_blocks_are_conserved_and_never_overcommitted(case: Case) -> None:
+    state = case.state()
+    engine, requests = state.engines, state.requests[0]
+    lowest = case.total_blocks
+    for _ in iterate(state, case):
+        assert engine["free_blocks"][0] >= 0
+        assert engine["free_blocks"][0] + requests["blocks"].sum() == case.total_blocks
+        assert np.all(requests["blocks"] >= 0)
+        lowest = min(lowest, int(engine["free_blocks"][0]))
+    assert engine["free_blocks"][0] == case.total_blocks
+    assert 0 <= engine["lowest_free_blocks"][0] <= lowest
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_each_request_in_a_batch_holds_blocks_for_all_it_will_cache(case: Case) -> None:
+    state = case.state()
+    for moment, *_ in iterate(state, case):
+        held = state.requests["blocks"][0] * case.block_size
+        assert np.all(held >= state.requests["computed"][0] * (state.requests["phase"][0] != FINISHED))
+        if moment == "planned":
+            for r, tokens in batch(state):
+                assert held[r] >= state.requests["computed"][0, r] + tokens
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_the_running_list_is_in_order_of_arrival_with_decodes_first(case: Case) -> None:
+    state = case.state()
+    engine = state.engines[0]
+    for moment, *_ in iterate(state, case):
+        running = state.running[0, : engine["num_running"]]
+        phases = state.requests["phase"][0, running]
+        assert len(running) <= case.max_num_seqs
+        assert np.all(np.diff(running) > 0)
+        assert np.all(phases[: engine["num_decoding"]] == DECODING)
+        assert np.all(phases[engine["num_decoding"] :] == PREFILLING)
+        if moment == "begin":
+            assert len(running) - engine["num_decoding"] <= 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_candidates_stay_within_c_and_the_output_limit_and_prompts_within_n(case: Case) -> None:
+    state = case.state()
+    engine = state.engines[0]
+    for moment, candidates, token_budget in iterate(state, case):
+        if moment != "planned":
+            continue
+        planned = batch(state)
+        decodes, prefills = planned[: engine["num_decodes"]], planned[engine["num_decodes"] :]
+        for r, tokens in decodes:
+            request = state.requests[0, r]
+            assert 1 <= tokens <= 1 + candidates
+            assert request["generated"] + tokens <= request["output"]
+        assert sum(tokens for _, tokens in prefills) <= token_budget
+        assert all(tokens >= 1 for _, tokens in prefills)
+        assert engine["decode_tokens"] == sum(tokens for _, tokens in decodes)
+        assert engine["prefill_tokens"] == sum(tokens for _, tokens in prefills)
+        assert engine["candidate_steps"] == max((tokens - 1 for _, tokens in decodes), default=0)
+        assert engine["decode_kv_tokens"] == sum(state.requests["computed"][0, r] for r, _ in decodes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_no_request_is_served_a_prompt_token_before_one_that_arrived_earlier(case: Case) -> None:
+    state = case.state()
+    for moment, *_ in iterate(state, case):
+        if moment != "planned":
+            continue
+        served = [r for r, _ in batch(state)[state.engines["num_decodes"][0] :]]
+        assert served == sorted(served)
+        waiting = np.isin(state.requests["phase"][0], (NOT_ADMITTED, PREEMPTED))
+        assert not served or not waiting[: served[-1]].any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_nothing_is_lost_or_duplicated(case: Case) -> None:
+    state = case.state()
+    engine = state.engines[0]
+    for moment, *_ in iterate(state, case):
+        planned = [r for r, _ in batch(state)]
+        if moment == "planned":
+            assert len(planned) == len(set(planned))
+        running = state.running[0, : engine["num_running"]].tolist()
+        preempted = state.preempted[0, : engine["num_preempted"]].tolist()
+        never_admitted = range(engine["next_new"], len(case.requests))
+        finished = np.flatnonzero(state.requests["phase"][0] == FINISHED).tolist()
+        assert sorted([*running, *preempted, *never_admitted, *finished]) == list(range(len(case.requests)))
+        assert preempted == sorted(preempted, reverse=True)
+        assert engine["num_finished"] == len(finished)
+    assert np.all(state.requests["phase"][0] == FINISHED)
+    assert np.array_equal(state.requests["generated"][0], state.requests["output"][0])
+    assert engine["total_emitted"] == sum(output for _, _, output, _ in case.requests)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_running_counters_equal_what_the_request_table_says(case: Case) -> None:
+    state = case.state()
+    engine, requests = state.engines[0], state.requests[0]
+    for moment, *_ in iterate(state, case):
+        now = engine["now"]
+        released = np.arange(len(requests)) < engine["released"]
+        if moment == "begin":
+            assert np.array_equal(released, requests["arrival"] <= now)
+        prefilled = np.isin(requests["phase"], (DECODING, FINISHED))
+        remaining = np.where(released & ~prefilled, requests["context"] - requests["computed"], 0)
+        assert engine["waiting_tokens"] == remaining.sum()
+        _assert_costs(engine, requests, now)
+    assert engine["waiting_tokens"] == 0
+    assert engine["tpot_weight"] == pytest.approx(0.0, abs=1e-12)
+
+
+def _assert_costs(engine: np.void, requests: np.ndarray, now: float) -> None:
+    started = ~np.isnan(requests["first_token"])
+    deadline = requests["arrival"] + TTFT_TARGET_S
+    first = np.where(started, requests["first_token"], now)
+    late = np.maximum(0.0, first - deadline)
+    assert engine["violations"] == np.count_nonzero(late > 0.0)
+    assert engine["overdue"] == np.count_nonzero((late > 0.0) & ~started)
+    assert engine["lateness"] == pytest.approx(late.sum(), abs=1e-9)
+    several = started & (requests["output"] > 1)
+    weight = 1.0 / np.maximum(requests["output"] - 1, 1)
+    alive = several & (requests["phase"] != FINISHED)
+    last = np.where(alive, now, requests["last_token"])
+    assert engine["tpot_weight"] == pytest.approx(weight[alive].sum(), abs=1e-9)
+    assert engine["tpot_cost"] == pytest.approx(((last - first) * weight)[several].sum(), abs=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_busy_time_and_batch_totals_add_up_over_iterations(case: Case) -> None:
+    state = case.state()
+    iterations, batched, busy = 0, 0, 0.0
+    for moment, *_ in iterate(state, case):
+        if moment == "planned":
+            iterations += 1
+            batched += len(batch(state))
+            busy += elapsed(state, case)
+    engine = state.engines[0]
+    assert (engine["iterations"], engine["batched_requests"], engine["busy_s"]) == (iterations, batched, busy)
+
+
+def test_two_requests_on_a_constant_iteration_of_one_second() -> None:
+    state = _timeline(((0.0, 4, 3), (0.5, 6, 2)), c=0, n=4)
+    assert state.requests["admitted"][0].tolist() == [0.0, 1.0]
+    assert state.requests["first_token"][0].tolist() == [1.0, 3.0]
+    assert state.requests["last_token"][0].tolist() == [3.0, 4.0]
+    assert state.engines["iterations"][0] == 4
+    assert state.engines["violations"][0] == 1
+    assert state.engines["lateness"][0] == 1.5
+    assert state.engines["tpot_cost"][0] == 1.0 + 1.0
+
+
+def test_two_prompts_share_one_budget() -> None:
+    state = _timeline(((0.0, 3, 1), (0.0, 4, 2)), c=0, n=5)
+    assert state.requests["first_token"][0].tolist() == [1.0, 2.0]
+    assert state.requests["last_token"][0].tolist() == [1.0, 3.0]
+    assert state.engines["batched_requests"][0] == 2 + 1 + 1
+
+
+def test_perfect_drafts_emit_one_plus_c_tokens_an_iteration() -> None:
+    state = _timeline(((0.0, 2, 8),), c=3, n=8, agrees=True)
+    assert state.requests["last_token"][0, 0] == 3.0
+    assert state.requests["drafted"][0, 0] == 3 + 2
+    assert state.requests["accepted"][0, 0] == 5
+
+
+def test_wrong_drafts_emit_one_token_an_iteration() -> None:
+    state = _timeline(((0.0, 2, 4),), c=3, n=8, agrees=False)
+    assert state.requests["last_token"][0, 0] == 4.0
+    assert state.requests["drafted"][0, 0] == 2 + 1 + 0
+    assert state.requests["accepted"][0, 0] == 0
+
+
+def test_a_seat_is_taken_in_the_iteration_after_it_became_free() -> None:
+    state = _timeline(((0.0, 1, 2), (0.0, 1, 1), (0.0, 1, 1)), c=0, n=8, max_num_seqs=1)
+    assert state.requests["admitted"][0].tolist() == [0.0, 2.0, 3.0]
+    assert state.requests["first_token"][0].tolist() == [1.0, 3.0, 4.0]
+
+
+def test_an_idle_engine_jumps_to_the_next_arrival() -> None:
+    state = _timeline(((2.0, 1, 1), (10.0, 1, 1)), c=0, n=8)
+    assert state.requests["first_token"][0].tolist() == [3.0, 11.0]
+    assert state.engines["busy_s"][0] == 2.0
+
+
+def test_the_latest_arrival_is_preempted_and_recomputes_what_it_had() -> None:
+    state = _timeline(((0.0, 2, 3), (0.0, 2, 3)), c=0, n=8, total_blocks=5)
+    assert state.requests["preemptions"][0].tolist() == [0, 1]
+    assert state.requests["first_token"][0].tolist() == [1.0, 1.0]
+    assert state.requests["last_token"][0].tolist() == [3.0, 5.0]
+    assert state.requests["max_itl"][0].tolist() == [1.0, 3.0]
+    assert state.requests["generated"][0].tolist() == [3, 3]
+
+
+def test_nothing_is_admitted_in_an_iteration_that_had_to_preempt() -> None:
+    requests = ((0.0, 2, 10, (True,) * 10), (0.0, 2, 10, (False,) * 10))
+    case = Case(1, 12, 0, 2, requests, ((3, 64), (3, 64), (0, 64), (0, 64)))
+    _assert_agrees_with_the_reference(case)
+    state = case.state()
+    batches = [batch(state) for moment, *_ in iterate(state, case) if moment == "planned"]
+    assert batches[:4] == [[(0, 2), (1, 2)], [(0, 4), (1, 4)], [(0, 1)], [(0, 1), (1, 4)]]
+
+
+def test_the_watermark_delays_the_second_request_but_never_the_first() -> None:
+    state = _timeline(((0.0, 3, 1), (0.0, 2, 1)), c=0, n=8, total_blocks=5, watermark_blocks=1)
+    assert state.requests["admitted"][0].tolist() == [0.0, 1.0]
+
+
+def _timeline(requests: tuple, *, c: int, n: int, agrees: bool = False, **limits: int) -> State:
+    """Run (arrival, prompt, output) requests with blocks of one token and iterations of one second."""
+    rows = tuple((arrival, prompt, output, (agrees,) * output) for arrival, prompt, output in requests)
+    sizes = {"total_blocks": 100, "watermark_blocks": 0, "max_num_seqs": 8, **limits}
+    return run(_OneSecond(block_size=1, requests=rows, actions=((c, n),), **sizes))
+
+
+class _OneSecond(Case):
+    def elapsed(self, batch_tokens: int, batch_size: int) -> float:
+        return 1.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_recomputing_after_preemption_emits_no_token_twice(case: Case) -> None:
+    state = case.state()
+    seen = np.zeros(len(case.requests), dtype=int)
+    for moment, *_ in iterate(state, case):
+        generated = state.requests["generated"][0].astype(int)
+        assert np.all(generated >= seen)
+        if moment == "committed":
+            assert state.engines["emitted_tokens"][0] == (generated - seen).sum()
+            served = {r for r, _ in batch(state)}
+            assert {int(r) for r in np.flatnonzero(generated > seen)} <= served
+        seen = generated
+    assert seen.tolist() == [output for _, _, output, _ in case.requests]
+
+
+def test_a_storm_of_preemptions_ends_and_spares_the_first_arrival() -> None:
+    requests = tuple((0.0, 4, 12, (True,) * 12) for _ in range(8))
+    case = Case(1, 17, 0, 8, requests, ((3, 64),))
+    state = _assert_agrees_with_the_reference(case)
+    assert state.engines["preemptions"][0] > len(requests)
+    assert state.requests["preemptions"][0, 0] == 0
+
+
+def test_the_reference_itself_accepts_only_up_to_the_first_disagreement() -> None:
+    request = Request(0, 0.0, 1, 6, [True, True, True, False, True, True])
+    engine = Engine([request], block_size=1, total_blocks=10, watermark_blocks=0, max_num_seqs=1)
+    for tokens in (1, 3, 2):
+        engine.plan(4, 8)
+        engine.commit(1.0)
+        assert request.emissions[-1][1] == tokens
+    assert engine.done
