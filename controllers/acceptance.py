@@ -28,7 +28,7 @@ def learn_acceptance(memory, drafted, accepted, elapsed_s, tokens):
 
     Args:
         memory: (2, C) from `new_memory`.
-        drafted, accepted: (C,) the observation's counts.
+        drafted, accepted: the observation's counts; a depth it does not have counts as never drafted.
         elapsed_s: seconds since the last observation.
         tokens: (C + 1,) G by candidate count: 1 + sum over depths of the product of the chances.
     """
@@ -37,8 +37,9 @@ def learn_acceptance(memory, drafted, accepted, elapsed_s, tokens):
     survival = 1.0
     tokens[0] = 1.0
     for depth in range(memory.shape[1]):
-        memory[0, depth] = memory[0, depth] * keep + drafted[depth]
-        memory[1, depth] = memory[1, depth] * keep + accepted[depth]
+        seen = depth < drafted.shape[0]
+        memory[0, depth] = memory[0, depth] * keep + (drafted[depth] if seen else 0.0)
+        memory[1, depth] = memory[1, depth] * keep + (accepted[depth] if seen else 0.0)
         chance = (memory[1, depth] + PRIOR_COUNT * chance) / (memory[0, depth] + PRIOR_COUNT)
         survival *= chance
         tokens[depth + 1] = tokens[depth] + survival

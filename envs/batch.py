@@ -12,6 +12,7 @@ from engine.compiled import kernel
 from engine.config import EngineConfig
 from engine.core.action import ActionError, ActionGrid
 from engine.core.telemetry import Observation, observe
+from engine.latency.model import LatencyModel
 from engine.workload.agreement import DrafterAgreement
 from engine.workload.arrivals import PoissonArrivals
 from engine.workload.lengths import NamedLengths
@@ -74,6 +75,20 @@ def _check_type(name: str, value: Any, *kinds: type) -> None:
         raise ValueError(f"{name}={value!r} must be of type {expected}")
 
 
+def refuse_rendering(render_mode: str | None) -> None:
+    """ValueError for any render mode but None."""
+    if render_mode is not None:
+        raise ValueError(f"render_mode={render_mode!r}: this environment has nothing to render, leave it None")
+
+
+def given_workload(options: dict[str, Any] | None) -> Workload | None:
+    """The workload in a reset's options, if any; ValueError for options that do not exist."""
+    unknown = sorted(set(options or {}) - {"workload"})
+    if unknown:
+        raise ValueError(f"reset(options=...) knows 'workload' only, got {', '.join(map(repr, unknown))}")
+    return (options or {}).get("workload")
+
+
 class ServingBatch:
     """N engines with episodes: actions in, telemetry and costs out.
 
@@ -92,10 +107,13 @@ class ServingBatch:
         queue_rows: int = 64,
         decide_every: int = 1,
         decision_s: float = 20e-6,
+        episode_s: float | None = None,
         episode_decisions: int | None = None,
         distinct_workloads: int | None = 64,
     ) -> None:
         _check_whole(num_envs=num_envs, queue_rows=queue_rows, decide_every=decide_every)
+        if episode_s is not None:
+            _check_seconds("episode_s", episode_s, above_zero=True)
         if episode_decisions is not None:
             _check_whole(episode_decisions=episode_decisions)
         if distinct_workloads is not None:
@@ -115,13 +133,15 @@ class ServingBatch:
         self.max_candidates = max(self.grid.candidate_choices)
         self.decide_every = decide_every
         self.decision_s = decision_s
-        self.episode_decisions = episode_decisions
+        self.episode_s = np.inf if episode_s is None else episode_s
+        self.episode_decisions = np.inf if episode_decisions is None else episode_decisions
         self.ttft_target = ttft_target
         self.distinct_workloads = distinct_workloads
         self.decisions = np.zeros(num_envs, dtype=np.int64)
         self._choices = np.array([len(self.grid.candidate_choices), len(self.grid.budget_choices)])
         self._unit_prices = self.prices.per_unit(ttft_target)
         self._drawn: dict[int, Workload] = {}
+        self._latency = LatencyModel.load(self.config.latency)
         self._simulator: Simulator | None = None
 
     @property
@@ -155,6 +175,7 @@ class ServingBatch:
                 self.config,
                 drawn,
                 ttft_target=self.ttft_target,
+                latency=self._latency,
                 queue_rows=self.queue_rows,
                 max_candidates=self.max_candidates,
             )
@@ -202,10 +223,10 @@ class ServingBatch:
             over,
         )
         self.decisions += 1
-        if self.episode_decisions is not None:
-            for e in np.flatnonzero((self.decisions >= self.episode_decisions) & ~over):
-                costs[e, 3] = unfinished_cost(simulator.state, int(e), self.prices)
-                over[e] = True
+        cut = (simulator.state.engines["now"] >= self.episode_s) | (self.decisions >= self.episode_decisions)
+        for e in np.flatnonzero(cut & ~over):
+            costs[e, 3] = unfinished_cost(simulator.state, int(e), self.prices)
+            over[e] = True
         return observation, costs, over
 
     def summary(self, e: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from engine.core.telemetry import Observation
-from envs.batch import ServingBatch
+from envs.batch import ServingBatch, given_workload, refuse_rendering
 from envs.reward import TERMS
 from envs.spaces import action_space, observation_space
 
@@ -80,7 +80,9 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
     ## Episode end
 
     Never by termination: serving is a continuing task. Truncation when every request of the workload has finished, or
-    after `episode_decisions`; what is unfinished then is charged. `info["episode_summary"]` reports the episode.
+    after `episode_s` or `episode_decisions`; what is unfinished then is charged. `info["episode_summary"]` reports the
+    episode. Returns of episodes cut by decisions do not order policies: a decision for a large n takes longer and meets
+    more requests. Gymnasium's own `max_episode_steps` cuts in the same way and charges nothing.
 
     ## Arguments
 
@@ -92,7 +94,8 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
     - `queue_rows`: M, waiting requests observed one by one.
     - `decide_every`: iterations per decision.
     - `decision_s`: seconds a decision is charged on the engine's clock.
-    - `episode_decisions`: decisions after which an episode is cut; None serves every request.
+    - `episode_s`: seconds on the engine's clock after which an episode is cut; None serves every request.
+    - `episode_decisions`: decisions after which an episode is cut.
     - `distinct_workloads`: draw the workload's seed from this many and keep what was drawn, because drawing one costs
       about as much as serving it; None draws a new workload for every episode.
 
@@ -102,8 +105,7 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
     metadata = {"render_modes": []}  # noqa: RUF012
 
     def __init__(self, render_mode: str | None = None, **settings: Any) -> None:
-        if render_mode is not None:
-            raise ValueError(f"render_mode={render_mode!r}: this environment has nothing to render, leave it None")
+        refuse_rendering(render_mode)
         self.render_mode = None
         self.batch = ServingBatch(1, **settings)
         self.observation_space: spaces.Space[Any] = observation_space(self.batch.queue_rows, self.batch.max_candidates)
@@ -118,7 +120,7 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
     ) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
         """Begin an episode; the seed draws its workload unless `options["workload"]` gives one."""
         super().reset(seed=seed)
-        given = (options or {}).get("workload")
+        given = given_workload(options)
         self.batch.reset([0], [self.np_random], None if given is None else [given])
         observation = self.batch.simulator.new_observation()
         self.batch.observe([0], observation)

@@ -10,7 +10,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from engine.core.telemetry import Observation
-from envs.batch import ServingBatch
+from envs.batch import ServingBatch, given_workload, refuse_rendering
 from envs.reward import TERMS
 from envs.spaces import action_space, observation_space
 
@@ -30,7 +30,15 @@ class ServingVectorEnv(VectorEnv[dict[str, NDArray[np.float32]], NDArray[np.int6
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
 
-    def __init__(self, num_envs: int = 1, max_episode_steps: int | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        num_envs: int = 1,
+        max_episode_steps: int | None = None,
+        render_mode: str | None = None,
+        **settings: Any,
+    ) -> None:
+        refuse_rendering(render_mode)
+        self.render_mode = None
         settings.setdefault("episode_decisions", max_episode_steps)
         self.num_envs = num_envs
         self.batch = ServingBatch(num_envs, **settings)
@@ -62,7 +70,7 @@ class ServingVectorEnv(VectorEnv[dict[str, NDArray[np.float32]], NDArray[np.int6
             for i, s in enumerate(seeds):
                 if s is not None:
                     self._rngs[i] = gymnasium.utils.seeding.np_random(s)[0]
-        given = (options or {}).get("workload")
+        given = given_workload(options)
         everywhere = range(self.num_envs)
         self.batch.reset(everywhere, self._rngs, None if given is None else [given] * self.num_envs)
         observation = self.batch.simulator.new_observation()

@@ -5,17 +5,19 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
 from numpy.typing import NDArray
 
 from engine.core.action import ActionError
 from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S
 
 
-class DiscreteAction(gymnasium.ActionWrapper[Any, np.int64, NDArray[np.int64]]):
+class DiscreteAction(gymnasium.ActionWrapper[Any, np.int64, NDArray[np.int64]], RecordConstructorArgs):
     """One integer for the pair: action = index of c * number of budget choices + index of n."""
 
     def __init__(self, env: gymnasium.Env[Any, NDArray[np.int64]]) -> None:
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self)
+        gymnasium.ActionWrapper.__init__(self, env)
         assert isinstance(env.action_space, spaces.MultiDiscrete)
         self._budgets = int(env.action_space.nvec[1])
         self._pairs = int(env.action_space.nvec.prod())
@@ -29,11 +31,12 @@ class DiscreteAction(gymnasium.ActionWrapper[Any, np.int64, NDArray[np.int64]]):
         return np.array(divmod(int(number), self._budgets), dtype=np.int64)
 
 
-class BoxAction(gymnasium.ActionWrapper[Any, NDArray[np.float32], NDArray[np.int64]]):
+class BoxAction(gymnasium.ActionWrapper[Any, NDArray[np.float32], NDArray[np.int64]], RecordConstructorArgs):
     """Two numbers in [-1, 1], spread evenly over the candidate choices and the budget choices."""
 
     def __init__(self, env: gymnasium.Env[Any, NDArray[np.int64]]) -> None:
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self)
+        gymnasium.ActionWrapper.__init__(self, env)
         assert isinstance(env.action_space, spaces.MultiDiscrete)
         self._last = env.action_space.nvec - 1
         self.action_space = spaces.Box(-1.0, 1.0, shape=(2,), dtype=np.float32)
@@ -47,7 +50,7 @@ class BoxAction(gymnasium.ActionWrapper[Any, NDArray[np.float32], NDArray[np.int
         return np.rint(unit * self._last).astype(np.int64)
 
 
-class FlatObservation(gymnasium.ObservationWrapper[NDArray[np.float32], Any, Any]):
+class FlatObservation(gymnasium.ObservationWrapper[NDArray[np.float32], Any, Any], RecordConstructorArgs):
     """One flat vector with every entry of order one: log(1 + x) of counts, tokens and times, squashed slack.
 
     Counts, tokens and durations become log(1 + x / unit) with unit 1 request, 100 tokens, 10 ms; slack becomes
@@ -56,7 +59,8 @@ class FlatObservation(gymnasium.ObservationWrapper[NDArray[np.float32], Any, Any
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self)
+        gymnasium.ObservationWrapper.__init__(self, env)
         assert isinstance(env.observation_space, spaces.Dict)
         size = sum(spaces.flatdim(space) for space in env.observation_space.values())
         self.observation_space = spaces.Box(-1.0, 50.0, shape=(size,), dtype=np.float32)

@@ -112,7 +112,7 @@ def _observe_queue(state, e, queue):
         request = state.requests[e, r]
         slack = NO_DEADLINE_S
         if request.generated == 0:
-            slack = request.arrival + engine.ttft_target - engine.now
+            slack = max(request.arrival + engine.ttft_target - engine.now, -NO_DEADLINE_S)
         if position >= rows:
             # Those behind arrived later: the first that has a deadline has the smallest slack.
             if slack < NO_DEADLINE_S:
@@ -165,7 +165,7 @@ def observe(state, e, observation):
     load[e, PREFILLING_TOKENS] = prefilling_tokens
     load[e, FREE_KV_TOKENS] = max(0, engine.free_blocks - engine.watermark_blocks) * engine.block_size
     load[e, FREE_SEQS] = engine.max_num_seqs - engine.num_running
-    load[e, INTERVAL_S] = engine.now - engine.seen_at
+    load[e, INTERVAL_S] = min(engine.now - engine.seen_at, NO_DEADLINE_S)
     load[e, ITERATIONS] = engine.seen_iterations
     load[e, ARRIVALS] = engine.seen_arrivals
     load[e, ARRIVED_TOKENS] = engine.seen_arrived_tokens

@@ -87,7 +87,7 @@ class TraceSource(WorkloadSource):
             and getattr(self, name) != type(self).model_fields[name].default
         }
         options = "".join(f" {name}={value}" for name, value in settings.items())
-        return f"{_stem(self.path)}{self._suffix()}{options}"
+        return f"{_stem(self.path)}{options}{self._suffix()}"
 
     def draw(self, seed: int) -> Workload:
         trace = prepare_trace(
@@ -138,10 +138,10 @@ class SyntheticSource(WorkloadSource):
 
     @property
     def scenario(self) -> str:
-        fields = type(self.arrivals).model_fields
-        values = {name: getattr(self.arrivals, name) for name in fields}
-        set_ = {n: v for n, v in values.items() if isinstance(v, float) and v != fields[n].default}
-        return " ".join([self.name, *(f"{n}={v:g}" for n, v in sorted(set_.items()))]) + self._suffix()
+        rate = getattr(self.arrivals, "rate", None)
+        if rate is None:
+            return self.name + self._suffix()
+        return f"{self.name} {rate * self.rate_scale:g}/s"
 
     def draw(self, seed: int) -> Workload:
         arrival = self.arrivals.draw(_stream(seed, _ARRIVALS), self.num_requests, self.duration_s)

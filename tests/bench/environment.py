@@ -16,8 +16,8 @@ NUM_ENVS = 256
 STEPS = 100
 STRETCHES = 60
 SETTINGS: dict[str, dict[str, int]] = {
-    "every episode draws its workload": {},
-    "episodes share 64 workloads": {"distinct_workloads": 64},
+    "every episode draws its workload": {"distinct_workloads": None},
+    "as made by default": {},
 }
 
 

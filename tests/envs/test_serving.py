@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S, PREEMPTIONS, TTFT_
 from engine.latency.table_file import LatencyTableError
 from engine.workload.workload import WorkloadError
 from envs import SERVING_ID
+from envs.batch import ServingBatch
 from envs.reward import TERMS, Prices
 from envs.serving import ServingEnv
 from envs.spaces import LOAD_BOUNDS
@@ -49,7 +51,7 @@ Observed = dict[str, np.ndarray]
 
 
 def _assert_same(a: Observed, b: Observed) -> None:
-    assert list(a) == list(b)
+    assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype == np.float32
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
@@ -61,9 +63,9 @@ def _copy(observation: Observed) -> Observed:
 
 @pytest.mark.parametrize("name", REGISTERED)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("settings_", [{}, {"workload": short(), "decide_every": 2, "queue_rows": 1}], ids=str)
-def test_gymnasiums_checker_has_no_complaint(name: str, form: str, settings_: dict[str, Any]) -> None:
-    env = FORMS[form](gymnasium.make(name, disable_env_checker=True, **settings_).unwrapped)
+@pytest.mark.parametrize("options", [{}, {"workload": short(), "decide_every": 2, "queue_rows": 1}], ids=len)
+def test_gymnasiums_checker_has_no_complaint(name: str, form: str, options: dict[str, Any]) -> None:
+    env = FORMS[form](gymnasium.make(name, disable_env_checker=True, **options).unwrapped)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # Said of every wrapper: the checker would rather have the environment inside it.
@@ -363,7 +365,7 @@ def test_an_engine_that_never_speculates_has_an_observation_too() -> None:
 
 @pytest.mark.parametrize(
     "action",
-    [[9, 0], [0, 13], [-1, 0], [0, -1], [0.0, 1.0], [np.nan, 0], [True, False], [0], [0, 0, 0], [[0, 0]], 5, None, "ab"],
+    [[9, 0], [0, 13], [-1, 0], [0, -1], [0.0, 1.0], [np.nan, 0], [True, False], [0], [0, 0, 0], 5, None, "ab"],
     ids=str,
 )
 def test_an_action_off_the_grid_is_refused_and_changes_nothing(action: Any) -> None:
@@ -456,7 +458,7 @@ def test_other_misuse_says_what_to_do() -> None:
         ServingVectorEnv(2).step(np.zeros((2, 2), dtype=np.int64))
     with pytest.raises(ValueError, match="2 seeds for 3"):
         ServingVectorEnv(3).reset(seed=[1, 2])
-    with pytest.raises(LatencyTableError, match="'vicuna_7b'.*vicuna_7b_a100"):
+    with pytest.raises(LatencyTableError, match=r"'vicuna_7b'.*vicuna_7b_a100"):
         ServingEnv(engine=EngineConfig(name="x", latency="vicuna_7b")).reset(seed=0)
     with pytest.raises(ValueError, match=r"options\['workload'\]"):
         ServingEnv().reset(seed=0, options={"workload": short()})
@@ -516,9 +518,5 @@ def test_the_class_docstring_lists_the_load_fields_and_choices_that_there_are() 
 
 def test_the_class_docstring_explains_every_argument() -> None:
     explained = re.findall(r"^ *- `(\w+)`:", ServingEnv.__doc__ or "", flags=re.MULTILINE)
-    import inspect
-
-    from envs.batch import ServingBatch
-
     accepted = list(inspect.signature(ServingBatch.__init__).parameters)
     assert explained == [name for name in accepted if name not in ("self", "num_envs")]

@@ -34,6 +34,20 @@ def short(num_requests: int = 5, rate: float = 8.0) -> SyntheticSource:
     )
 
 
+def crowded(num_requests: int) -> SyntheticSource:
+    """More than `tiny_engine(40)` holds: prompts up to 300 tokens, outputs from 1 to 300."""
+    return SyntheticSource(
+        name="crowded",
+        arrivals=PoissonArrivals(rate=20.0),
+        lengths=LognormalLengths(
+            prompt_median=80, prompt_sigma=0.8, output_median=30, output_sigma=2.0, max_prompt_tokens=300,
+            max_output_tokens=300,
+        ),
+        agreement=IidAgreement(alpha=0.6),
+        num_requests=num_requests,
+    )  # fmt: skip
+
+
 def conversations(rate: float, num_requests: int) -> SyntheticSource:
     """Requests as long as those of Azure's conversation trace; one A100 saturates between 4 and 8 a second."""
     return SyntheticSource(

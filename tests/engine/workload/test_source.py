@@ -123,7 +123,7 @@ def test_a_log_is_repeated_in_order_or_at_random(log):
 
 def test_scenarios_tell_settings_apart_but_not_seeds(trace):
     assert TraceSource(path=trace).scenario == "made"
-    assert TraceSource(path=trace, rate_scale=0.5, duration_s=9.0).scenario == "made x0.5 duration_s=9.0"
+    assert TraceSource(path=trace, rate_scale=0.5, duration_s=9.0).scenario == "made duration_s=9.0 x0.5"
     assert synthetic(rate_scale=2).scenario != synthetic().scenario
 
 

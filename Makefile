@@ -1,0 +1,40 @@
+# `make install`, `make test` and `make compare` need python3 (3.11 or newer) and make, nothing else.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+RUN := $(VENV)/bin/python
+OUT := runs/outputs/compare
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install test lint bench compare clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make $(MAKECMDGOALS) PYTHON=python3.11" % v[:2])'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet $(TORCH)
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+test: lint
+	$(RUN) -m pytest
+
+lint: install
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+bench: install
+	$(RUN) -m tests.bench
+
+# A sweep of its own is always complete: leftovers of an interrupted one would be reported with it.
+compare: install
+	rm -rf $(OUT)
+	$(RUN) -m runs.evaluate -m experiment=quick hydra.sweep.dir=$(OUT)/runs
+	$(RUN) -m runs.report $(OUT)/runs --out $(OUT)/report
+	@echo "Open $(CURDIR)/$(OUT)/report/report.html"
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

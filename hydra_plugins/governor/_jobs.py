@@ -1,0 +1,140 @@
+"""The jobs of one sweep, composed and run inside whichever process is asked to."""
+
+import copy
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.singleton import Singleton
+from hydra.core.utils import configure_log, run_job, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+SUBDIR = "${hydra.job.num}"
+INTERRUPTED = 130
+"""Exit status of a process that was told to stop."""
+
+
+@dataclass
+class Jobs:
+    """Composes and runs the jobs of one sweep; the same in every process.
+
+    Composing a configuration takes longer than a short run. Jobs that choose the same config groups differ in plain
+    values only, so each such choice is composed once and the values are set on a copy.
+    """
+
+    context: HydraContext
+    task: TaskFunction
+    config: DictConfig
+    bases: dict[tuple[str, ...], DictConfig] = field(default_factory=dict)
+    parsed: dict[str, tuple[Override, bool]] = field(default_factory=dict)
+
+    def run(self, job: tuple[int, list[str]]) -> tuple[int, int]:
+        """Run (number, overrides); returns (number, exit status)."""
+        number, overrides = job
+        try:
+            config = self.compose(number, overrides)
+            if _needs_all_of_hydra(config):
+                returned = run_job(
+                    hydra_context=self.context,
+                    task_function=self.task,
+                    config=config,
+                    job_dir_key="hydra.sweep.dir",
+                    job_subdir_key="hydra.sweep.subdir",
+                )
+                _ = returned.return_value
+            else:
+                _run_light(self.task, config)
+        except SystemExit as stop:
+            return number, stop.code if isinstance(stop.code, int) else 1
+        except KeyboardInterrupt:
+            return number, INTERRUPTED
+        return number, 0
+
+    def compose(self, number: int, overrides: list[str]) -> DictConfig:
+        """The configuration of one job, as Hydra composes it."""
+        values = [self._parse(text) for text in overrides]
+        # A folder named after the overrides needs Hydra's own account of them.
+        shared = OmegaConf.to_container(self.config.hydra.sweep)["subdir"] == SUBDIR  # type: ignore[index,call-overload]
+        plain = [override for override, is_plain in values if shared and is_plain]
+        rest = tuple(str(override.input_line) for override, is_plain in values if not (shared and is_plain))
+        if rest not in self.bases:
+            self.bases[rest] = self.context.config_loader.load_sweep_config(self.config, list(rest))
+        config = copy.deepcopy(self.bases[rest])
+        for override in plain:
+            OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+        with open_dict(config):
+            config.hydra.job.id = number
+            config.hydra.job.num = number
+            config.hydra.overrides.task = list(overrides)
+            # Hundreds of jobs would each announce themselves.
+            if "console" in config.hydra.job_logging.get("handlers", {}):
+                config.hydra.job_logging.handlers.console.level = "WARNING"
+        return config
+
+    def _parse(self, text: str) -> tuple[Override, bool]:
+        """An override, and whether it sets a plain value of the application's configuration."""
+        if text not in self.parsed:
+            loader = self.context.config_loader
+            (override,) = OverridesParser.create(config_loader=loader).parse_overrides([text])
+            key = override.key_or_group
+            is_plain = (
+                override.type == OverrideType.CHANGE
+                and override.package is None
+                and not key.startswith("hydra")
+                and not loader.get_group_options(key)
+            )
+            self.parsed[text] = override, is_plain
+        return self.parsed[text]
+
+
+def _needs_all_of_hydra(config: DictConfig) -> bool:
+    job = config.hydra.job
+    return bool(config.hydra.callbacks or config.hydra.output_subdir or job.chdir or job.env_set)
+
+
+def _run_light(task: TaskFunction, config: DictConfig) -> None:
+    """Hydra's `run_job` for a job that asks for none of its extras, without its five copies of the configuration."""
+    out = Path(config.hydra.sweep.dir, str(config.hydra.sweep.subdir)).resolve()
+    with open_dict(config):
+        config.hydra.runtime.output_dir = str(out)
+    HydraConfig.instance().set_config(config)
+    out.mkdir(parents=True, exist_ok=True)
+    configure_log(config.hydra.job_logging, config.hydra.verbose)
+    task(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+
+
+_jobs: Jobs | None = None
+
+
+def begin(jobs: Jobs, singletons: Any) -> None:
+    """Make this process a worker for `jobs`, with the parent's Hydra state."""
+    global _jobs
+    _jobs = jobs
+    # A stopped worker unwinds, so that a run that is being written cleans up after itself.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    setup_globals()
+    Singleton.set_state(singletons)
+
+
+def _stop(*_: Any) -> None:
+    sys.exit(INTERRUPTED)
+
+
+def work(share: list[tuple[int, list[str]]]) -> list[tuple[int, int]]:
+    """`Jobs.run` in a worker, job after job until one fails."""
+    assert _jobs is not None
+    results: list[tuple[int, int]] = []
+    for job in share:
+        results.append(_jobs.run(job))
+        if results[-1][1] == INTERRUPTED:
+            sys.exit(INTERRUPTED)
+        if results[-1][1] != 0:
+            break
+    return results

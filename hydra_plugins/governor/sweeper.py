@@ -1,0 +1,129 @@
+"""A sweep over alternatives: settings that belong together, such as a controller and its own parameters."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+Settings = dict[str, str]
+"""Sweep by key, in Hydra's syntax: `{"controller": "poster,analytic", "seed": "range(3)"}`."""
+
+
+class AlternativesSweeper(Sweeper):
+    """Like Hydra's own sweeper, with unions: a grid of `fixed` settings beside the controllers that have none.
+
+    Args:
+        params: swept in every job, as Hydra's own sweeper does.
+        alternatives: named axes, each a list of settings; a job takes one entry of every axis.
+
+    The command line narrows a preset. A value given there replaces the preset's. A choice of a config group, say
+    `controller=analytic`, keeps the entries of that choice only, with their other settings, and is run without any
+    where no entry has it.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Any] | None = None,
+        alternatives: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    ) -> None:
+        self.params = _texts(params or {})
+        self.axes = [[_texts(entry) for entry in entries] for entries in (alternatives or {}).values()]
+        self.hydra_context: HydraContext | None = None
+        self.config: DictConfig | None = None
+        self.launcher: Launcher | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra before `sweep`."""
+        self.hydra_context = hydra_context
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Launch every job; `arguments` are the command line's overrides."""
+        assert self.config is not None
+        assert self.hydra_context is not None
+        assert self.launcher is not None
+        folder = Path(self.config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        jobs = combine(self.params, self.axes, arguments, self.hydra_context.config_loader)
+        return self.launcher.launch(jobs, initial_job_idx=0)
+
+
+def combine(
+    params: Settings, axes: Sequence[Sequence[Settings]], arguments: Sequence[str], loader: ConfigLoader
+) -> list[list[str]]:
+    """Overrides of every job, the last axis varying fastest, so that jobs on the same requests are neighbours."""
+    given = {override.get_key_element(): override for override in _parse(arguments, loader)}
+    chosen = {key: _values(f"{key}={_text(o)}", loader) for key, o in given.items() if loader.get_group_options(key)}
+    taken: set[str] = set()
+    narrowed: list[list[Settings]] = []
+    for entries in axes:
+        kept, keys = _narrow(entries, chosen, loader)
+        taken |= keys
+        narrowed.append(kept)
+    outer = [override.input_line or "" for key, override in given.items() if key not in taken]
+    blocks = [_expand([*(f"{k}={v}" for k, v in params.items() if k not in given), *outer], loader)]
+    for kept in narrowed:
+        # What the command line gives as a value is in the first block; an axis must not repeat it.
+        rows = [{k: v for k, v in entry.items() if k in taken or k not in given} for entry in kept]
+        blocks.append([job for row in rows for job in _expand([f"{k}={v}" for k, v in row.items()], loader)])
+    jobs = ([text for part in parts for text in part] for parts in itertools.product(*blocks))
+    return [list(job) for job in dict.fromkeys(tuple(job) for job in jobs)]
+
+
+def _narrow(
+    entries: Sequence[Settings], chosen: Mapping[str, list[str]], loader: ConfigLoader
+) -> tuple[list[Settings], set[str]]:
+    """The entries that agree with the group choices of the command line, and the groups that they decide."""
+    keys = {key for entry in entries for key in entry} & set(chosen)
+    kept: list[Settings] = list(entries)
+    for key in sorted(keys):
+        agreeing: list[Settings] = []
+        missing = list(chosen[key])
+        for entry in kept:
+            own = _values(f"{key}={entry[key]}", loader) if key in entry else chosen[key]
+            common = [value for value in chosen[key] if value in own]
+            missing = [value for value in missing if value not in common]
+            if common:
+                agreeing.append({**entry, key: ",".join(common)})
+        kept = [*agreeing, {key: ",".join(missing)}] if missing else agreeing
+    return kept, keys
+
+
+def _parse(texts: Sequence[str], loader: ConfigLoader) -> list[Any]:
+    return list(OverridesParser.create(config_loader=loader).parse_overrides(list(texts)))
+
+
+def _expand(texts: Sequence[str], loader: ConfigLoader) -> list[list[str]]:
+    (batch,) = BasicSweeper.split_arguments(_parse(texts, loader), None)
+    return batch
+
+
+def _values(text: str, loader: ConfigLoader) -> list[str]:
+    return [job[0].split("=", 1)[1] for job in _expand([text], loader)]
+
+
+def _text(override: Any) -> str:
+    return str(override.input_line).split("=", 1)[1]
+
+
+def _texts(settings: Mapping[str, Any]) -> Settings:
+    """A list is a sweep over its entries."""
+    return {
+        str(key): ",".join(map(str, value))
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else str(value)
+        for key, value in settings.items()
+    }

@@ -1,0 +1,87 @@
+"""Evaluates one controller: `python -m runs.evaluate controller=analytic workload=trace workload.path=FILE ...`.
+
+Composes the configuration (conf/evaluate.yaml), checks it, serves the workload, and writes `config.yaml`,
+`summary.json`, `requests.parquet` and, with `record_iterations=true`, `iterations.parquet` into the run folder
+(`hydra.run.dir`), beside `evaluate.log`. Nothing of these is written before the run has finished.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from runs import folder, mistakes
+from runs.evaluation import Evaluation, Result
+from runs.progress import progress
+
+log = logging.getLogger("evaluate")
+
+
+def evaluate(config: DictConfig, out: Path, choices: dict[str, str]) -> Result:
+    """Run what `config` says and write the run folder. Raises MistakeError for what the user can fix."""
+    evaluation = mistakes.instantiate(config, Evaluation)
+    _warn(evaluation)
+    with progress() as on_progress, mistakes.named():
+        result = evaluation.run(on_progress)
+    result.summary["run"]["workload"] = choices.get("workload", result.summary["run"]["workload"])
+    resolved = OmegaConf.to_yaml(config, resolve=True)
+    iterations = result.iterations if evaluation.record_iterations else None
+    folder.write_run(out, resolved, result.summary, result.requests, iterations)
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    evaluation.logger.record(
+        out, {str(key): value for key, value in plain.items()}, result.summary, result.requests, result.iterations
+    )
+    return result
+
+
+def _warn(evaluation: Evaluation) -> None:
+    own = getattr(evaluation.controller, "ttft_target", None)
+    if own is not None and own != evaluation.slo.ttft_target:
+        log.warning(
+            "slo.ttft_target=%g s is not the controller's own target, controller.ttft_target=%g s: attainment is "
+            "counted against the former",
+            evaluation.slo.ttft_target,
+            own,
+        )
+
+
+def _say(result: Result, out: Path) -> None:
+    summary = result.summary
+    log.info(
+        "%s on %s, %s: TPOT %.2f ms, TTFT p99 %.3f s, attainment %.3f, %d requests, %d iterations in %.2f s",
+        summary["run"]["label"],
+        summary["run"]["engine"],
+        summary["run"]["scenario"],
+        1e3 * summary["tpot_mean_s"],
+        summary["ttft_p99_s"],
+        summary["ttft_attainment"],
+        summary["requests_finished"],
+        summary["iterations"],
+        summary["sim_wall_s"],
+    )
+    log.info("written to %s", out)
+
+
+def job(config: DictConfig) -> None:
+    """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
+    out = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        _say(evaluate(config, out, dict(HydraConfig.get().runtime.choices)), out)
+    except mistakes.MistakeError as mistake:
+        if mistakes.wants_traceback():
+            raise
+        log.error("%s", mistake)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        log.error("interrupted: nothing was written")
+        sys.exit(130)
+
+
+main = hydra.main(version_base=None, config_path="../conf", config_name="evaluate")(job)
+
+if __name__ == "__main__":
+    main()

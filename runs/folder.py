@@ -1,0 +1,63 @@
+"""What a run leaves on disk, written all at once or not at all."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+CONFIG = "config.yaml"
+SUMMARY = "summary.json"
+REQUESTS = "requests.parquet"
+ITERATIONS = "iterations.parquet"
+
+
+def write_run(
+    folder: Path,
+    config: str,
+    summary: dict[str, Any],
+    requests: dict[str, NDArray[Any]],
+    iterations: NDArray[np.void] | None,
+) -> None:
+    """Write a run's files beside their final names, then rename them, the summary last.
+
+    Where there is a summary, everything it speaks of is there; a run that is killed leaves none. The parquet files
+    depend on their contents alone, so that equal runs are equal byte by byte.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = {name: folder / f".{name}.partial" for name in (CONFIG, REQUESTS, ITERATIONS, SUMMARY)}
+    try:
+        partial[CONFIG].write_text(config, encoding="utf-8")
+        _write_table(requests, partial[REQUESTS])
+        if iterations is None:
+            del partial[ITERATIONS]
+        else:
+            names = iterations.dtype.names or ()
+            _write_table({name: np.ascontiguousarray(iterations[name]) for name in names}, partial[ITERATIONS])
+        partial[SUMMARY].write_text(json.dumps(_plain(summary), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        # An older summary would speak of files that are about to be replaced.
+        for name in (SUMMARY, ITERATIONS):
+            (folder / name).unlink(missing_ok=True)
+        for name, path in partial.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+
+
+def _write_table(columns: dict[str, NDArray[Any]], path: Path) -> None:
+    pq.write_table(pa.table(columns), path, compression="zstd", write_statistics=False)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: what has no value is null."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

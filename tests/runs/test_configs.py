@@ -1,0 +1,115 @@
+"""Every configuration file composes, and makes what it says it makes."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
+
+from engine.latency.model import available_tables
+from hydra_plugins.governor.sweeper import combine
+from runs.evaluation import Evaluation
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+EVALUATE_GROUPS = ("engine", "workload", "controller", "actions", "logger", "experiment")
+CHOICES = [
+    (str(path.parent.relative_to(CONF)), path.stem)
+    for group in EVALUATE_GROUPS
+    for path in sorted((CONF / group).rglob("*.yaml"))
+]
+
+
+def evaluation(*overrides: str) -> Evaluation:
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose("evaluate", list(overrides))
+    made = instantiate(config, _convert_="all")
+    assert isinstance(made, Evaluation)
+    return made
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES, ids=lambda value: value)
+def test_every_choice_of_every_group_composes_and_instantiates(group: str, name: str, tmp_path: Path) -> None:
+    extra = []
+    if (group, name) in {("workload", "trace"), ("workload", "acceptance_log")}:
+        extra = [f"workload.path={tmp_path / 'requests.csv'}"]
+    elif group.startswith("workload/"):
+        extra = ["workload=synthetic"]
+    evaluation(*extra, f"{group}={name}")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "engine").glob("*.yaml")))
+def test_an_engine_file_is_named_after_its_engine_and_the_engine_fits(name: str) -> None:
+    from runs.evaluation import load_latency
+
+    engine = evaluation(f"engine={name}").engine
+    assert engine.name == name
+    assert engine.limits(load_latency(engine.latency)).total_blocks * engine.block_size > 1000
+
+
+def test_every_shipped_latency_table_has_an_engine() -> None:
+    assert {path.stem for path in (CONF / "engine").glob("*.yaml")} == set(available_tables())
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "controller").glob("*.yaml")))
+def test_a_controller_file_lists_every_setting_with_its_default(name: str) -> None:
+    config = OmegaConf.to_container(OmegaConf.load(CONF / "controller" / f"{name}.yaml"))
+    assert isinstance(config, dict)
+    kind = get_class(str(config.pop("_target_")))
+    defaults = {field.name: field.default for field in dataclasses.fields(kind) if field.init}
+    assert config == defaults
+
+
+@pytest.mark.parametrize("name", ["quick", "poster_speculation", "poster_chunked_prefill"])
+def test_the_jobs_of_an_experiment_are_different_runs(name: str) -> None:
+    jobs = jobs_of(name)
+    assert len({tuple(job) for job in jobs}) == len(jobs)
+    assert any("controller=analytic" in job for job in jobs)
+    assert any("controller=fixed" in job for job in jobs)
+    assert all(sum(text.startswith("controller=") for text in job) == 1 for job in jobs)
+    # One job of every controller is enough to know that its keys exist.
+    for controller in ("fixed", "poster", "analytic"):
+        evaluation(*next(job for job in jobs if f"controller={controller}" in job))
+
+
+def test_the_command_line_narrows_an_experiment() -> None:
+    assert {text for job in jobs_of("quick", "controller=analytic") for text in job if "controller" in text} == {
+        "controller=analytic"
+    }
+    jobs = jobs_of("quick", "controller=fixed", "controller.candidates=3", "seed=9")
+    assert {text for job in jobs for text in job if "candidates" in text} == {"controller.candidates=3"}
+    assert {text for job in jobs for text in job if "seed" in text} == {"seed=9"}
+    elsewhere = jobs_of("quick", "workload=poisson_arxiv", "controller=poster")
+    assert {text for job in elsewhere for text in job if text.startswith("workload")} == {"workload=poisson_arxiv"}
+
+
+def test_without_alternatives_a_sweep_is_hydras_own() -> None:
+    arguments = ["seed=0,1", "controller=poster,analytic", "engine=vicuna_7b_a100"]
+    ours = combine({}, [], arguments, _loader())
+    (theirs,) = BasicSweeper.split_arguments(_parsed(arguments), None)
+    assert sorted(map(tuple, ours)) == sorted(map(tuple, theirs))
+
+
+def jobs_of(experiment: str, *arguments: str) -> list[list[str]]:
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose("evaluate", [f"experiment={experiment}"], return_hydra_config=True)
+    sweeper = instantiate(config.hydra.sweeper)
+    return combine(sweeper.params, sweeper.axes, [f"experiment={experiment}", *arguments], _loader())
+
+
+def _loader():  # type: ignore[no-untyped-def]
+    GlobalHydra.instance().clear()
+    hydra = Hydra.create_main_hydra2("evaluate", create_config_search_path(str(CONF)))
+    GlobalHydra.instance().clear()
+    return hydra.config_loader
+
+
+def _parsed(arguments: list[str]):  # type: ignore[no-untyped-def]
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create(config_loader=_loader()).parse_overrides(arguments)
