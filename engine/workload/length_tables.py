@@ -14,7 +14,8 @@ comparing with the other (KS = Kolmogorov-Smirnov distance, prompts / outputs; m
 
 arXiv's negative correlation comes from its bound on the total; Azure's two lengths are all but independent.
 
-`LOGNORMALS` holds medians in tokens and standard deviations of the natural logarithm:
+`LOGNORMALS` holds medians in tokens and standard deviations of the natural logarithm. Figures taken from papers are
+second hand: they were not recomputed from the data, so check them against the paper before citing them.
 
 - lmsys_chat_1m: one turn without history. The means, 69.5 prompt and 214.5 response tokens, are published (Zheng et
   al., "LMSYS-Chat-1M", ICLR'24, section 3). The output's sigma is that of lmsys_chat_1m_4k below; the prompt's sigma
