@@ -310,7 +310,7 @@ class Analytic(CompiledController):
     longest_iteration: Annotated[float, Field(gt=0.0)] = 0.5
     prefill_price: Annotated[float, Field(ge=0.0)] = 1.0
     batch_memory_s: Annotated[float, Field(gt=0.0)] = 2.0
-    drain_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.93
+    drain_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
 
     def reset(self, plant: Plant) -> None:
         """Forget the measured acceptance and begin on `plant`."""

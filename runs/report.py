@@ -1,7 +1,8 @@
 """Collates run folders into one report: `python -m runs.report DIR... [--out DIR]`.
 
 Reads the files that `runs.evaluate` left and nothing else; writes `report.html` (one self-contained page), the figures
-as PNG, `runs.csv`, `comparison.csv`, `windows.csv` and `claims.json`, and prints the claims and the main rows.
+as PNG, `runs.csv`, `comparison.csv`, `windows.csv` and `claims.json`, and prints the claims in brief (`--full`: all
+their tables and the main rows of every load).
 """
 
 import argparse
@@ -17,12 +18,13 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
-from runs.reporting import claims, figures, page, palette, tables
+from runs.reporting import chunked, claims, figures, page, palette, tables
 from runs.reporting.collate import Collation, ReportError, collate
 from runs.reporting.tables import Table
 
 MOST_PRINTED = 12
-PRINTED_WIDTH = 150
+PRINTED_WIDTH = 110
+FULL_WIDTH = 150
 CAPTIONS = {
     "speculation": (
         "Speculation: TPOT against load, window by window",
@@ -35,15 +37,17 @@ CAPTIONS = {
         "Chunked prefill: TPOT against TTFT attainment",
         "Right and down is better. One panel a load; the line joins the fixed budgets n (numbers) at the best fixed "
         "setting's c, faint dots are the other fixed pairs: a larger n buys attainment with TPOT, and the n that "
-        "suffices moves with the load. The optimizer's point should lie at the right and no higher than the lowest "
-        "point there. At most four loads are drawn, from the lightest to the heaviest; settings with over three "
-        "times the lowest TPOT are not.",
+        "suffices moves with the load. The optimizer's point should lie at the right and no higher than the fixed "
+        "points there. The scales are each panel's own. Of more than four loads the lightest, an overloaded one, "
+        "and those between are drawn where settings differ most: the best fixed pair attains 20 to 99.9 %.",
     ),
     "overview": (
         "Every load: TPOT above, TTFT attainment below",
         "Each grey line is one fixed pair (c, n), kept at every load; the dashed line picks the best pair of each "
         "load in hindsight, at equal attainment. The optimizer should stay at the dashed line or below it in TPOT "
-        "without falling below it in attainment.",
+        "without falling below it in attainment. A hollow mark attains less than the claim allows (1 point below "
+        "the best fixed pair, or 95 %): its TPOT is bought with missed TTFT targets. Shaded: loads at which no fixed "
+        "pair attains 95 %.",
     ),
 }
 
@@ -91,7 +95,7 @@ def draw(report: Report) -> list[page.Picture]:
     budgets = claims.panel_budgets(report.comparison)
     jobs = {
         "speculation": lambda: figures.speculation(report.collation.windows, budgets),
-        "chunked_prefill": lambda: figures.chunked_prefill(report.comparison),
+        "chunked_prefill": lambda: chunked.chunked_prefill(report.comparison),
         "overview": lambda: figures.overview(report.comparison),
     }
     return [page.Picture(name, *CAPTIONS[name], palette.png(job())) for name, job in jobs.items()]
@@ -116,10 +120,10 @@ def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
             "Same TTFT target": claims.RULES["budgets"],
             "Every load": claims.RULES["loads"],
             "Intervals": (
-                "95 % percentile bootstrap of the mean of the paired differences, resampling seeds (9999 draws); "
-                "only runs with equal engine, scenario, seed and workload digest are paired. With one seed no "
-                "interval is given; with fewer than about five it spans little more than the seeds seen, so read it "
-                "as a range."
+                "95 % percentile bootstrap of the mean over seeds of the paired differences, or of the paired ratios, "
+                "resampling seeds (9999 draws); only runs with equal engine, scenario, seed and workload digest are "
+                "paired. With one seed no interval is given; with fewer than about five it spans little more than the "
+                "seeds seen, so read it as a range."
             ),
         },
         notes=report.notes,
@@ -146,12 +150,19 @@ def describe(runs: pd.DataFrame) -> str:
     return f"{counted}; {int(runs['requests_total'].sum()):,} requests simulated or served; digest {digest}"
 
 
-def show(report: Report, console: Console) -> None:
-    """Prints the claims, the main rows of every load, and what they come to."""
-    loads = report.comparison_tables
-    for table in [*(loads if len(loads) <= MOST_PRINTED else []), *report.claim_tables]:
+def show(report: Report, console: Console, full: bool = False) -> None:
+    """Prints the claim at every load in brief and what the claims come to; `full`: all claims, every load's main rows.
+
+    Without a fixed setting or without an optimizer there is no claim, and the main rows are shown.
+    """
+    brief = tables.summary_tables(report.claims["loads"])
+    loads = report.comparison_tables if len(report.comparison_tables) <= MOST_PRINTED else []
+    shown = brief if brief and not full else [*loads, *report.claim_tables]
+    for table in shown:
         if len(table.frame):
-            console.print(tables.to_rich(table), "")
+            console.print(tables.to_rich(table, wrap=shown is not brief))
+    if shown is brief:
+        console.print(tables.SUMMARY_RULE, "", highlight=False, style="dim")
     for sentence in report.sentences:
         console.print(f"• {sentence}", highlight=False)
     for note in report.notes:
@@ -162,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns 0, or 2 with the reason on stderr when the input cannot be reported."""
     options = _parser().parse_args(arguments)
     # A pipe has no width of its own, and in a narrow window folded lines are better than columns cut off.
-    console = Console(width=max(Console().width, PRINTED_WIDTH))
+    console = Console(width=max(Console().width, FULL_WIDTH if options.full else PRINTED_WIDTH))
     complaints = Console(stderr=True)
     out = options.out or Path("runs/outputs/report") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     try:
@@ -182,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complaints.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
     write(report, pictures, out)
-    show(report, console)
+    show(report, console, options.full)
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
     return 0
 
@@ -229,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ttft-target", type=float, metavar="S", help="recount attainment against this target, s")
     parser.add_argument("--window-s", type=float, default=60.0, metavar="S", help="length of a load window, s (60)")
     parser.add_argument("--skip-broken", action="store_true", help="leave broken or half-written run folders out")
+    parser.add_argument("--full", action="store_true", help="print all tables (150 columns wide), not the brief one")
     parser.add_argument("--latest", action="store_true", help="of two runs of the same thing keep the newer")
     return parser
 

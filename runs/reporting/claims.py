@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from runs.reporting.collate import METRICS
 from runs.reporting.statistics import (
     ATTAINMENT_ENOUGH,
     ATTAINMENT_MARGIN,
+    ROUNDING,
+    SETTING,
     PairedDifference,
     best_fixed,
+    close_to,
     comparable_settings,
     paired_difference,
 )
@@ -20,11 +24,13 @@ from runs.reporting.statistics import (
 WINDOW_TOLERANCE = 0.01
 TPOT_TOLERANCE = 0.02
 MINIMUM_MEASURED = 20
-_ROUNDING = 1e-12
+NONE_ATTAINS = "no fixed pair attains as much"
+_NEEDED = [*SETTING, *METRICS, "seed", "workload_digest", "folder", "request_rate_rps", "ttft_target_s"]
 
 BEST_FIXED_RULE = (
     "Best fixed setting of a load, chosen in hindsight: the lowest mean TPOT among the fixed (c, n) whose TTFT "
-    "attainment is at most 1 point below the highest that any fixed (c, n) reaches there, or at least 95 %."
+    "attainment is close to the highest that any fixed (c, n) reaches there (at most 1 point less, and at most a tenth "
+    "of it less), or at least 95 %."
 )
 RULES = {
     "windows": (
@@ -37,13 +43,14 @@ RULES = {
     "budgets": (
         "The controller's mean TPOT against the lowest that any fixed setting reaches among those meeting the "
         "target, that is with TTFT attainment of at least 95 %. Holds when the controller meets the target too and "
-        "its TPOT is not above that of the best fixed n."
+        "its TPOT is not above that of the best fixed n; 'Interval says' asks the same of the ratio's whole interval."
     ),
     "loads": (
         "Attainment holds when it is at most 1 point below the highest that any fixed (c, n) reaches at that load, "
-        "or at least 95 %. TPOT holds when it is at most 2 % above the lowest among fixed (c, n) that attain as "
-        "much (at most 1 point less than the controller, or at least 95 %); where no fixed setting attains as much, "
-        "nothing can beat it."
+        "or at least 95 %. TPOT holds when it is at most 2 % above the lowest among the fixed (c, n) that attain as "
+        "much: at least what the controller attains, or at least 95 %. Where no fixed pair attains as much it holds, "
+        "and the ratio, for information, is to the pair that attains the most. 'Interval says' asks the same of the "
+        "ratio's whole 95 % interval: a verdict whose interval is undecided, or missing, is no finding."
     ),
 }
 
@@ -73,8 +80,8 @@ def panel_budgets(settings: pd.DataFrame) -> dict[tuple[str, str], int]:
     budgets: dict[tuple[str, str], int] = {}
     fixed = settings[settings["role"] == "fixed"]
     for (engine, family), group in fixed.groupby(["engine", "family"]):
-        needed = group.groupby("scenario")["ttft_attainment"].transform("max") - ATTAINMENT_MARGIN
-        attains = group["ttft_attainment"] >= needed.clip(upper=ATTAINMENT_ENOUGH) - _ROUNDING
+        needed = group.groupby("scenario")["ttft_attainment"].transform("max").map(close_to)
+        attains = group["ttft_attainment"] >= needed.clip(upper=ATTAINMENT_ENOUGH) - ROUNDING
         score = (
             group.assign(attains=attains)
             .groupby(["token_budget", "scenario"])
@@ -97,24 +104,16 @@ def window_claim(windows: pd.DataFrame, headline_budgets: dict[tuple[str, str], 
     # The requests of a window are the same in two runs exactly when all three of these are.
     usable = usable.assign(place=usable.groupby(["workload_digest", "seed", "window"]).ngroup())
     for (engine, family, scenario), group in usable.groupby(["engine", "family", "scenario"], sort=False):
-        fixed = group[group["role"] == "fixed"]
-        for budget, shared in fixed.groupby("token_budget"):
+        tpots = group.pivot(index="place", columns="label", values="tpot_s")
+        settings = group.drop_duplicates("label").set_index("label")
+        for budget, shared in settings[settings["role"] == "fixed"].groupby("token_budget"):
             if shared["candidates"].nunique() < 2:
                 continue
-            rivals = group[group["role"] == "optimizer"]
+            rivals = settings[settings["role"] == "optimizer"]
             rivals = rivals[rivals["token_budget"].isna() | (rivals["token_budget"] == budget).fillna(False)]
-            headline = headline_budgets.get((engine, scenario)) == int(budget)
-            for row in _count_windows(shared, rivals):
-                rows.append(
-                    {
-                        "engine": engine,
-                        "family": family,
-                        "scenario": scenario,
-                        "token_budget": int(budget),
-                        "headline": headline,
-                        **row,
-                    }
-                )
+            place = {"engine": engine, "family": family, "scenario": scenario, "token_budget": int(budget)}
+            place["headline"] = headline_budgets.get((engine, scenario)) == int(budget)
+            rows += [{**place, **row} for row in _count_windows(tpots, shared, rivals)]
     return pd.DataFrame(rows)
 
 
@@ -142,38 +141,40 @@ def budget_claim(runs: pd.DataFrame) -> pd.DataFrame:
         rival = settings[settings["role"] == "fixed"]
         if pd.notna(own["candidates"]):
             rival = rival[rival["candidates"] == own["candidates"]]
-        meeting = rival[rival["ttft_attainment"] >= ATTAINMENT_ENOUGH - _ROUNDING]
+        meeting = rival[rival["ttft_attainment"] >= ATTAINMENT_ENOUGH - ROUNDING]
         best = meeting.sort_values(["tpot_mean_s", "label"]).iloc[0] if len(meeting) else None
-        meets = bool(own["ttft_attainment"] >= ATTAINMENT_ENOUGH - _ROUNDING)
-        row = _against(group, own, best)
-        row["meets_target"] = meets
+        row = _against(group, own, best, most=1.0)
+        row["meets_target"] = bool(own["ttft_attainment"] >= ATTAINMENT_ENOUGH - ROUNDING)
         if best is None:
             row["holds"] = "no fixed n meets it" if len(rival) else "no fixed runs"
         else:
-            row["holds"] = _word(meets and row["tpot_ratio"] <= 1.0 + _ROUNDING)
+            row["holds"] = _word(row["meets_target"] and row["tpot_ratio"] <= 1.0 + ROUNDING)
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def load_claim(runs: pd.DataFrame) -> pd.DataFrame:
-    """Claim (iii): at every load, each optimizer's attainment and TPOT against the best fixed pairs."""
+    """Claim (iii): at every load, each optimizer's attainment and TPOT against the best fixed pairs.
+
+    Where no fixed pair attains as much, `against` is the one that attains the most and `tpot_holds` says so.
+    """
     rows: list[dict[str, Any]] = []
     for group, own, settings in _optimizers(runs):
-        fixed = settings[settings["role"] == "fixed"]
+        fixed = settings[(settings["role"] == "fixed") & settings["tpot_mean_s"].notna()]
         if fixed.empty:
             continue
-        highest = float(fixed["ttft_attainment"].max())
-        attainment = float(own["ttft_attainment"])
+        order = fixed.sort_values(["ttft_attainment", "tpot_mean_s", "label"], ascending=[False, True, True])
+        highest, attainment = float(order["ttft_attainment"].iloc[0]), float(own["ttft_attainment"])
         as_much = best_fixed(settings, attainment)
-        row = _against(group, own, as_much if as_much is not None else best_fixed(settings))
+        row = _against(group, own, order.iloc[0] if as_much is None else as_much, most=1.0 + TPOT_TOLERANCE)
         row["attainment_best_fixed"] = highest
         row["attainment_difference"] = attainment - highest
-        row["attainment_holds"] = _word(attainment >= min(highest - ATTAINMENT_MARGIN, ATTAINMENT_ENOUGH) - _ROUNDING)
+        row["attainment_holds"] = _word(attainment >= min(highest - ATTAINMENT_MARGIN, ATTAINMENT_ENOUGH) - ROUNDING)
         if as_much is None:
-            row["tpot_holds"] = "holds: no fixed attains as much"
+            row["tpot_holds"], row["interval_says"] = NONE_ATTAINS, "–"
         else:
-            row["tpot_holds"] = _word(row["tpot_ratio"] <= 1.0 + TPOT_TOLERANCE + _ROUNDING)
-        row["holds"] = _word(row["attainment_holds"] == "holds" and row["tpot_holds"].startswith("holds"))
+            row["tpot_holds"] = _word(row["tpot_ratio"] <= 1.0 + TPOT_TOLERANCE + ROUNDING)
+        row["holds"] = _word(row["attainment_holds"] == "holds" and row["tpot_holds"] != "fails")
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -192,42 +193,57 @@ def sentences(pooled: pd.DataFrame, budgets: pd.DataFrame, loads: pd.DataFrame) 
                 text += f" ({100 * within / total:.0f} %); the best single one, {single}, in {most:.0f} %"
             said.append(text + ".")
     for name, claim, unit in (("Same TTFT target", budgets, "best fixed n"), ("Every load", loads, "best fixed pair")):
-        if claim.empty:
-            continue
-        for label, mine in claim.groupby("label", sort=False):
-            decided = mine[mine["holds"].isin(["holds", "fails"])]
-            failed = decided[decided["holds"] == "fails"]
-            ratio = decided["tpot_ratio"].dropna()
-            if decided.empty:
-                said.append(f"{name}: no fixed setting to compare {label} with meets it.")
-                continue
-            text = f"{name}: {label} holds at {len(decided) - len(failed)} of {len(decided)} loads"
-            if len(ratio):
-                text += f"; TPOT {ratio.min():.3f} to {ratio.max():.3f} times the {unit}'s"
-            if len(failed) and len(failed) < len(decided):
-                text += f"; fails at {_list_places(failed)}"
-            said.append(text + ".")
+        for label, mine in claim.groupby("label", sort=False) if len(claim) else ():
+            said.append(f"{name}: {_sentence(label, mine, unit)}.")
     return said
 
 
-def _count_windows(fixed: pd.DataFrame, rivals: pd.DataFrame) -> list[dict[str, Any]]:
-    table = fixed.pivot(index="place", columns="label", values="tpot_s").dropna()
-    best = table.min(axis=1)
-    candidates = fixed.drop_duplicates("label").set_index("label")["candidates"]
+def _sentence(label: str, claim: pd.DataFrame, unit: str) -> str:
+    decided = claim[claim["holds"].isin(["holds", "fails"])]
+    if decided.empty:
+        return f"no fixed setting to compare {label} with meets it"
+    failed = decided[decided["holds"] == "fails"]
+    several = claim["engine"].nunique() > 1
+    text = f"{label} holds at {len(decided) - len(failed)} of {len(decided)} loads"
+    equal = decided[decided["tpot_holds"] != NONE_ATTAINS] if "tpot_holds" in decided else decided
+    if len(equal) < len(decided):
+        text += f"; at {len(decided) - len(equal)} {NONE_ATTAINS}"
+    ranked = equal.dropna(subset="tpot_ratio").sort_values("tpot_ratio")
+    if len(ranked):
+        ends = [written_ratio(ranked.iloc[place]) for place in ((0, -1) if len(ranked) > 1 else (0,))]
+        text += f"; TPOT is {' to '.join(ends)} times the {unit}'s"
+        if ranked["tpot_ratio_low"].isna().all():
+            text += " (one seed: no interval, so no finding)"
+    undecided = int((equal["interval_says"] == "undecided").sum())
+    if undecided:
+        text += f"; the interval leaves {undecided} of these undecided"
+    if len(failed) and len(failed) < len(decided):
+        text += f"; fails at {_list_places(failed, several)}"
+    return text
+
+
+def written_ratio(row: Any) -> str:
+    """A claim row's TPOT ratio with its interval over seeds, as `0.936 [0.931, 0.941]`."""
+    if pd.isna(row.tpot_ratio):
+        return "–"
+    if pd.isna(row.tpot_ratio_low):
+        return f"{row.tpot_ratio:.3f}"
+    return f"{row.tpot_ratio:.3f} [{row.tpot_ratio_low:.3f}, {row.tpot_ratio_high:.3f}]"
+
+
+def _count_windows(tpots: pd.DataFrame, fixed: pd.DataFrame, rivals: pd.DataFrame) -> list[dict[str, Any]]:
+    best = tpots[list(fixed.index)].dropna().min(axis=1)
     rows = []
-    for (label, role), mine in [
-        *rivals.groupby(["label", "role"], sort=False),
-        *fixed.sort_values("candidates").groupby(["label", "role"], sort=False),
-    ]:
-        ratio = (mine.set_index("place")["tpot_s"] / best).dropna()
+    for label, setting in pd.concat([rivals, fixed.sort_values("candidates")]).iterrows():
+        ratio = (tpots[label] / best).dropna()
         if ratio.empty:
             continue
-        within = int((ratio <= 1.0 + WINDOW_TOLERANCE + _ROUNDING).sum())
+        within = int((ratio <= 1.0 + WINDOW_TOLERANCE + ROUNDING).sum())
         rows.append(
             {
                 "label": label,
-                "role": role,
-                "candidates": int(candidates[label]) if role == "fixed" else None,
+                "role": setting["role"],
+                "candidates": int(setting["candidates"]) if setting["role"] == "fixed" else None,
                 "windows": len(ratio),
                 "within": within,
                 "share": within / len(ratio),
@@ -240,19 +256,24 @@ def _count_windows(fixed: pd.DataFrame, rivals: pd.DataFrame) -> list[dict[str, 
 
 def _optimizers(runs: pd.DataFrame) -> list[tuple[pd.DataFrame, pd.Series, pd.DataFrame]]:
     found = []
-    for _, group in runs.groupby(["engine", "scenario"], sort=False):
+    for _, group in runs[_NEEDED].groupby(["engine", "scenario"], sort=False):
+        by_seeds: dict[tuple[int, ...], pd.DataFrame] = {}
         for label in group.loc[group["role"] == "optimizer", "label"].unique():
-            settings = comparable_settings(group, label)
+            seeds = tuple(sorted(group.loc[group["label"] == label, "seed"]))
+            if seeds not in by_seeds:
+                by_seeds[seeds] = comparable_settings(group, label)
+            settings = by_seeds[seeds]
             found.append((group, settings[settings["label"] == label].iloc[0], settings))
     return found
 
 
-def _against(group: pd.DataFrame, own: pd.Series, best: pd.Series | None) -> dict[str, Any]:
+def _against(group: pd.DataFrame, own: pd.Series, best: pd.Series | None, most: float) -> dict[str, Any]:
     row: dict[str, Any] = {
         "engine": own["engine"],
         "family": own["family"],
         "scenario": own["scenario"],
         "request_rate_rps": float(own["request_rate_rps"]),
+        "ttft_target_s": float(own["ttft_target_s"]),
         "label": own["label"],
         "seeds": int(own["seeds"]),
         "ttft_attainment": float(own["ttft_attainment"]),
@@ -268,11 +289,21 @@ def _against(group: pd.DataFrame, own: pd.Series, best: pd.Series | None) -> dic
     row["tpot_ratio"] = paired.ratio if paired else np.nan
     row["tpot_ratio_low"] = paired.ratio_low if paired else np.nan
     row["tpot_ratio_high"] = paired.ratio_high if paired else np.nan
+    row["tpot_ratio_by_seed"] = dict(zip(map(str, paired.seeds), paired.ratios, strict=True)) if paired else {}
+    row["interval_says"] = _interval_says(row["tpot_ratio_low"], row["tpot_ratio_high"], most)
     return row
 
 
-def _list_places(failed: pd.DataFrame, most: int = 4) -> str:
-    places = [f"{row.engine}, {row.scenario}" for row in failed.itertuples()]
+def _interval_says(low: float, high: float, most: float) -> str:
+    if np.isnan(low):
+        return "–"
+    if high <= most + ROUNDING:
+        return "holds"
+    return "fails" if low > most + ROUNDING else "undecided"
+
+
+def _list_places(failed: pd.DataFrame, several: bool, most: int = 4) -> str:
+    places = [f"{row.engine}, {row.scenario}" if several else row.scenario for row in failed.itertuples()]
     more = f" and {len(places) - most} more" if len(places) > most else ""
     return "; ".join(places[:most]) + more
 

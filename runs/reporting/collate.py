@@ -133,7 +133,7 @@ def collate(
     folders, half_written = find_run_folders(roots)
     broken = [f"{folder}: {reason}" for folder, reason in half_written]
     rows: list[dict[str, Any]] = []
-    windows: list[pd.DataFrame] = []
+    windows: list[dict[str, NDArray[Any]]] = []
     for folder in track(folders):
         try:
             row, reduced = read_run(folder, window_s, ttft_target_s)
@@ -146,17 +146,25 @@ def collate(
         raise ReportError("\n".join([*broken, "Run these again, or leave them out with --skip-broken."]))
     if not rows:
         raise ReportError("\n".join([*broken, "No complete run is left to report."]))
-    runs = pd.DataFrame(rows).astype({"candidates": "Int64", "token_budget": "Int64", "seed": "int64"})
+    types = {"candidates": "Int64", "token_budget": "Int64", "seed": "int64"}
+    # Plain objects: picking rows, which is most of a report's work, is slow in Arrow's strings.
+    types |= dict.fromkeys((*IDENTITY_TEXT, "family", "role", "config_digest", "folder"), "object")
+    runs = pd.DataFrame(rows).astype(types)
     runs = _without_duplicates(runs, latest)
     _check_equal_requests(runs)
     _check_equal_targets(runs)
-    kept = pd.concat({index: windows[index] for index in runs.index}, names=["run", None]).reset_index("run")
-    kept = kept.join(runs[list(WINDOW_IDENTITY)], on="run").drop(columns="run").reset_index(drop=True)
-    return Collation(runs.reset_index(drop=True), kept, tuple(broken))
+    kept = [windows[index] for index in runs.index]
+    columns = pd.DataFrame({name: np.concatenate([reduced[name] for reduced in kept]) for name in kept[0]})
+    runs = runs.reset_index(drop=True)
+    whose = np.repeat(np.arange(len(runs)), [len(reduced["window"]) for reduced in kept])
+    identity = runs[list(WINDOW_IDENTITY)].iloc[whose].reset_index(drop=True)
+    return Collation(runs, pd.concat([columns, identity], axis=1), tuple(broken))
 
 
-def read_run(folder: Path, window_s: float, ttft_target_s: float | None) -> tuple[dict[str, Any], pd.DataFrame]:
-    """One run folder as a row of the runs frame and its rows of the windows frame. Raises ReportError if broken."""
+def read_run(
+    folder: Path, window_s: float, ttft_target_s: float | None
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """One run folder as a row of the runs frame and its columns of the windows frame. Raises ReportError if broken."""
     row = _read_summary(folder / SUMMARY)
     config = folder / CONFIG
     row["config_digest"] = hashlib.sha256(config.read_bytes()).hexdigest()[:12] if config.is_file() else ""
@@ -173,7 +181,9 @@ def read_run(folder: Path, window_s: float, ttft_target_s: float | None) -> tupl
     return row, time_windows(requests, window_s, row["ttft_target_s"])
 
 
-def time_windows(requests: dict[str, NDArray[np.float64]], window_s: float, ttft_target_s: float) -> pd.DataFrame:
+def time_windows(
+    requests: dict[str, NDArray[np.float64]], window_s: float, ttft_target_s: float
+) -> dict[str, NDArray[Any]]:
     """Mean TPOT (s) and TTFT attainment of the requests that arrive in each window of `window_s` seconds.
 
     A request belongs to the window it arrives in, so that every controller is judged on the same requests in the same
@@ -204,7 +214,7 @@ def time_windows(requests: dict[str, NDArray[np.float64]], window_s: float, ttft
             "tpot_s": total / number,
             "ttft_attainment": attained / arrivals,
         }
-    return pd.DataFrame({name: column[kept] for name, column in columns.items()})
+    return {name: column[kept] for name, column in columns.items()}
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -243,11 +253,11 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 def _read_requests(path: Path) -> dict[str, NDArray[np.float64]]:
     try:
-        table = pq.ParquetFile(path)
+        table = pq.ParquetFile(path, memory_map=True)
         absent = [name for name in REQUEST_COLUMNS if name not in table.schema_arrow.names]
         if absent:
             raise ReportError(f"{path}: column '{absent[0]}' is missing")
-        columns = table.read(columns=list(REQUEST_COLUMNS))
+        columns = table.read(columns=list(REQUEST_COLUMNS), use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise ReportError(f"{path}: not readable as parquet ({error})") from error
     requests = {name: columns[name].to_numpy().astype(np.float64) for name in REQUEST_COLUMNS}

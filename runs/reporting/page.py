@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from runs.reporting.tables import Table
+from runs.reporting.tables import Column, Table
 
 MOST_OPEN_ROWS = 40
 _STYLE = """
@@ -134,25 +134,30 @@ def _section(table: Table) -> str:
 
 
 def _table(table: Table) -> str:
-    if table.frame.empty:
+    frame = table.frame
+    if frame.empty:
         return "<p class='quiet'>Nothing to count: no run of this kind.</p>"
     head = "".join(
         f"<th{' class=number' if column.number else ''}>{escape(column.title)}</th>" for column in table.columns
     )
-    rows = "".join(_row(table, row) for _, row in table.frame.iterrows())
+    kinds = [(name, frame[key]) for name, key in (("emphasis", table.emphasis), ("minor", table.minor)) if key]
+    cells = zip(*(_cells(column, frame) for column in table.columns), strict=True)
+    rows = "".join(
+        f"<tr class='{' '.join(name for name, marked in kinds if marked.iloc[place])}'>{''.join(row)}</tr>"
+        for place, row in enumerate(cells)
+    )
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
-def _row(table: Table, row: pd.Series) -> str:
-    kinds = [name for name, key in (("emphasis", table.emphasis), ("minor", table.minor)) if key and row[key]]
+def _cells(column: Column, frame: pd.DataFrame) -> list[str]:
     cells = []
-    for column in table.columns:
-        value, written = row[column.sort_key or column.key], column.write(row[column.key])
+    for value, sorted_by in zip(frame[column.key], frame[column.sort_key or column.key], strict=True):
+        written = column.write(value)
         classes = ["number"] if column.number else ["tight"] if len(written) < 28 else []
         classes += [word for word in ("holds", "fails") if written.startswith(word)]
-        sortable = escape(_sortable(value), quote=True)
+        sortable = escape(_sortable(sorted_by), quote=True)
         cells.append(f"<td class='{' '.join(classes)}' data-value='{sortable}'>{escape(written)}</td>")
-    return f"<tr class='{' '.join(kinds)}'>{''.join(cells)}</tr>"
+    return cells
 
 
 def _sortable(value: Any) -> str:

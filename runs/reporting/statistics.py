@@ -1,28 +1,31 @@
 """Means over seeds, paired differences with bootstrap intervals, and the best fixed setting of a load."""
 
+import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
-from scipy import stats
+from numpy.typing import ArrayLike, NDArray
 
 from runs.reporting.collate import METRICS, ReportError
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 ATTAINMENT_MARGIN = 0.01
+ATTAINMENT_SHARE = 0.1
 ATTAINMENT_ENOUGH = 0.95
+ROUNDING = 1e-12
 SETTING = ["engine", "family", "scenario", "label", "controller", "role", "candidates", "token_budget"]
 ONE_SEED = "one seed: no interval"
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """One controller against another on the same requests; `difference` has the metric's unit, `ratio` none.
+    """One controller against another on the same requests, means over seeds of what each seed gives.
 
-    Bounds are NaN with a single seed: one draw of the workload says nothing about the next.
+    `difference` has the metric's unit; `ratio`, the mean of `ratios`, has none. Bounds are NaN with a single seed: one
+    draw of the workload says nothing about the next.
     """
 
     seeds: tuple[int, ...]
@@ -32,6 +35,7 @@ class PairedDifference:
     ratio: float
     ratio_low: float
     ratio_high: float
+    ratios: tuple[float, ...]
 
     @property
     def verdict(self) -> str:
@@ -43,8 +47,8 @@ class PairedDifference:
         return "higher" if self.low > 0 else "not separable"
 
 
-def bootstrap_interval(values: ArrayLike, reference: ArrayLike | None = None, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of the mean of `values`, or of mean(values) / mean(reference), paired.
+def bootstrap_interval(values: ArrayLike, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile-bootstrap interval of the mean of `values`.
 
     One value a seed of the workload: the seed is what is resampled (Efron & Tibshirani 1993, chapter 13). Deterministic
     for a given `seed`. (NaN, NaN) for fewer than two values.
@@ -52,26 +56,14 @@ def bootstrap_interval(values: ArrayLike, reference: ArrayLike | None = None, se
     sample = np.asarray(values, dtype=np.float64)
     if sample.size < 2:
         return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    data: tuple[np.ndarray, ...] = (sample,)
-    if reference is not None:
-        data = (sample, np.asarray(reference, dtype=np.float64))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(sample[_draws(sample.size, seed)].mean(axis=1), [tail, 1 - tail])
+    return float(low), float(high)
 
-    def statistic(*draws: np.ndarray, axis: int) -> np.ndarray:
-        means = [draw.mean(axis=axis) for draw in draws]
-        return means[0] if len(means) == 1 else means[0] / means[1]
 
-    interval = stats.bootstrap(
-        data,
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=rng,
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+@functools.cache
+def _draws(size: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, size, (RESAMPLES, size))
 
 
 def paired_difference(one: pd.DataFrame, other: pd.DataFrame, metric: str) -> PairedDifference | None:
@@ -80,39 +72,41 @@ def paired_difference(one: pd.DataFrame, other: pd.DataFrame, metric: str) -> Pa
     Paired by engine, scenario and seed; None when they share no seed. Raises ReportError when two runs that should
     pair did not meet the same requests (unequal workload digests).
     """
-    theirs = {(run.engine, run.scenario, run.seed): run for run in _narrow(other, metric).itertuples()}
+    theirs = _by_place(other, metric)
     pairs: list[tuple[int, float, float]] = []
-    for run in _narrow(one, metric).sort_values("seed").itertuples():
-        match = theirs.get((run.engine, run.scenario, run.seed))
-        if match is None:
+    for place, (digest, folder, value) in sorted(_by_place(one, metric).items()):
+        if place not in theirs:
             continue
-        if match.workload_digest != run.workload_digest:
+        their_digest, their_folder, their_value = theirs[place]
+        _, scenario, seed = place
+        if their_digest != digest:
             raise ReportError(
-                f"{run.folder} and {match.folder} cannot be paired: seed {run.seed} of {run.scenario} has different "
+                f"{folder} and {their_folder} cannot be paired: seed {seed} of {scenario} has different "
                 "requests in them (workload_digest); run one of them again"
             )
-        if not (math.isnan(run.value) or math.isnan(match.value)):
-            pairs.append((int(run.seed), float(run.value), float(match.value)))
+        if not (math.isnan(value) or math.isnan(their_value)):
+            pairs.append((int(seed), float(value), float(their_value)))
     if not pairs:
         return None
     values, reference = (np.array([pair[place] for pair in pairs]) for place in (1, 2))
     low, high = bootstrap_interval(values - reference)
-    comparable = bool((reference > 0).all())
-    ratio_low, ratio_high = bootstrap_interval(values, reference) if comparable else (math.nan, math.nan)
+    ratios = values / reference if (reference > 0).all() else np.full(len(pairs), math.nan)
+    ratio_low, ratio_high = bootstrap_interval(ratios)
     return PairedDifference(
         seeds=tuple(pair[0] for pair in pairs),
         difference=float((values - reference).mean()),
         low=low,
         high=high,
-        ratio=float(values.mean() / reference.mean()) if comparable else math.nan,
+        ratio=float(ratios.mean()),
         ratio_low=ratio_low,
         ratio_high=ratio_high,
+        ratios=tuple(ratios.tolist()),
     )
 
 
-def _narrow(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    columns = ["engine", "scenario", "seed", "workload_digest", "folder", metric]
-    return runs[columns].rename(columns={metric: "value"})
+def _by_place(runs: pd.DataFrame, metric: str) -> dict[tuple[str, str, int], tuple[str, str, float]]:
+    places = zip(runs["engine"], runs["scenario"], runs["seed"], strict=True)
+    return dict(zip(places, zip(runs["workload_digest"], runs["folder"], runs[metric], strict=True), strict=True))
 
 
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
@@ -135,19 +129,25 @@ def comparable_settings(runs: pd.DataFrame, label: str) -> pd.DataFrame:
 def best_fixed(settings: pd.DataFrame, attainment: float | None = None) -> pd.Series | None:
     """The best fixed setting of one engine and scenario at equal TTFT attainment, in hindsight; None if there is none.
 
-    The lowest mean TPOT among the fixed settings whose attainment is at most 1 point below `attainment` (default: the
-    highest that any fixed setting reaches), or at least 95 %.
+    The lowest mean TPOT among the fixed settings that attain at least `attainment`, or at least 95 %. Without
+    `attainment`: among those close to the highest that any fixed setting attains (`close_to`), or at least 95 %.
     """
     fixed = settings[(settings["role"] == "fixed") & settings["tpot_mean_s"].notna()]
     if fixed.empty:
         return None
-    wanted = float(fixed["ttft_attainment"].max()) if attainment is None else attainment
-    # The tiny allowance keeps 0.94 - 0.01 from refusing 0.93 by rounding.
-    needed = min(wanted - ATTAINMENT_MARGIN, ATTAINMENT_ENOUGH) - 1e-12
-    eligible = fixed[fixed["ttft_attainment"] >= needed]
+    wanted = close_to(float(fixed["ttft_attainment"].max())) if attainment is None else attainment
+    eligible = fixed[fixed["ttft_attainment"] >= min(wanted, ATTAINMENT_ENOUGH) - ROUNDING]
     if eligible.empty:
         return None
     return eligible.sort_values(["tpot_mean_s", "label"]).iloc[0]
+
+
+def close_to(attainment: float) -> float:
+    """The least attainment that counts as close to the given one: 1 point less, and no more than a tenth of it less.
+
+    At twice the capacity the best setting may attain 2 %: another that attains 1 % is not as good there.
+    """
+    return max(attainment - ATTAINMENT_MARGIN, (1 - ATTAINMENT_SHARE) * attainment)
 
 
 def mark_best_fixed(runs: pd.DataFrame) -> pd.DataFrame:

@@ -9,7 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from runs.reporting.statistics import ONE_SEED, mark_best_fixed, over_seeds, paired_difference
+from runs.reporting.claims import NONE_ATTAINS, written_ratio
+from runs.reporting.names import engine_name
+from runs.reporting.statistics import ONE_SEED, SETTING, mark_best_fixed, over_seeds, paired_difference
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ _RIVAL = (
     Column("against", "against", text, number=False),
     Column("against_attainment", "its attainment", percent),
     Column("against_tpot_mean_s", "its TPOT, ms", milliseconds, detail=True),
-    Column("tpot_ratio", "TPOT ratio", decimals(3)),
-    Column("interval", "95 % interval", text, number=False, detail=True),
+    Column("ratio", "TPOT ratio [95 % interval]", text, sort_key="tpot_ratio"),
+    Column("interval_says", "interval says", text, number=False, detail=True),
 )
 BUDGETS = (*_AGAINST, *_RIVAL, Column("holds", "claim", text, number=False))
 LOADS = (
@@ -123,6 +125,21 @@ LOADS = (
     Column("attainment_holds", "attainment", text, number=False),
     *_RIVAL,
     Column("tpot_holds", "TPOT", text, number=False),
+)
+SUMMARY = (
+    Column("rate", "load,\nreq/s", text),
+    Column("label", "controller", text, number=False),
+    Column("ttft_attainment", "TTFT\nattained", percent),
+    Column("tpot_mean_s", "TPOT,\nms", milliseconds),
+    Column("rival", "best fixed pair\nthat attains as much", text, number=False),
+    Column("against_attainment", "it\nattains", percent),
+    Column("ratio", "TPOT ratio\n[95 % interval]", text, number=False),
+    Column("verdict", "verdict", text, number=False),
+)
+SUMMARY_RULE = (
+    "holds: TTFT attainment at most 1 point below the best fixed pair's, or 95 %, and TPOT at most 2 % above that\n"
+    "of the best fixed pair that attains as much (* none does: shown is the one that attains the most, and TPOT\n"
+    "holds). ? the interval over seeds does not decide it."
 )
 
 
@@ -137,8 +154,9 @@ def comparison(runs: pd.DataFrame, baseline: str | None = None) -> tuple[pd.Data
     settings["is_baseline"] = settings["label"] == baseline if baseline else settings["best_fixed"]
     notes: list[str] = []
     added = []
+    needed = [*SETTING, "seed", "workload_digest", "folder", "tpot_mean_s"]
+    by_setting = dict(list(runs[needed].groupby(["engine", "scenario", "label"])))
     for (engine, scenario), group in settings.groupby(["engine", "scenario"], sort=False):
-        mine = dict(list(runs[(runs["engine"] == engine) & (runs["scenario"] == scenario)].groupby("label")))
         chosen = group.loc[group["is_baseline"], "label"]
         if chosen.empty:
             notes.append(
@@ -147,7 +165,11 @@ def comparison(runs: pd.DataFrame, baseline: str | None = None) -> tuple[pd.Data
         for index, row in group.iterrows():
             cells: dict[str, Any] = {"index": index, "paired_seeds": 0, "verdict": "not paired"}
             if len(chosen) and not row["is_baseline"]:
-                paired = paired_difference(mine[row["label"]], mine[chosen.iloc[0]], "tpot_mean_s")
+                paired = paired_difference(
+                    by_setting[engine, scenario, row["label"]],
+                    by_setting[engine, scenario, chosen.iloc[0]],
+                    "tpot_mean_s",
+                )
                 if paired is None:
                     notes.append(
                         f"{engine}, {scenario}: {row['label']} has no seed with a TPOT in common with {chosen.iloc[0]}."
@@ -196,20 +218,31 @@ def comparison_tables(frame: pd.DataFrame, runs: pd.DataFrame) -> list[Table]:
 
 
 def with_interval(claim: pd.DataFrame) -> pd.DataFrame:
-    """A claim's frame with the ratio's interval written out, for tables."""
-    written = claim.copy()
-    written["interval"] = [
-        "no fixed"
-        if row.against is None
-        else ONE_SEED
-        if pd.isna(row.tpot_ratio_low)
-        else f"{row.tpot_ratio_low:.3f} to {row.tpot_ratio_high:.3f}"
-        for row in claim.itertuples()
-    ]
-    return written
+    """A claim's frame with the ratio and its interval written out, for tables."""
+    return claim.assign(ratio=[written_ratio(row) for row in claim.itertuples()])
 
 
-def to_rich(table: Table) -> RichTable:
+def summary_tables(loads: pd.DataFrame) -> list[Table]:
+    """The claim at every load in brief, one narrow table per engine and workload, for the terminal."""
+    tables = []
+    for (engine, family), group in loads.groupby(["engine", "family"], sort=False) if len(loads) else ():
+        brief = group.copy()
+        brief["rate"] = [f"{rate:.2f}" for rate in brief["request_rate_rps"]]
+        brief.loc[brief.duplicated("scenario"), "rate"] = ""
+        none = brief["tpot_holds"] == NONE_ATTAINS
+        brief["rival"] = brief["against"].str.removeprefix("fixed ") + none.map({True: " *", False: ""})
+        brief["ratio"] = [written_ratio(row) for row in brief.itertuples()]
+        brief["verdict"] = [_brief_verdict(row) for row in brief.itertuples()]
+        seeds = sorted(brief["seeds"].unique())
+        facts = (
+            f"TTFT target {brief['ttft_target_s'].iloc[0]:g} s",
+            "one seed: no intervals" if seeds == [1] else f"{'-'.join(map(str, seeds))} seeds",
+        )
+        tables.append(Table(f"{engine_name(engine)} · {family}", SUMMARY, brief, facts=facts))
+    return tables
+
+
+def to_rich(table: Table, wrap: bool = True) -> RichTable:
     """The terminal's form; minor rows are counted, not shown."""
     caption = table.note
     frame = table.frame
@@ -233,7 +266,12 @@ def to_rich(table: Table) -> RichTable:
     cells = [[column.write(value) for value in frame[column.key]] for column in columns]
     for column, written in zip(columns, cells, strict=True):
         narrowest = min(max(map(len, written)), WRAPPED_BEYOND)
-        rich_table.add_column(column.title, justify="right" if column.number else "left", min_width=narrowest)
+        rich_table.add_column(
+            column.title,
+            justify="right" if column.number else "left",
+            min_width=narrowest if wrap else None,
+            no_wrap=not wrap,
+        )
     for place, (_, row) in enumerate(frame.iterrows()):
         rich_table.add_row(
             *(Text(written[place]) for written in cells),
@@ -283,6 +321,15 @@ RUNS = (
     Column("config_digest", "config digest", text, number=False),
     Column("folder", "folder", text, number=False),
 )
+
+
+def _brief_verdict(row: Any) -> str:
+    # The point decides, as the rule says; where the interval reaches over the limit, a question mark says so.
+    doubt = "?" if row.interval_says == "undecided" else ""
+    wrong = [] if row.attainment_holds == "holds" else ["TTFT"]
+    if row.tpot_holds == "fails":
+        return f"fails: {', '.join([*wrong, 'TPOT' + doubt])}"
+    return f"fails: {', '.join(wrong)}" if wrong else "holds" + doubt
 
 
 def _difference(row: pd.Series) -> str:
