@@ -23,9 +23,7 @@ SETTINGS: dict[str, dict[str, int]] = {
 
 def _stretches(settings: dict[str, int]) -> tuple[list[float], list[bool], float]:
     """CPU seconds of each stretch of steps under random actions, whether an episode ended in it, and the mean batch."""
-    env = gymnasium.make_vec(
-        envs.SERVING_ID, num_envs=NUM_ENVS, vectorization_mode="vector_entry_point", **settings
-    )
+    env = gymnasium.make_vec(envs.SERVING_ID, num_envs=NUM_ENVS, vectorization_mode="vector_entry_point", **settings)
     env.reset(seed=0)
     choices = env.single_action_space.nvec
     actions = np.random.default_rng(0).integers(choices, size=(STEPS, NUM_ENVS, len(choices)))

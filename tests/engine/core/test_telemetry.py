@@ -331,9 +331,7 @@ def test_observation_arrays_have_the_documented_shapes() -> None:
 
 
 def test_engines_of_one_state_are_observed_separately() -> None:
-    state = core.allocate(
-        2, 1, total_blocks=8, block_size=1, watermark_blocks=0, max_num_seqs=2, ttft_target=TARGET_S
-    )
+    state = core.allocate(2, 1, total_blocks=8, block_size=1, watermark_blocks=0, max_num_seqs=2, ttft_target=TARGET_S)
     for e, prompt in enumerate((3, 5)):
         core.load(state, e, np.zeros(1), np.array([prompt]), np.array([2]), np.zeros(2, dtype=np.int64))
         state.engines["released"][e] = 1
