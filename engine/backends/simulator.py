@@ -116,7 +116,7 @@ def log_iteration(state, e, log, row):
     line.decode_tokens = engine.decode_tokens
     line.emitted_tokens = engine.emitted_tokens
     line.kv_tokens = engine.decode_kv_tokens
-    line.waiting = engine.num_preempted + engine.released - engine.next_new
+    line.waiting = engine.num_preempted + engine.released - engine.next_new - engine.cancelled_waiting
 
 
 @kernel

@@ -17,6 +17,7 @@ import numpy as np
 from engine.compiled import kernel
 from engine.core.blocks import blocks_for, give_back, take
 from engine.core.state import (
+    CANCELLED,
     DECODING,
     FINISHED,
     ITL_BINS,
@@ -44,12 +45,21 @@ def advance_clock(state, e, to):
         deadline = request.arrival + engine.ttft_target
         if not deadline < to:
             break
-        if math.isnan(request.first_token):
+        if math.isnan(request.first_token) and request.phase != CANCELLED:
             engine.overdue += 1
             engine.violations += 1
             engine.lateness += to - deadline
         engine.next_deadline += 1
     engine.now = to
+
+
+@kernel
+def skip_cancelled(state, e):
+    """Move the head of the queue past requests that were cancelled while they waited."""
+    engine = state.engines[e]
+    while engine.next_new < engine.released and state.requests[e, engine.next_new].phase == CANCELLED:
+        engine.next_new += 1
+        engine.cancelled_waiting -= 1
 
 
 @kernel
@@ -61,9 +71,14 @@ def release(state, e):
         if request.arrival > engine.now:
             break
         engine.released += 1
+        if request.phase == CANCELLED:
+            engine.cancelled_waiting += 1
+            continue
         engine.waiting_tokens += request.prompt
         engine.seen_arrivals += 1
         engine.seen_arrived_tokens += request.prompt
+    if engine.cancelled_waiting > 0:
+        skip_cancelled(state, e)
 
 
 @kernel
@@ -168,6 +183,8 @@ def _admit_next(state, e):
     else:
         engine.next_new += 1
         request.admitted = engine.now
+        if engine.cancelled_waiting > 0:
+            skip_cancelled(state, e)
     take(engine, request, need)
     request.phase = np.int32(PREFILLING)
     state.running[e, engine.num_running] = r
@@ -314,8 +331,8 @@ def _commit_prefills(state, e):
 
 
 @kernel
-def _drop_finished(state, e):
-    """Close the gaps that finished requests leave in the running list; order is kept."""
+def drop_finished(state, e):
+    """Close the gaps that requests which are done leave in the running list; order is kept."""
     engine = state.engines[e]
     kept = 0
     decoding = 0
@@ -347,7 +364,7 @@ def commit(state, e, elapsed):
         emitted += _commit_prefills(state, e)
         engine.waiting_tokens -= engine.prefill_tokens
     if completed > 0 or engine.num_finished > finished:
-        _drop_finished(state, e)
+        drop_finished(state, e)
     engine.emitted_tokens = emitted
     engine.total_emitted += emitted
     engine.seen_emitted += emitted

@@ -15,6 +15,7 @@ PREFILLING = 1
 DECODING = 2
 FINISHED = 3
 PREEMPTED = 4
+CANCELLED = 5
 
 MAX_CANDIDATES = 32
 """Largest c the core's per-depth acceptance counters hold, in candidate tokens per request."""
@@ -61,11 +62,13 @@ ENGINE = np.dtype(
         ("released", np.int64),  # requests [0, released) have arrived
         ("next_new", np.int64),  # first request never admitted
         ("num_preempted", np.int64),
+        ("cancelled_waiting", np.int64),  # of requests [next_new, released), those cancelled; never the first of them
         ("num_running", np.int64),
         ("num_decoding", np.int64),  # the first `num_decoding` of the running list decode; the rest prefill
         ("free_blocks", np.int64),
         ("kv_tokens", np.int64),  # cached tokens of the decoding requests
         ("num_finished", np.int64),
+        ("num_cancelled", np.int64),
         ("waiting_tokens", np.int64),  # prompt tokens still to prefill over all released requests
         ("next_deadline", np.int64),  # first request whose TTFT deadline has not been looked at
         ("overdue", np.int64),  # requests past their TTFT deadline and without a first token

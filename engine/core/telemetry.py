@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.compiled import kernel
-from engine.core.state import MAX_CANDIDATES
+from engine.core.state import CANCELLED, MAX_CANDIDATES
 
 LOAD_FIELDS = (
     "num_decodes",
@@ -101,14 +101,18 @@ def _observe_queue(state, e, queue):
     listed_tokens = 0
     rest_slack = NO_DEADLINE_S
     prefilling = engine.num_running - engine.num_decoding
-    waiting = prefilling + engine.num_preempted + engine.released - engine.next_new
+    waiting = prefilling + engine.num_preempted + engine.released - engine.next_new - engine.cancelled_waiting
+    new = engine.next_new
     for position in range(min(waiting, rows + 1 + engine.num_preempted)):
         if position < prefilling:
             r = state.running[e, engine.num_decoding + position]
         elif position < prefilling + engine.num_preempted:
             r = state.preempted[e, engine.num_preempted - 1 - (position - prefilling)]
         else:
-            r = np.int32(engine.next_new + position - prefilling - engine.num_preempted)
+            while state.requests[e, new].phase == CANCELLED:
+                new += 1
+            r = np.int32(new)
+            new += 1
         request = state.requests[e, r]
         slack = NO_DEADLINE_S
         if request.generated == 0:

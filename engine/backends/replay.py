@@ -1,0 +1,117 @@
+"""A recorded run of a real engine, and the shared scheduler run again with its times and acceptances.
+
+The replay is the simulator with every answer known: how long each iteration took, what was drafted and accepted, which
+requests met a stop token or were cancelled. It must give the timeline that the real run had, request by request; what
+does not is a difference between the two backends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.config import EngineLimits
+from engine.core import state as core
+from engine.core.live import append, cancel, shorten_drafts, stop_after
+from engine.core.scheduler import advance_clock, commit, plan, release
+from engine.core.state import State
+
+REQUEST = np.dtype([("arrival", np.float64), ("prompt", np.int64), ("output", np.int64)])
+ITERATION = np.dtype(
+    [
+        ("start", np.float64),  # s
+        ("elapsed", np.float64),  # s
+        ("candidates", np.int64),
+        ("token_budget", np.int64),
+        ("num_decodes", np.int64),
+    ]
+)
+DECODE = np.dtype([("tokens", np.int64), ("accepted", np.int64)])
+STOP = np.dtype([("iteration", np.int64), ("request", np.int64), ("tokens", np.int64)])
+CANCELLATION = np.dtype([("iteration", np.int64), ("request", np.int64)])
+
+
+_TABLES = {
+    "requests": REQUEST,
+    "iterations": ITERATION,
+    "decodes": DECODE,
+    "stops": STOP,
+    "cancellations": CANCELLATION,
+}
+
+
+class ReplayError(ValueError):
+    """A recording does not fit the engine it is replayed on; the message says where they part."""
+
+
+@dataclass
+class Recording:
+    """What happened in a run, in order.
+
+    requests: with the output limit the client asked for · iterations · decodes: (tokens verified, candidates accepted)
+    of every decode of every iteration · stops: the tokens a request emitted in the iteration that ended it ·
+    cancellations: before which iteration.
+    """
+
+    requests: list[tuple[float, int, int]] = field(default_factory=list)
+    iterations: list[tuple[float, float, int, int, int]] = field(default_factory=list)
+    decodes: list[tuple[int, int]] = field(default_factory=list)
+    stops: list[tuple[int, int, int]] = field(default_factory=list)
+    cancellations: list[tuple[int, int]] = field(default_factory=list)
+
+    def save(self, path: str | Path) -> None:
+        """Write a compressed `.npz`."""
+        tables: dict[str, Any] = {name: np.array(getattr(self, name), dtype) for name, dtype in _TABLES.items()}
+        np.savez_compressed(path, **tables)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recording:
+        """Read what `save` wrote."""
+        with np.load(path) as tables:
+            return cls(**{name: tables[name].tolist() for name in _TABLES})
+
+
+def replay(recording: Recording, limits: EngineLimits, ttft_target: float) -> State:
+    """The scheduler's state after the recorded run.
+
+    Raises `ReplayError` when the engine plans another batch than the one recorded, which means that `limits` are not
+    those of the recorded engine.
+    """
+    state = core.allocate(
+        1,
+        max(1, len(recording.requests)),
+        total_blocks=limits.total_blocks,
+        block_size=limits.block_size,
+        watermark_blocks=limits.watermark_blocks,
+        max_num_seqs=limits.max_num_seqs,
+        ttft_target=ttft_target,
+    )
+    for arrival, prompt, output in recording.requests:
+        append(state, 0, arrival, prompt, output)
+    decodes: NDArray[np.int64] = np.array(recording.decodes, dtype=np.int64).reshape(-1, 2)
+    stops, cancellations = list(recording.stops), list(recording.cancellations)
+    used = 0
+    for iteration, (start, elapsed, candidates, token_budget, num_decodes) in enumerate(recording.iterations):
+        while cancellations and cancellations[0][0] == iteration:
+            cancel(state, 0, cancellations.pop(0)[1])
+        advance_clock(state, 0, start)
+        release(state, 0)
+        if not plan(state, 0, candidates, token_budget) or state.engines["num_decodes"][0] != num_decodes:
+            raise ReplayError(
+                f"iteration {iteration} at {start:.6f} s: the recorded engine decoded {num_decodes} requests, the "
+                f"replay plans {state.engines['num_decodes'][0]}; replay with the recorded engine's limits"
+            )
+        rows = decodes[used : used + num_decodes]
+        used += num_decodes
+        shorten_drafts(state, 0, rows[:, 0])
+        state.accepted[0, :num_decodes] = rows[:, 1]
+        while stops and stops[0][0] == iteration:
+            stop_after(state, 0, *stops.pop(0)[1:])
+        commit(state, 0, elapsed)
+    for _, request in cancellations:
+        cancel(state, 0, request)
+    return state

@@ -1,0 +1,173 @@
+"""Attention over the paged cache, as a function that `transformers` models call in place of their own.
+
+The function is registered under `NAME` in `ALL_ATTENTION_FUNCTIONS`; no mask function is registered under that name, so
+models build no mask. Which forward it works for is not passed through the models, some of which drop keyword arguments
+they do not know: it is the current step of this thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from transformers import AttentionInterface
+
+from engine.backends.torch.pack import EXACT_ROWS, Pack
+
+NAME = "governor_paged"
+
+
+class Step(Protocol):
+    """What attention does in one forward, layer by layer."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, options: dict[str, Any]) -> Tensor:
+        """Attention output (1, T, heads, width) of the next layer for query, key, value (1, heads, T, width)."""
+
+
+class LayerShape(NamedTuple):
+    """What one layer caches and how it attends."""
+
+    kv_heads: int
+    key_width: int
+    value_width: int
+    scale: float | None
+    window: int | None
+    """Latest positions seen; None for all."""
+
+
+class _Current(threading.local):
+    step: Step | None = None
+
+
+_current = _Current()
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    if _current.step is None:
+        raise RuntimeError(f"attention {NAME!r} works only inside a forward of PagedModel")
+    if "sliding_window" not in options:
+        options["sliding_window"] = getattr(module, "sliding_window", None)
+    return _current.step.attend(query, key, value, scaling, options), None
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+def configs_of(model: Any) -> list[Any]:
+    """The configurations that the model's modules hold: layers that were copied one by one have their own."""
+    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return list(found.values())
+
+
+@contextmanager
+def attending(configs: list[Any], step: Step) -> Iterator[None]:
+    """Within, modules of these configurations attend through `step`; afterwards they are as they were."""
+    usual = [config._attn_implementation for config in configs]
+    outer, _current.step = _current.step, step
+    try:
+        for config in configs:
+            config._attn_implementation = NAME
+        yield
+    finally:
+        _current.step = outer
+        for config, name in zip(configs, usual, strict=True):
+            config._attn_implementation = name
+
+
+class Pool:
+    """Keys and values of all layers in blocks, and a buffer they are gathered into.
+
+    Per layer two tensors (blocks * kv_heads, block_size * width), so that each head's keys of a gathered request are in
+    one piece: attention of few query rows reads them half again as fast as interleaved ones. Unused slots are zero,
+    never NaN, because attention multiplies masked values by zero.
+    """
+
+    def __init__(
+        self, shapes: list[LayerShape], num_blocks: int, block_size: int, dtype: torch.dtype, device: Any
+    ) -> None:
+        def zeros(heads: int, width: int) -> Tensor:
+            return torch.zeros(num_blocks * heads, block_size * width, dtype=dtype, device=device)
+
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.keys = [zeros(shape.kv_heads, shape.key_width) for shape in shapes]
+        self.values = [zeros(shape.kv_heads, shape.value_width) for shape in shapes]
+        self._buffers = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
+
+    def gather(self, layer: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows `index` of a layer, (block, head) pairs, copied into buffers that are reused by the next call."""
+        found = []
+        for which, pool in enumerate((self.keys[layer], self.values[layer])):
+            needed = index.numel() * pool.shape[1]
+            if self._buffers[which].numel() < needed:
+                # Growing by half keeps a slowly longer batch from allocating, and faulting pages in, every iteration.
+                self._buffers[which] = torch.empty(needed + needed // 2, dtype=pool.dtype, device=pool.device)
+            out = self._buffers[which][:needed].view(index.numel(), -1)
+            found.append(torch.index_select(pool, 0, index, out=out))
+        return found[0], found[1]
+
+
+class PagedStep:
+    """One packed forward: new keys and values go to the pool, then each group attends over what its requests hold."""
+
+    def __init__(self, pool: Pool, pack: Pack, exact: bool) -> None:
+        self._pool, self._pack = pool, pack
+        self._least_rows = EXACT_ROWS if exact else 0
+        self._layer = 0
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, options: dict[str, Any]) -> Tensor:
+        """See `Step.attend`."""
+        layer, self._layer = self._layer, self._layer + 1
+        pool, heads, kv_heads = self._pool, query.shape[1], key.shape[1]
+        for store, new in ((pool.keys[layer], key), (pool.values[layer], value)):
+            rows = new[0].transpose(0, 1).reshape(-1, new.shape[-1])
+            store.view(-1, new.shape[-1]).index_copy_(0, self._pack.slots(kv_heads), rows)
+        rows = query[0].transpose(0, 1)
+        repeat, width = heads // kv_heads, value.shape[-1]
+        out = query.new_empty(rows.shape[0], heads, width)
+        for group in self._pack.groups:
+            keys, values = pool.gather(layer, group.index(kv_heads))
+            mask = group.mask(repeat, options.get("sliding_window"), self._least_rows, query.dtype)
+            # Heads that share keys become query rows, so that keys are never repeated.
+            folded = rows[group.start : group.end].view(group.size, group.count, kv_heads, repeat, query.shape[-1])
+            folded = folded.transpose(1, 2).reshape(group.size, kv_heads, group.count * repeat, -1)
+            missing = mask.shape[2] - folded.shape[2]
+            if missing > 0:
+                folded = F.pad(folded, (0, 0, 0, missing))
+            found = F.scaled_dot_product_attention(
+                folded,
+                keys.view(group.size, kv_heads, group.keys, -1),
+                values.view(group.size, kv_heads, group.keys, -1),
+                attn_mask=mask,
+                scale=scale,
+            )[:, :, : group.count * repeat]
+            found = found.reshape(group.size, kv_heads, group.count, repeat, width).transpose(1, 2)
+            out[group.start : group.end].view(group.size, group.count, kv_heads, repeat, width).copy_(found)
+        return out[None]
+
+
+class ProbeStep:
+    """A plain causal forward that notes what the model's layers ask for."""
+
+    def __init__(self) -> None:
+        self.shapes: list[LayerShape] = []
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, options: dict[str, Any]) -> Tensor:
+        """See `Step.attend`."""
+        window = options.get("sliding_window")
+        self.shapes.append(LayerShape(key.shape[1], key.shape[-1], value.shape[-1], scale, window))
+        repeat = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)

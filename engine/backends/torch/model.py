@@ -1,0 +1,167 @@
+"""A Hugging Face causal language model over a paged cache."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.backends.torch.attention import LayerShape, PagedStep, Pool, ProbeStep, attending, configs_of
+from engine.backends.torch.fused import FusedLlama
+from engine.backends.torch.pack import EXACT_ROWS, pack
+from engine.backends.torch.table import CacheTable
+from engine.config import EngineLimits
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+"""Largest difference of logits that packing may make, as a share of the logits' standard deviation."""
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot run over a paged cache; the message says what was tried and what came out."""
+
+
+class PagedModel:
+    """A model whose keys and values live in the blocks of a `CacheTable`, many requests to a forward.
+
+    The model is checked on construction: every layer must call the attention interface, and a packed forward must give
+    the logits of a plain one; `UnsupportedModelError` otherwise.
+
+    Args:
+        model: a `transformers` causal language model. Its values stay as they are; if fused, its projections become
+            views of joined weights.
+        num_blocks: cache blocks, those for scratch included (`CacheTable.num_blocks`).
+        block_size: tokens per block.
+        fused: take the shorter way through Llama-family models (`FusedLlama`) where it gives the same logits.
+        exact: for tests. A float64 copy of the model, and shapes that make every row's result independent of what else
+            is in the batch, bit for bit.
+    """
+
+    def __init__(
+        self, model: Any, num_blocks: int, block_size: int, *, fused: bool = True, exact: bool = False
+    ) -> None:
+        self.model = (copy.deepcopy(model).double() if exact else model).eval()
+        self.exact = exact
+        self._configs = configs_of(self.model)
+        self.device: torch.device = self.model.device
+        self.dtype: torch.dtype = self.model.dtype
+        text = self.model.config.get_text_config()
+        self.vocab_size: int = text.vocab_size
+        shapes = _probe(self.model, text.num_hidden_layers, self.vocab_size)
+        self.fused: FusedLlama | None = None
+        if fused and FusedLlama.supports(self.model):
+            self.fused = FusedLlama(self.model, shapes)
+            if not self._packing_error(shapes) <= self._tolerance:
+                self.fused = None
+        if self.fused is None and not (error := self._packing_error(shapes)) <= self._tolerance:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: logits of a packed forward over a paged cache differ from a plain "
+                f"forward's by {error:.2g} of their standard deviation. It attends in a way that the paged cache does "
+                "not do; choose another model"
+            )
+        self.pool = Pool(shapes, num_blocks, block_size, self.dtype, self.device)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        num_blocks: int,
+        block_size: int,
+        *,
+        dtype: str = "auto",
+        device: str = "cpu",
+        fused: bool = True,
+        exact: bool = False,
+    ) -> PagedModel:
+        """Load a local folder or a hub id; see the class for the rest."""
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        return cls(model.to(device), num_blocks, block_size, fused=fused, exact=exact)
+
+    def forward(
+        self,
+        table: CacheTable,
+        seats: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        keep: NDArray[np.int64],
+    ) -> Tensor:
+        """Run `counts[i]` tokens from position `starts[i]` of every seat in one pass, and cache them.
+
+        Returns logits (sum of keep, V) of the last `keep[i]` tokens of each seat, in the order of `seats`. Positions
+        before `starts[i]` must be cached already.
+        """
+        return self._forward(self.pool, table, seats, starts, counts, keep)
+
+    def _forward(self, pool: Pool, table: CacheTable, seats: Any, starts: Any, counts: Any, keep: Any) -> Tensor:
+        packed = pack(table, seats, starts, counts, keep, self.device, self.exact)
+        rows = packed.kept
+        wanted = rows.numel()
+        if wanted == 0:
+            # `logits_to_keep` has no way to say "none" to every model.
+            rows = rows.new_zeros(1)
+        if self.exact and rows.numel() < EXACT_ROWS:
+            rows = torch.cat((rows, rows[-1:].expand(EXACT_ROWS - rows.numel())))
+        step = PagedStep(pool, packed, self.exact)
+        if self.fused is not None:
+            with torch.inference_mode():
+                return self.fused(packed.ids, packed.positions, rows, step)[:wanted]
+        with torch.inference_mode(), attending(self._configs, step):
+            output = self.model(
+                input_ids=packed.ids, position_ids=packed.positions, use_cache=False, logits_to_keep=rows
+            )
+        return output.logits[0, :wanted]
+
+    @property
+    def _tolerance(self) -> float:
+        return TOLERANCE.get(self.dtype, 0.05)
+
+    def _packing_error(self, shapes: list[LayerShape]) -> float:
+        """Largest difference between logits of packed chunks and of plain forwards, in their standard deviations."""
+        lengths, parts = (5, 19, 40), ((3, 15, 16), (1, 4, 20), (1, 0, 4))
+        pool = Pool(shapes, 16, 16, self.dtype, self.device)
+        limits = EngineLimits(15, pool.block_size, 0, len(lengths), 64)
+        table = CacheTable(limits)
+        table.blocks[: len(lengths), :4] = np.random.default_rng(0).permutation(12).reshape(3, 4)
+        random = np.random.default_rng(1)
+        plain, packed = [], []
+        for seat, length in enumerate(lengths):
+            table.tokens[seat, :length] = random.integers(0, self.vocab_size, length)
+            ids = torch.from_numpy(table.tokens[seat : seat + 1, :length].astype(np.int64)).to(self.device)
+            with torch.inference_mode():
+                plain.append(self.model(input_ids=ids, use_cache=False).logits[0])
+        starts = np.zeros(len(lengths), dtype=np.int64)
+        for part in parts:
+            counts = np.array(part, dtype=np.int64)
+            seats = np.flatnonzero(counts)
+            logits = self._forward(pool, table, seats, starts[seats], counts[seats], counts[seats])
+            for seat, rows in zip(seats.tolist(), logits.split(counts[seats].tolist()), strict=True):
+                begin = int(starts[seat])
+                packed.append(rows - plain[seat][begin : begin + len(rows)])
+            starts += counts
+        return float(torch.cat(packed).abs().max() / torch.cat(plain).std())
+
+
+def _probe(model: Any, layers: int, vocab_size: int) -> list[LayerShape]:
+    """What each layer caches, from one forward through the attention interface."""
+    step = ProbeStep()
+    name = type(model).__name__
+    try:
+        with torch.inference_mode(), attending(configs_of(model), step):
+            ids = torch.arange(4, device=model.device)[None] % vocab_size
+            model(input_ids=ids, position_ids=torch.arange(4, device=model.device)[None], use_cache=False)
+    except Exception as problem:
+        raise UnsupportedModelError(
+            f"{name} does not run with its attention replaced ({type(problem).__name__}: {problem})"
+        ) from problem
+    if len(step.shapes) != layers:
+        raise UnsupportedModelError(
+            f"{name}: {len(step.shapes)} of {layers} layers called transformers' attention interface, through which "
+            "the paged cache works; choose a model that uses it in every layer (Llama, Qwen, Mistral, GPT-2, ...)"
+        )
+    return step.shapes

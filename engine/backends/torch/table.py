@@ -1,0 +1,106 @@
+"""Which memory each running request holds: its seat, its KV blocks, its token ids.
+
+The scheduler counts blocks and knows nothing of which ones. This table gives the counted blocks names, following the
+scheduler's counts after every plan.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from engine.compiled import kernel
+from engine.config import EngineLimits
+from engine.core.state import State
+
+SCRATCH_TOKENS = 16
+"""Cache slots that belong to no request: rows that only fill up a forward write there."""
+
+
+@kernel
+def _leave(requests, owner, seat_of, blocks, held, free_blocks, free_seats, free_counts):
+    """Take back seat and blocks of every request that the scheduler has taken the blocks of."""
+    for seat in range(len(held)):
+        r = owner[seat]
+        if r >= 0 and requests[r].blocks == 0:
+            for i in range(held[seat]):
+                free_blocks[free_counts[0]] = blocks[seat, i]
+                free_counts[0] += 1
+            held[seat] = 0
+            owner[seat] = -1
+            seat_of[r] = -1
+            free_seats[free_counts[1]] = seat
+            free_counts[1] += 1
+
+
+@kernel
+def _enter(requests, batch, owner, seat_of, blocks, held, free_blocks, free_seats, free_counts, entered):
+    """Seat the batch's new requests and name the blocks that it was given; returns how many are new."""
+    new = 0
+    for r in batch:
+        seat = seat_of[r]
+        if seat < 0:
+            free_counts[1] -= 1
+            seat = free_seats[free_counts[1]]
+            seat_of[r] = seat
+            owner[seat] = r
+            entered[new] = r
+            new += 1
+        while held[seat] < requests[r].blocks:
+            free_counts[0] -= 1
+            blocks[seat, held[seat]] = free_blocks[free_counts[0]]
+            held[seat] += 1
+    return new
+
+
+class CacheTable:
+    """Seats, blocks and tokens of up to `max_num_seqs` running requests.
+
+    tokens: (seats + 1, max_model_len + 1) int32 ids, prompt then output then candidates · blocks: (seats + 1, blocks of
+    the longest request) int32, block i of a seat holds its positions [i * block_size, (i + 1) * block_size) · owner:
+    (seats,) request in the seat, -1 if free · draft_computed: (seats + 1,) tokens in the drafter's cache. The last row
+    is the scratch seat.
+    """
+
+    def __init__(self, limits: EngineLimits) -> None:
+        seats = limits.max_num_seqs
+        self.block_size = limits.block_size
+        self.scratch_seat = seats
+        scratch_blocks = math.ceil(SCRATCH_TOKENS / limits.block_size)
+        self.num_blocks = limits.total_blocks + scratch_blocks
+        width = max(scratch_blocks, math.ceil(limits.max_model_len / limits.block_size))
+        self.tokens = np.zeros((seats + 1, max(SCRATCH_TOKENS, limits.max_model_len + 1)), dtype=np.int32)
+        self.blocks = np.zeros((seats + 1, width), dtype=np.int32)
+        self.blocks[seats, :scratch_blocks] = np.arange(limits.total_blocks, self.num_blocks)
+        self.draft_computed = np.zeros(seats + 1, dtype=np.int32)
+        self.owner = np.full(seats, -1, dtype=np.int64)
+        self.held = np.zeros(seats, dtype=np.int64)
+        self.seat_of = np.full(64, -1, dtype=np.int64)
+        self._free_blocks = np.arange(limits.total_blocks - 1, -1, -1, dtype=np.int64)
+        self._free_seats = np.arange(seats - 1, -1, -1, dtype=np.int64)
+        self._free_counts = np.array([limits.total_blocks, seats], dtype=np.int64)
+        self._entered = np.zeros(seats, dtype=np.int64)
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that no seat holds."""
+        return int(self._free_counts[0])
+
+    def follow(self, state: State) -> list[int]:
+        """Bring seats and blocks in line with the batch just planned; returns the requests that got a new seat.
+
+        A request that was preempted and returns counts as new: its cache is lost.
+        """
+        room = state.requests.shape[1]
+        if room > len(self.seat_of):
+            self.seat_of = np.pad(self.seat_of, (0, room - len(self.seat_of)), constant_values=-1)
+        engine = state.engines[0]
+        batch = state.batch_request[0, : engine["num_decodes"] + engine["num_prefills"]]
+        requests = state.requests[0]
+        places = (self.owner, self.seat_of, self.blocks, self.held, self._free_blocks, self._free_seats)
+        _leave(requests, *places, self._free_counts)
+        count = _enter(requests, batch, *places, self._free_counts, self._entered)
+        entered: list[int] = self._entered[:count].tolist()
+        self.draft_computed[self.seat_of[entered]] = 0
+        return entered

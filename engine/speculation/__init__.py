@@ -1,0 +1,1 @@
+"""Candidate tokens and their lossless verification: drafters, sampling distributions, acceptance rules."""

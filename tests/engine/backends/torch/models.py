@@ -1,0 +1,124 @@
+"""Tiny random models, engines on them, and what `transformers` itself generates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from engine.backends.torch.engine import TorchEngine
+from engine.backends.torch.model import PagedModel
+from engine.backends.torch.table import CacheTable
+from engine.config import EngineLimits
+from engine.speculation.drafter import Drafter, NoDrafter
+from engine.speculation.model import ModelDrafter
+from engine.speculation.ngram import NgramDrafter
+
+VOCABULARY = 40
+LAYERS = 2
+POSITIONS = 256
+
+# A wide initialisation, so that the most probable token is not the same everywhere.
+_COMMON = {"vocab_size": VOCABULARY, "initializer_range": 0.3}
+_LLAMA = _COMMON | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+}
+
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: transformers.LlamaConfig(**_LLAMA),
+    "qwen2": lambda: transformers.Qwen2Config(**_LLAMA),
+    "gpt2": lambda: transformers.GPT2Config(
+        **_COMMON, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=POSITIONS, bos_token_id=0, eos_token_id=0
+    ),
+    "mistral_window": lambda: transformers.MistralConfig(**_LLAMA, sliding_window=7),
+}
+
+
+@cache
+def model(kind: str, seed: int = 0, vocabulary: int = VOCABULARY) -> Any:
+    """A random model of a kind in `CONFIGS`, float32."""
+    config = CONFIGS[kind]()
+    config.vocab_size = vocabulary
+    torch.manual_seed(seed)
+    made = transformers.AutoModelForCausalLM.from_config(config).eval()
+    made.generation_config.eos_token_id = None
+    made.generation_config.pad_token_id = 0
+    return made
+
+
+@cache
+def exact(kind: str) -> Any:
+    """The same model in float64."""
+    import copy
+
+    return copy.deepcopy(model(kind)).double()
+
+
+def limits(
+    *, total_blocks: int = 64, block_size: int = 4, watermark_blocks: int = 0, max_num_seqs: int = 8
+) -> EngineLimits:
+    return EngineLimits(total_blocks, block_size, watermark_blocks, max_num_seqs, POSITIONS)
+
+
+def paged(source: Any, bounds: EngineLimits, *, exact: bool = True) -> PagedModel:
+    return PagedModel(source, CacheTable(bounds).num_blocks, bounds.block_size, exact=exact)
+
+
+def drafter(name: str, kind: str, bounds: EngineLimits) -> Drafter:
+    """`copy` drafts with the target's own weights, `model` with other ones."""
+    if name == "none":
+        return NoDrafter()
+    if name == "ngram":
+        return NgramDrafter()
+    return ModelDrafter(paged(model(kind, seed=0 if name == "copy" else 1), bounds))
+
+
+def engine(kind: str, draft_with: str, bounds: EngineLimits, **options: Any) -> TorchEngine:
+    return TorchEngine(paged(model(kind), bounds), bounds, drafter(draft_with, kind, bounds), **options)
+
+
+def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Random prompts; every second one repeats a short phrase, which prompt lookup can find."""
+    random = np.random.default_rng(seed)
+    made = []
+    for i, length in enumerate(lengths):
+        phrase = random.integers(0, VOCABULARY, min(length, 5) if i % 2 else length)
+        made.append(np.resize(phrase, length).tolist())
+    return made
+
+
+@cache
+def _generated(kind: str, prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
+    ids = torch.tensor(prompt)[None]
+    with torch.inference_mode():
+        out = exact(kind).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
+    return tuple(out[0, len(prompt) :].tolist())
+
+
+def generated(kind: str, prompt: Sequence[int], max_tokens: int) -> list[int]:
+    """Greedy output of `model.generate` in float64."""
+    return list(_generated(kind, tuple(prompt), max_tokens))
+
+
+class ManualClock:
+    """A clock that moves on by a fixed, awkward amount whenever it is read."""
+
+    def __init__(self, tick: float = 0.0137) -> None:
+        self.time = 0.0
+        self._tick = tick
+
+    def now(self) -> float:
+        self.time += self._tick
+        return self.time
+
+    def wait_until(self, moment: float) -> None:
+        self.time = max(self.time, moment)

@@ -1,0 +1,191 @@
+"""Requests that come, are cancelled and stop early while the engine runs: nothing is lost and every counter holds."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.core import state as core
+from engine.core.live import append, cancel, grown, shorten_drafts, stop_after
+from engine.core.scheduler import advance_clock, commit, has_work, plan, release
+from engine.core.state import CANCELLED, DECODING, FINISHED, NOT_ADMITTED, PREEMPTED, PREFILLING, State
+from engine.core.telemetry import LOAD_FIELDS, allocate_observation, observe
+from tests.engine.core.cases import Case, accept, batch, cases, elapsed, run
+
+TTFT_TARGET_S = 1.0
+
+
+def _assert_counters_hold(state: State) -> None:
+    """Every running count equals what a look at all requests gives."""
+    engine = state.engines[0]
+    rows = state.requests[0, : engine["num_requests"]]
+    phase = rows["phase"]
+    arrived = np.arange(rows.size) < engine["released"]
+    waiting = arrived & np.isin(phase, (NOT_ADMITTED, PREFILLING, PREEMPTED))
+    assert engine["waiting_tokens"] == (rows["context"] - rows["computed"])[waiting].sum()
+    assert engine["kv_tokens"] == rows["computed"][phase == DECODING].sum()
+    assert engine["free_blocks"] == engine["total_blocks"] - rows["blocks"].sum()
+    assert not rows["blocks"][np.isin(phase, (NOT_ADMITTED, PREEMPTED, FINISHED, CANCELLED))].any()
+    running = state.running[0, : engine["num_running"]].tolist()
+    assert running == sorted(np.flatnonzero(np.isin(phase, (DECODING, PREFILLING))).tolist())
+    assert engine["num_decoding"] == (phase == DECODING).sum()
+    preempted = state.preempted[0, : engine["num_preempted"]].tolist()
+    assert sorted(preempted) == np.flatnonzero(phase == PREEMPTED).tolist()
+    assert engine["num_finished"] == (phase == FINISHED).sum()
+    assert engine["num_cancelled"] == (phase == CANCELLED).sum()
+    between = np.isfinite(rows["first_token"]) & np.isin(phase, (DECODING, PREFILLING, PREEMPTED))
+    shares = [1 / (output - 1) for output in rows["output"][between] if output > 1]
+    assert engine["tpot_weight"] == pytest.approx(sum(shares), abs=1e-9)
+    late = rows["arrival"] + engine["ttft_target"] < engine["now"]
+    assert engine["overdue"] == (late & np.isnan(rows["first_token"]) & (phase != CANCELLED)).sum()
+    queued = arrived & np.isin(phase, (NOT_ADMITTED, PREEMPTED))
+    assert (
+        engine["num_preempted"] + engine["released"] - engine["next_new"] - engine["cancelled_waiting"] == queued.sum()
+    )
+    if engine["next_new"] < engine["released"]:
+        assert phase[engine["next_new"]] == NOT_ADMITTED
+
+
+def _assert_queue_is_seen_right(state: State) -> None:
+    observation = allocate_observation(1, 3, 4)
+    observe(state, 0, observation)
+    rows = state.requests[0, : state.engines["released"][0]]
+    waiting = np.isin(rows["phase"], (NOT_ADMITTED, PREFILLING, PREEMPTED))
+    left = (rows["context"] - rows["computed"])[waiting]
+    assert observation.load[0, LOAD_FIELDS.index("num_waiting")] == waiting.sum()
+    np.testing.assert_array_equal(observation.queue[0, : min(3, left.size), 0], left[:3])
+    assert observation.queue[0, 3, 0] == left[3:].sum()
+
+
+def _wake(state: State, case: Case, sent: int) -> int:
+    """Release; with nothing to do, wait for the next request of the case. Returns how many are sent then."""
+    release(state, 0)
+    while not has_work(state, 0):
+        released = int(state.engines["released"][0])
+        if released == sent:
+            if sent == len(case.requests):
+                break
+            sent = _send(state, case, sent)
+        advance_clock(state, 0, max(float(state.requests["arrival"][0, released]), float(state.engines["now"][0])))
+        release(state, 0)
+    return sent
+
+
+def _send(state: State, case: Case, sent: int) -> int:
+    arrival, prompt, output, _ = case.requests[sent]
+    assert append(state, 0, max(arrival, float(state.engines["now"][0])), prompt, output) == sent
+    return sent + 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.data())
+def test_counters_hold_whatever_is_cancelled_stopped_or_sent_while_running(case: Case, data: st.DataObject) -> None:
+    state = core.allocate(1, len(case.requests), ttft_target=TTFT_TARGET_S, **case.limits)
+    sent, ended = 0, {}
+    for turn in range(5000):
+        sent = _wake(state, case, sent)
+        if not has_work(state, 0):
+            break
+        if sent < len(case.requests) and data.draw(st.booleans()):
+            sent = _send(state, case, sent)
+        assert plan(state, 0, *case.actions[turn % len(case.actions)])
+        accept(state, case)
+        for i, (r, tokens) in enumerate(batch(state)):
+            row = state.requests[0, r]
+            decodes = i < state.engines["num_decodes"][0]
+            emits = state.accepted[0, i] + 1 if decodes else int(row["computed"] + tokens == row["context"])
+            if emits and data.draw(st.integers(0, 7)) == 0:
+                emits = data.draw(st.integers(1, emits))
+                state.accepted[0, i] = emits - 1
+                ended[r] = int(row["generated"]) + emits
+                stop_after(state, 0, r, emits)
+        commit(state, 0, elapsed(state, case))
+        _assert_counters_hold(state)
+        if sent and data.draw(st.integers(0, 3)) == 0:
+            victim = data.draw(st.integers(0, sent - 1))
+            over = state.requests["phase"][0, victim] in (FINISHED, CANCELLED)
+            assert cancel(state, 0, victim) is not over
+            _assert_counters_hold(state)
+            _assert_queue_is_seen_right(state)
+    rows = state.requests[0, :sent]
+    assert sent == len(case.requests)
+    assert np.isin(rows["phase"], (FINISHED, CANCELLED)).all()
+    assert state.engines["free_blocks"][0] == case.total_blocks
+    for r, tokens in ended.items():
+        if rows["phase"][r] == FINISHED:
+            assert rows["generated"][r] == rows["output"][r] == tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_stopping_at_known_lengths_costs_what_knowing_them_would_have_cost(case: Case) -> None:
+    """Without speculation nothing else depends on the output limit, so runs and costs must agree."""
+    case = Case(**{**case.__dict__, "actions": tuple((0, n) for _, n in case.actions)})
+    known = run(case)
+    state = case.state()
+    state.requests["output"][0] *= 2
+    turn = 0
+    while True:
+        release(state, 0)
+        if not has_work(state, 0):
+            if state.engines["released"][0] == len(case.requests):
+                break
+            advance_clock(state, 0, float(state.requests["arrival"][0, state.engines["released"][0]]))
+            continue
+        plan(state, 0, *case.actions[turn % len(case.actions)])
+        state.accepted[:] = 0
+        for i, (r, tokens) in enumerate(batch(state)):
+            row = state.requests[0, r]
+            emits = i < state.engines["num_decodes"][0] or row["computed"] + tokens == row["context"]
+            if emits and row["generated"] + 1 == case.requests[r][2]:
+                stop_after(state, 0, r, 1)
+        commit(state, 0, elapsed(state, case))
+        turn += 1
+    np.testing.assert_array_equal(state.requests, known.requests)
+    assert state.engines["tpot_cost"][0] == pytest.approx(known.engines["tpot_cost"][0])
+    assert state.engines["lateness"][0] == known.engines["lateness"][0]
+
+
+def test_a_request_cancelled_before_it_arrives_is_never_served() -> None:
+    state = core.allocate(1, 4, ttft_target=1.0, total_blocks=8, block_size=4, watermark_blocks=0, max_num_seqs=2)
+    for arrival in (1.0, 2.0):
+        append(state, 0, arrival, 4, 2)
+    assert cancel(state, 0, 0)
+    advance_clock(state, 0, 3.5)
+    release(state, 0)
+    assert state.engines["waiting_tokens"][0] == 4
+    assert state.engines["violations"][0] == 1, "only the request that was still wanted is late"
+    assert plan(state, 0, 0, 16)
+    assert batch(state) == [(1, 4)]
+    assert math.isnan(state.requests["admitted"][0, 0])
+
+
+def test_shortened_drafts_count_as_never_drafted() -> None:
+    state = core.allocate(1, 1, ttft_target=1.0, total_blocks=8, block_size=4, watermark_blocks=0, max_num_seqs=2)
+    append(state, 0, 0.0, 4, 8)
+    release(state, 0)
+    plan(state, 0, 0, 16)
+    commit(state, 0, 0.5)
+    plan(state, 0, 4, 16)
+    assert batch(state) == [(0, 5)]
+    shorten_drafts(state, 0, np.array([2]))
+    state.accepted[0, 0] = 1
+    commit(state, 0, 0.5)
+    row, engine = state.requests[0, 0], state.engines[0]
+    assert (row["drafted"], row["accepted"], row["generated"]) == (1, 1, 3)
+    assert (engine["decode_tokens"], engine["candidate_steps"], engine["total_drafted"]) == (2, 1, 1)
+    assert row["blocks"] == 3, "blocks of the planned tokens stay with the request"
+
+
+def test_growing_keeps_what_is_in_the_table() -> None:
+    state = core.allocate(1, 1, ttft_target=1.0, total_blocks=8, block_size=4, watermark_blocks=0, max_num_seqs=2)
+    append(state, 0, 0.25, 4, 8)
+    assert grown(state, 1) is state
+    state = grown(state, 2)
+    assert append(state, 0, 0.5, 3, 2) == 1
+    assert state.requests["arrival"][0, :2].tolist() == [0.25, 0.5]
+    assert state.preempted.shape[1] >= 2
