@@ -1,0 +1,237 @@
+"""Text to train on and to prompt with: the running CPython's standard library, and files that the user gives.
+
+The corpus is every `.py` source under the interpreter's standard library folder except third-party packages
+(`site-packages`), tests (half of the bytes, and mostly data), `encodings` and `pydoc_data` (generated tables) and the
+build's own settings (`_sysconfigdata*`, `config-*`). A file is held out by a hash of its path relative to that folder,
+so the split is the same for everyone and a held-out file stays held out in another version of Python.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import hashlib
+import json
+import math
+import os
+import sysconfig
+import tokenize
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+HELD_OUT_ONE_IN = 10
+
+_LEFT_OUT_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
+)
+_KEYS = ("prompt", "max_tokens", "arrival_s")
+
+
+class CorpusError(ValueError):
+    """A corpus, prompt file or request for prompts that cannot be used; the message names file and line."""
+
+
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool = ..., verbose: bool = ...) -> Any: ...
+
+    def decode(self, token_ids: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the user wrote it; `max_tokens` and `arrival_s` (seconds) are None where the file does not say."""
+
+    name: str
+    text: str
+    max_tokens: int | None = None
+    arrival_s: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """A prompt cut to an exact number of tokens: `tokens` (length,) int32, and the text they spell."""
+
+    name: str
+    text: str
+    tokens: NDArray[np.int32]
+
+
+def library_folder() -> Path:
+    """Where the running interpreter keeps its standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the file of this relative path (with forward slashes) is kept from training: one in ten, by hash."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELD_OUT_ONE_IN == 0
+
+
+def library_files(held_out: bool, folder: Path | None = None) -> list[str]:
+    """Relative paths of the training files, or of the held-out ones, in sorted order. Raises CorpusError if none."""
+    root = folder or library_folder()
+    chosen = sorted(name for name in _source_names(root) if is_held_out(name) == held_out)
+    if not chosen:
+        raise CorpusError(
+            f"{root}: no {'held-out' if held_out else 'training'} Python sources here; an interpreter installed "
+            "without its standard library's sources has none: give a file of prompts instead"
+        )
+    return chosen
+
+
+def library_texts(held_out: bool, folder: Path | None = None) -> Iterator[tuple[str, str]]:
+    """Yields (relative path, text) of the training or the held-out files; a file that is no valid source is skipped."""
+    root = folder or library_folder()
+    for name in library_files(held_out, root):
+        try:
+            with tokenize.open(root / name) as source:
+                text = source.read()
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        if text.strip():
+            yield name, text
+
+
+def cut_prompts(
+    texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, lengths: Sequence[int], rng: np.random.Generator
+) -> list[TokenPrompt]:
+    """Cut one prompt of each length (tokens) from the texts, in the order of `lengths`.
+
+    Each prompt starts at a line of a text drawn among those long enough for it, texts being used equally often before
+    any is used again. Raises CorpusError for a length below 1 or longer than every text.
+    """
+    encoded = [(name, _token_ids(tokenizer, text)) for name, text in texts]
+    if not encoded:
+        raise CorpusError("there is no text to cut prompts from")
+    sizes = np.array([tokens.size for _, tokens in encoded])
+    line_starts = _line_start_tokens(tokenizer, np.unique(np.concatenate([tokens for _, tokens in encoded])))
+    uses = np.zeros(len(encoded))
+    tie_break = rng.permutation(len(encoded))
+    prompts = []
+    for length in lengths:
+        if length < 1:
+            raise CorpusError(f"a prompt of {length} tokens cannot be cut; prompts have at least one token")
+        enough = np.flatnonzero(sizes >= length)
+        if not enough.size:
+            longest = int(sizes.argmax())
+            raise CorpusError(
+                f"no text has {length} tokens; the longest, {encoded[longest][0]}, has {sizes[longest]}: "
+                "ask for shorter prompts or give a longer text"
+            )
+        pick = enough[np.lexsort((tie_break[enough], uses[enough]))[0]]
+        uses[pick] += 1
+        name, tokens = encoded[pick]
+        starts = np.flatnonzero(np.isin(tokens[: tokens.size - length + 1], line_starts))
+        start = int(rng.choice(starts)) if starts.size else 0
+        cut = tokens[start : start + length]
+        prompts.append(TokenPrompt(f"{name}+{start}", str(tokenizer.decode(cut.tolist())), cut))
+    return prompts
+
+
+def held_out_prompts(tokenizer: Tokenizer, lengths: Sequence[int], seed: int = 0) -> list[TokenPrompt]:
+    """Prompts of these token lengths from the standard library's held-out files, the same for the same seed."""
+    return cut_prompts(library_texts(held_out=True), tokenizer, lengths, np.random.default_rng(seed))
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Prompts of a user's file: one per line of a `.jsonl`, or the whole of any other text file as one.
+
+    A JSONL line is an object with `prompt` and optionally `max_tokens` and `arrival_s` (seconds, on every line or on
+    none, non-decreasing); other keys are ignored unless they look like a typo of these. Raises CorpusError naming file
+    and line.
+    """
+    file = Path(path)
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise CorpusError(
+            f"{file}: cannot be read: {error.strerror}; give a text file or a .jsonl of prompts"
+        ) from error
+    raw_lines = raw.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    lines = [_decoded(line, f"{file}, line {i}") for i, line in enumerate(raw_lines, start=1)]
+    if file.suffix.lower() != ".jsonl":
+        text = "\n".join(lines)
+        if not text.strip():
+            raise CorpusError(f"{file}: the file is empty; a prompt needs at least one character")
+        return [Prompt(file.name, text)]
+    numbered = [(i, _parse_line(line, file, i)) for i, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise CorpusError(f'{file}: the file has no prompts; write one {{"prompt": "..."}} a line')
+    _check_arrivals(numbered, file)
+    return [prompt for _, prompt in numbered]
+
+
+def _source_names(root: Path) -> Iterator[str]:
+    # A folder left out is not walked into: an environment's third-party packages may be a hundred times the library.
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _LEFT_OUT_FOLDERS and not _is_build_setting(name)]
+        for name in files:
+            if name.endswith(".py") and not _is_build_setting(name):
+                yield (Path(folder) / name).relative_to(root).as_posix()
+
+
+def _is_build_setting(name: str) -> bool:
+    return name.startswith(("_sysconfigdata", "config-"))
+
+
+def _token_ids(tokenizer: Tokenizer, text: str) -> NDArray[np.int32]:
+    # Whole files are longer than a model's context, which is no news to whoever cuts them: hence not verbose.
+    return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+
+
+def _line_start_tokens(tokenizer: Tokenizer, token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
+    return token_ids[[str(tokenizer.decode([int(token)])).startswith("\n") for token in token_ids]]
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{where}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8 text") from error
+
+
+def _parse_line(line: str, file: Path, number: int) -> Prompt:
+    where = f"{file}, line {number}"
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CorpusError(f'{where}: not JSON ({error}); write one {{"prompt": "..."}} a line') from error
+    if not isinstance(entry, dict):
+        raise CorpusError(f'{where}: must be an object like {{"prompt": "..."}}, not {line.strip()[:40]}')
+    for key in entry.keys() - set(_KEYS):
+        near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8)
+        if near and near[0] not in entry:
+            raise CorpusError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
+    text = entry.get("prompt")
+    if not isinstance(text, str) or not text:
+        raise CorpusError(f"{where}: 'prompt' must be text of at least one character, not {json.dumps(text)[:40]}")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise CorpusError(f"{where}: 'prompt' has half of a surrogate pair; escape the whole character or write it out")
+    max_tokens = entry.get("max_tokens")
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise CorpusError(f"{where}: 'max_tokens' must be a whole number of at least 1, not {json.dumps(max_tokens)}")
+    arrival = entry.get("arrival_s")
+    if arrival is not None and (type(arrival) not in (int, float) or not math.isfinite(arrival) or arrival < 0):
+        raise CorpusError(f"{where}: 'arrival_s' must be seconds, 0 or more, not {json.dumps(arrival)}")
+    return Prompt(f"{file.name}:{number}", text, max_tokens, None if arrival is None else float(arrival))
+
+
+def _check_arrivals(numbered: list[tuple[int, Prompt]], file: Path) -> None:
+    first_arrives = numbered[0][1].arrival_s is not None
+    latest = 0.0
+    for number, prompt in numbered:
+        if (prompt.arrival_s is not None) != first_arrives:
+            raise CorpusError(f"{file}, line {number}: 'arrival_s' must be on every line or on none")
+        if prompt.arrival_s is not None:
+            if prompt.arrival_s < latest:
+                raise CorpusError(
+                    f"{file}, line {number}: arrives {latest - prompt.arrival_s:g} s before the line above it; "
+                    "sort the file by 'arrival_s'"
+                )
+            latest = prompt.arrival_s
