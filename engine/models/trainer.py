@@ -71,12 +71,12 @@ class Settings:
     steps: int | None = None
     threads: int = 2
     seed: int = 0
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     window: int = 256
     long_window: int = 1024
-    long_share: float = 0.25
+    long_share: float = 0.15
     warmup_steps: int = 10
-    matrix_lr: float = 2e-2
+    matrix_lr: float = 8e-3
     embedding_lr: float = 5e-3
     weight_decay: float = 0.1
     target: Shape = TARGET

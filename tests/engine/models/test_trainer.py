@@ -22,6 +22,7 @@ TOY = Settings(
     batch_tokens=128,
     window=16,
     long_window=32,
+    long_share=0.25,
     warmup_steps=2,
     target=Shape(hidden=64, layers=2, intermediate=96),
     drafter=Shape(hidden=64, layers=1, intermediate=64),
