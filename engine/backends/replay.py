@@ -7,6 +7,7 @@ does not is a difference between the two backends.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from engine.config import EngineLimits
 from engine.core import state as core
-from engine.core.live import append, cancel, shorten_drafts, stop_after
+from engine.core.live import append, cancel, redistribute, stop_after
 from engine.core.scheduler import advance_clock, commit, plan, release
 from engine.core.state import State
 
@@ -30,7 +31,7 @@ ITERATION = np.dtype(
         ("num_decodes", np.int64),
     ]
 )
-DECODE = np.dtype([("tokens", np.int64), ("accepted", np.int64)])
+DECODE = np.dtype([("tokens", np.int64), ("accepted", np.int64), ("reach", np.int64)])
 STOP = np.dtype([("iteration", np.int64), ("request", np.int64), ("tokens", np.int64)])
 CANCELLATION = np.dtype([("iteration", np.int64), ("request", np.int64)])
 
@@ -52,14 +53,14 @@ class ReplayError(ValueError):
 class Recording:
     """What happened in a run, in order.
 
-    requests: with the output limit the client asked for · iterations · decodes: (tokens verified, candidates accepted)
-    of every decode of every iteration · stops: the tokens a request emitted in the iteration that ended it ·
-    cancellations: before which iteration.
+    requests: with the output limit the client asked for · iterations · decodes: (tokens verified, candidates accepted,
+    `state.reach`) of every decode of every iteration · stops: the tokens a request emitted in the iteration that ended
+    it · cancellations: before which iteration.
     """
 
     requests: list[tuple[float, int, int]] = field(default_factory=list)
     iterations: list[tuple[float, float, int, int, int]] = field(default_factory=list)
-    decodes: list[tuple[int, int]] = field(default_factory=list)
+    decodes: list[tuple[int, int, int]] = field(default_factory=list)
     stops: list[tuple[int, int, int]] = field(default_factory=list)
     cancellations: list[tuple[int, int]] = field(default_factory=list)
 
@@ -75,8 +76,15 @@ class Recording:
             return cls(**{name: tables[name].tolist() for name in _TABLES})
 
 
-def replay(recording: Recording, limits: EngineLimits, ttft_target: float) -> State:
+def replay(
+    recording: Recording,
+    limits: EngineLimits,
+    ttft_target: float,
+    on_plan: Callable[[State], Any] | None = None,
+) -> State:
     """The scheduler's state after the recorded run.
+
+    `on_plan` sees the state of every iteration once its batch is planned, before a drafter proposed its candidates.
 
     Raises `ReplayError` when the engine plans another batch than the one recorded, which means that `limits` are not
     those of the recorded engine.
@@ -92,7 +100,7 @@ def replay(recording: Recording, limits: EngineLimits, ttft_target: float) -> St
     )
     for arrival, prompt, output in recording.requests:
         append(state, 0, arrival, prompt, output)
-    decodes: NDArray[np.int64] = np.array(recording.decodes, dtype=np.int64).reshape(-1, 2)
+    decodes: NDArray[np.int64] = np.array(recording.decodes, dtype=np.int64).reshape(-1, 3)
     stops, cancellations = list(recording.stops), list(recording.cancellations)
     used = 0
     for iteration, (start, elapsed, candidates, token_budget, num_decodes) in enumerate(recording.iterations):
@@ -105,10 +113,13 @@ def replay(recording: Recording, limits: EngineLimits, ttft_target: float) -> St
                 f"iteration {iteration} at {start:.6f} s: the recorded engine decoded {num_decodes} requests, the "
                 f"replay plans {state.engines['num_decodes'][0]}; replay with the recorded engine's limits"
             )
+        if on_plan is not None:
+            on_plan(state)
         rows = decodes[used : used + num_decodes]
         used += num_decodes
-        shorten_drafts(state, 0, rows[:, 0])
+        redistribute(state, 0, rows[:, 0])
         state.accepted[0, :num_decodes] = rows[:, 1]
+        state.reach[0, :num_decodes] = rows[:, 2]
         while stops and stops[0][0] == iteration:
             stop_after(state, 0, *stops.pop(0)[1:])
         commit(state, 0, elapsed)

@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from engine.core import state as core
 from engine.core.scheduler import advance_clock, commit, has_work, plan, release
 from engine.core.telemetry import Observation, allocate_observation, observe
-from engine.latency.model import LatencyModel, iteration_time, prefill_attention_time
+from engine.latency.model import LatencyModel, iteration_time, prefill_attention_time, unread_time
 from engine.workload.workload import Workload
 
 ITERATION = np.dtype(
@@ -62,17 +62,40 @@ def batch_time(state, e, tables):
     for i in range(engine.num_decodes, engine.num_decodes + engine.num_prefills):
         computed = state.requests[e, state.batch_request[e, i]].computed
         attention += prefill_attention_time(tables, state.batch_tokens[e, i], computed)
+    kv_tokens = engine.decode_kv_tokens
+    if tables.padding > 0.0:
+        longest = 0
+        for i in range(engine.num_decodes):
+            longest = max(longest, state.requests[e, state.batch_request[e, i]].computed)
+        kv_tokens += tables.padding * (engine.num_decodes * longest - kv_tokens)
     return iteration_time(
         tables,
         engine.num_decodes,
         engine.decode_tokens,
         engine.candidate_steps,
-        engine.decode_kv_tokens,
+        kv_tokens,
         engine.num_prefills,
         engine.prefill_tokens,
         attention,
         engine.decode_tokens + engine.prompts_completed,
     )
+
+
+@kernel
+def reading_time(state, e, tables):
+    """Seconds that the drafter takes in the planned iteration to read what was cached since it last drafted.
+
+    Which requests these tokens belong to is not kept: they are at most what the decoding requests hold.
+    """
+    engine = state.engines[e]
+    seconds = 0.0
+    if engine.candidate_steps > 0 and engine.num_decodes > 0:
+        seconds = unread_time(tables, min(engine.unread_tokens, engine.decode_kv_tokens))
+        engine.unread_tokens = 0
+    else:
+        engine.unread_tokens += engine.num_decodes
+    engine.unread_tokens += engine.prefill_tokens
+    return seconds
 
 
 @kernel
@@ -97,7 +120,7 @@ def run_iteration(state, e, tables, run_lengths, candidates, token_budget, decis
         release(state, e)
     plan(state, e, candidates, token_budget)
     accept_candidates(state, e, run_lengths)
-    commit(state, e, batch_time(state, e, tables))
+    commit(state, e, batch_time(state, e, tables) + reading_time(state, e, tables))
     return settle(state, e)
 
 

@@ -152,6 +152,7 @@ def _plan_decodes(state, e, candidates):
             take(engine, request, missing)
         state.batch_request[e, i] = r
         state.batch_tokens[e, i] = tokens
+        state.reach[e, i] = tokens - 1
         decode_tokens += tokens
         steps = max(steps, tokens - 1)
     engine.num_decodes = num_decodes
@@ -267,7 +268,7 @@ def _commit_decodes(state, e, previous_end):
         drafted = state.batch_tokens[e, i] - 1
         accepted = state.accepted[e, i]
         depth = min(accepted, MAX_CANDIDATES)
-        if accepted < drafted:
+        if accepted < state.reach[e, i]:
             state.stopped[e, depth] += 1
         else:
             state.exhausted[e, depth] += 1
@@ -351,7 +352,8 @@ def drop_finished(state, e):
 def commit(state, e, elapsed):
     """Close the planned iteration after `elapsed` seconds: emit tokens, finish requests, free their blocks.
 
-    `state.accepted[e, i]` holds, for the i-th decode of the batch, how many of its candidates were accepted.
+    `state.accepted[e, i]` holds, for the i-th decode of the batch, how many of its candidates were accepted; if they
+    were no chain, `state.reach[e, i]` holds one more where others were verified behind them, and as many where not.
     """
     engine = state.engines[e]
     previous_end = engine.last_end

@@ -82,6 +82,7 @@ ENGINE = np.dtype(
         ("prefill_tokens", np.int64),
         ("prompts_completed", np.int64),  # of the batch's prefills, those whose last chunk this is
         ("emitted_tokens", np.int64),  # by the iteration committed last
+        ("unread_tokens", np.int64),  # cached, and not read by a drafter that reads when it drafts (simulated only)
         # totals
         ("iterations", np.int64),
         ("batched_requests", np.int64),
@@ -117,10 +118,11 @@ class State(NamedTuple):
     """N engines and their request tables; every array is indexed by engine first.
 
     requests: REQUEST (N, R) · engines: ENGINE (N,) · running, preempted: request ids (N, max_num_seqs) and
-    (N, R), `preempted` a stack with the earliest arrival on top · batch_request, batch_tokens, accepted:
-    (N, 2 * max_num_seqs), decodes first, then prefills · stopped, exhausted: (N, MAX_CANDIDATES + 1) counts, since
-    the last observation, of verifications that accepted exactly a candidates and then met a rejection, or accepted
-    all a they had · itl: (N, ITL_BINS) histogram counts.
+    (N, R), `preempted` a stack with the earliest arrival on top · batch_request, batch_tokens, accepted,
+    reach: (N, 2 * max_num_seqs), decodes first, then prefills; `reach` is how many candidates the longest path had that
+    begins with the accepted ones, as far as it was verified: c_i of a chain · stopped, exhausted: (N,
+    MAX_CANDIDATES + 1) counts, since the last observation, of verifications that accepted exactly a candidates and then
+    met a rejection, or accepted all a they had · itl: (N, ITL_BINS) histogram counts.
     """
 
     requests: NDArray[np.void]
@@ -130,6 +132,7 @@ class State(NamedTuple):
     batch_request: NDArray[np.int32]
     batch_tokens: NDArray[np.int32]
     accepted: NDArray[np.int32]
+    reach: NDArray[np.int32]
     stopped: NDArray[np.int64]
     exhausted: NDArray[np.int64]
     itl: NDArray[np.int64]
@@ -160,6 +163,7 @@ def allocate(
         batch_request=np.zeros((num_engines, 2 * max_num_seqs), dtype=np.int32),
         batch_tokens=np.zeros((num_engines, 2 * max_num_seqs), dtype=np.int32),
         accepted=np.zeros((num_engines, 2 * max_num_seqs), dtype=np.int32),
+        reach=np.zeros((num_engines, 2 * max_num_seqs), dtype=np.int32),
         stopped=np.zeros((num_engines, MAX_CANDIDATES + 1), dtype=np.int64),
         exhausted=np.zeros((num_engines, MAX_CANDIDATES + 1), dtype=np.int64),
         itl=np.zeros((num_engines, ITL_BINS), dtype=np.int64),

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.core.state import MAX_CANDIDATES
+from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.sampling import Sampling
+from engine.speculation.tree import Branches, Drafts
 
 
 class Speculated(Protocol):
@@ -29,6 +31,9 @@ class TokenTable(Protocol):
     tokens: NDArray[np.int32]
     draft_computed: NDArray[np.int32]
 
+    def borrow(self, seats: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Name free blocks behind what the seats hold, up to slot `ends[i]` of each; returns how far they reach."""
+
 
 @dataclass
 class Batch:
@@ -43,39 +48,36 @@ class Batch:
     lengths: NDArray[np.int64]
     """(B,) tokens known: prompt and output."""
     wanted: NDArray[np.int64]
-    """(B,) candidates asked for; 0 for none."""
-
-
-@dataclass
-class Drafts:
-    """A chain of candidates for each request of a `Batch`."""
-
-    tokens: NDArray[np.int32]
-    """(B, most wanted); row i is valid up to `counts[i]`."""
-    counts: NDArray[np.int64]
-    """(B,) candidates proposed, at most as many as wanted."""
-    probabilities: list[NDArray[np.float64] | None]
-    """(counts[i], V) what a sampled request's candidates were drawn from; None: the drafter was certain."""
+    """(B,) candidates planned; 0 for none."""
+    limits: NDArray[np.int64]
+    """(B,) most candidates, and deepest, that the request's output leaves room for; at least `wanted`."""
+    speculation: Speculation = CHAINS
 
 
 class Drafter(Protocol):
     """Proposes candidate tokens."""
 
     most_candidates: int
-    """Longest chain it can propose."""
+    """Largest c it can be asked for."""
 
     def propose(self, batch: Batch) -> Drafts:
-        """Candidates for the batch; may write them to `table.tokens` behind what the requests have."""
+        """Candidates for the batch, allocated as it asks; may write to `table.tokens` behind what the requests have."""
 
     def forget(self, number: int) -> None:
         """Drop whatever is kept for a request that is over."""
 
 
 def no_drafts(batch: Batch) -> Drafts:
-    """Room for the batch's candidates with none proposed."""
-    size = len(batch.wanted)
-    width = int(batch.wanted.max(initial=0))
-    return Drafts(np.zeros((size, width), dtype=np.int32), np.zeros(size, dtype=np.int64), [None] * size)
+    """Chains of the wanted lengths, with none of their tokens proposed yet."""
+    size, width = len(batch.wanted), int(batch.wanted.max(initial=0))
+    place = np.arange(width, dtype=np.int32) + np.zeros((size, 1), dtype=np.int32)
+    return Drafts(
+        tokens=np.zeros((size, width), dtype=np.int32),
+        parents=place - 1,
+        depths=place + 1,
+        counts=np.zeros(size, dtype=np.int64),
+        drawn_from=[None] * size,
+    )
 
 
 class NoDrafter:
@@ -101,8 +103,9 @@ class Runner(Protocol):
         starts: NDArray[np.int64],
         counts: NDArray[np.int64],
         keep: NDArray[np.int64],
+        branches: Branches | None = None,
     ) -> Any:
-        """Logits of the last `keep[i]` of `counts[i]` tokens from position `starts[i]`, all requests in one pass."""
+        """Logits of the last `keep[i]` of `counts[i]` tokens from slot `starts[i]`, all requests in one pass."""
 
 
 LONGEST_CHAIN = MAX_CANDIDATES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +71,15 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+def most_probable(logits: Any) -> NDArray[np.int64]:
+    """(rows,) tokens with the highest of `logits` (rows, V), a tensor; on a CPU numpy is ten times faster at it."""
+    if logits.device.type == "cpu" and logits.element_size() >= 4:
+        found: NDArray[np.int64] = logits.numpy().argmax(-1)
+    else:
+        found = logits.argmax(-1).cpu().numpy()
+    return found
 
 
 def draw(weights: NDArray[np.float64], random: np.random.Generator) -> int:

@@ -21,6 +21,9 @@ from engine.backends.torch.pack import EXACT_ROWS, Pack
 
 NAME = "governor_paged"
 
+_UNKNOWN = ("position_bias", "head_mask", "indices", "block_indices", "sinks", "alibi")
+"""What layers may ask of attention beyond scale, window, softcap and sinks, and does not get here."""
+
 
 class Step(Protocol):
     """What attention does in one forward, layer by layer."""
@@ -118,6 +121,18 @@ class Pool:
             found.append(torch.index_select(pool, 0, index, out=out))
         return found[0], found[1]
 
+    def move(self, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
+        """Copy keys and values of all layers from places to others: (tokens,) blocks, and (tokens,) within."""
+        for pools in (self.keys, self.values):
+            for pool in pools:
+                heads = torch.arange(pool.shape[0] // self.num_blocks, device=pool.device)
+                begin, end = (
+                    ((block[:, None] * len(heads) + heads) * self.block_size + place[:, None]).view(-1)
+                    for block, place in (source, target)
+                )
+                slots = pool.view(self.num_blocks * len(heads) * self.block_size, -1)
+                slots.index_copy_(0, end, slots.index_select(0, begin))
+
 
 class PagedStep:
     """One packed forward: new keys and values go to the pool, then each group attends over what its requests hold."""
@@ -141,21 +156,50 @@ class PagedStep:
             keys, values = pool.gather(layer, group.index(kv_heads))
             mask = group.mask(repeat, options.get("sliding_window"), self._least_rows, query.dtype)
             # Heads that share keys become query rows, so that keys are never repeated.
-            folded = rows[group.start : group.end].view(group.size, group.count, kv_heads, repeat, query.shape[-1])
+            new = rows[group.start : group.end] if group.padding is None else rows.index_select(0, group.padding[0])
+            folded = new.view(group.size, group.count, kv_heads, repeat, query.shape[-1])
             folded = folded.transpose(1, 2).reshape(group.size, kv_heads, group.count * repeat, -1)
             missing = mask.shape[2] - folded.shape[2]
             if missing > 0:
                 folded = F.pad(folded, (0, 0, 0, missing))
-            found = F.scaled_dot_product_attention(
+            found = _attended(
                 folded,
                 keys.view(group.size, kv_heads, group.keys, -1),
                 values.view(group.size, kv_heads, group.keys, -1),
-                attn_mask=mask,
-                scale=scale,
+                mask,
+                scale,
+                options,
             )[:, :, : group.count * repeat]
             found = found.reshape(group.size, kv_heads, group.count, repeat, width).transpose(1, 2)
-            out[group.start : group.end].view(group.size, group.count, kv_heads, repeat, width).copy_(found)
+            if group.padding is not None:
+                found = found.reshape(-1, heads, width).index_select(0, group.padding[1])
+            out[group.start : group.end].view(found.shape).copy_(found)
         return out[None]
+
+
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, options: dict[str, Any]
+) -> Tensor:
+    """Attention of query rows (R, kv heads, rows, width) as a layer's options ask for.
+
+    `softcap`: scores are squashed to +-softcap (Gemma 2, section 2). `s_aux`: (heads,) a score per head that takes
+    part in the softmax and has no value (gpt-oss); rows are (new token, head within its key-value head) pairs.
+    """
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + mask
+    if sinks is not None:
+        kv_heads, rows = query.shape[1:3]
+        own = sinks.view(kv_heads, -1)
+        row_sinks = own.repeat(1, -(-rows // own.shape[1]))[:, :rows]
+        scores = torch.cat(
+            (scores, row_sinks.to(scores.dtype)[None, :, :, None].expand(len(scores), -1, -1, 1)), dim=-1
+        )
+    return scores.softmax(-1)[..., : key.shape[2]] @ value
 
 
 class ProbeStep:
@@ -166,6 +210,9 @@ class ProbeStep:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, options: dict[str, Any]) -> Tensor:
         """See `Step.attend`."""
+        unknown = [name for name in _UNKNOWN if options.get(name) is not None]
+        if unknown:
+            raise NotImplementedError(f"its layers attend with {', '.join(unknown)}")
         window = options.get("sliding_window")
         self.shapes.append(LayerShape(key.shape[1], key.shape[-1], value.shape[-1], scale, window))
         repeat = query.shape[1] // key.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -16,12 +17,14 @@ from engine.backends.torch.model import PagedModel
 from engine.backends.torch.table import CacheTable
 from engine.config import EngineLimits
 from engine.core import state as core
-from engine.core.live import append, cancel, grown, shorten_drafts, stop_after
+from engine.core.live import append, cancel, grown, redistribute, stop_after
 from engine.core.scheduler import advance_clock, commit, has_work, plan, release
 from engine.core.state import FINISHED
 from engine.core.telemetry import Observation, allocate_observation, observe
-from engine.speculation.drafter import Batch, Drafter, Drafts, NoDrafter, no_drafts
-from engine.speculation.sampling import GREEDY, Sampling
+from engine.speculation.allocation import CHAINS, Speculation
+from engine.speculation.drafter import Batch, Drafter, NoDrafter, no_drafts
+from engine.speculation.sampling import GREEDY, Sampling, draw, most_probable
+from engine.speculation.tree import Branches, Drafts
 from engine.speculation.verify import accept_greedy, accept_sampled
 
 
@@ -37,6 +40,8 @@ class _Planned:
     seats: NDArray[np.int64]
     starts: NDArray[np.int64]
     counts: NDArray[np.int64]
+    limits: NDArray[np.int64]
+    """(decodes,) most candidates that a decode's output limit leaves room for."""
     decodes: int
     completes: NDArray[np.bool_]
     """Prefills whose last chunk this is; the rest False."""
@@ -56,6 +61,7 @@ class TorchEngine:
         model: the target; its cache must have the blocks of `limits` and those for scratch (`CacheTable.num_blocks`).
         limits: as the scheduler knows them.
         drafter: proposes candidates; none by default.
+        speculation: how an action's candidates are spent; chains of c each by default.
         ttft_target: latency requirement on TTFT in s, which telemetry and lateness are counted against.
         queue_rows: M, the requests an observation lists one by one.
         clock: real time by default.
@@ -67,6 +73,7 @@ class TorchEngine:
         model: PagedModel,
         limits: EngineLimits,
         drafter: Drafter | None = None,
+        speculation: Speculation = CHAINS,
         *,
         ttft_target: float = 1.0,
         queue_rows: int = 64,
@@ -76,6 +83,7 @@ class TorchEngine:
     ) -> None:
         self.model, self.limits = model, limits
         self.drafter: Drafter = NoDrafter() if drafter is None else drafter
+        self.speculation = speculation
         self.queue_rows = queue_rows
         self.max_candidates = min(max_candidates, self.drafter.most_candidates)
         self.table = CacheTable(limits)
@@ -97,11 +105,15 @@ class TorchEngine:
         self.recording = Recording() if record else None
         self.emitted: list[tuple[int, list[int]]] = []
         """(request, tokens) of the latest iteration."""
+        self.draft_s = 0.0
+        """Seconds the drafter took in the latest iteration."""
+        self.forward_s = 0.0
+        """Seconds from the start of the target's forward in the latest iteration until its choices were known."""
         self._generations: dict[int, Generation] = {}
 
     def submit(
         self,
-        prompt: Sequence[int],
+        prompt: Sequence[int] | NDArray[np.integer],
         max_tokens: int,
         sampling: Sampling = GREEDY,
         *,
@@ -193,8 +205,14 @@ class TorchEngine:
         plan(self.state, 0, candidates, token_budget)
         planned = self._seat()
         drafts = self._draft(planned)
-        logits = self.model.forward(self.table, planned.seats, planned.starts, planned.counts, planned.keep)
-        emitted = self._verify(planned, drafts, logits)
+        branches = _branches(planned, drafts)
+        begin = time.perf_counter()
+        logits = self.model.forward(self.table, planned.seats, planned.starts, planned.counts, planned.keep, branches)
+        choices = most_probable(logits)
+        self.forward_s = time.perf_counter() - begin
+        emitted, paths = self._verify(planned, drafts, logits, choices)
+        if branches is not None:
+            self._compact(planned, paths)
         stops = self._stop(planned, emitted)
         elapsed = self.clock.now() - start
         commit(self.state, 0, elapsed)
@@ -202,8 +220,8 @@ class TorchEngine:
         if self.recording is not None:
             iteration, decodes = len(self.recording.iterations), planned.decodes
             self.recording.stops.extend((iteration, number, tokens) for number, tokens in stops)
-            accepted = self.state.accepted[0, :decodes].tolist()
-            self.recording.decodes.extend(zip(planned.counts[:decodes].tolist(), accepted, strict=True))
+            parts = (planned.counts, self.state.accepted[0], self.state.reach[0])
+            self.recording.decodes.extend(zip(*(part[:decodes].tolist() for part in parts), strict=True))
             self.recording.iterations.append((start, elapsed, candidates, token_budget, decodes))
         return True
 
@@ -215,6 +233,23 @@ class TorchEngine:
                 if moment is None:
                     return
                 self.clock.wait_until(moment)
+
+    def poll(self) -> bool:
+        """Take in the requests that have arrived by now; whether there is anything for `step` to run."""
+        advance_clock(self.state, 0, self.clock.now())
+        release(self.state, 0)
+        return bool(has_work(self.state, 0))
+
+    def reset(self, clock: Clock | None = None) -> None:
+        """Forget every request and begin again at 0 s, on a clock that starts now unless given; models stay loaded."""
+        for number in self._generations:
+            self.drafter.forget(number)
+        core.clear(self.state, 0)
+        self.table = CacheTable(self.limits)
+        self.recording = None if self.recording is None else Recording()
+        self.emitted = []
+        self._generations = {}
+        self.clock = WallClock() if clock is None else clock
 
     def _seat(self) -> _Planned:
         """Give the planned batch its memory and look it up."""
@@ -230,10 +265,12 @@ class TorchEngine:
         completes = starts + counts == rows["context"]
         completes[: engine["num_decodes"]] = False
         seats = self.table.seat_of[numbers]
-        return _Planned(numbers, seats, starts, counts, int(engine["num_decodes"]), completes)
+        decodes = int(engine["num_decodes"])
+        limits = (rows["output"] - rows["generated"] - 1)[:decodes].astype(np.int64)
+        return _Planned(numbers, seats, starts, counts, limits, decodes, completes)
 
     def _draft(self, planned: _Planned) -> Drafts:
-        """Candidates for the decodes; those that get fewer than planned are given fewer tokens."""
+        """Candidates for the decodes, which are given as many tokens as there are candidates for them."""
         decodes = planned.decodes
         wanted = planned.counts[:decodes] - 1
         batch = Batch(
@@ -243,46 +280,78 @@ class TorchEngine:
             seats=planned.seats[:decodes],
             lengths=planned.starts[:decodes] + 1,
             wanted=wanted,
+            limits=planned.limits,
+            speculation=self.speculation,
         )
+        self.draft_s = 0.0
         if not wanted.any():
             return no_drafts(batch)
+        begin = time.perf_counter()
         drafts = self.drafter.propose(batch)
+        self.draft_s = time.perf_counter() - begin
+        redistribute(self.state, 0, 1 + drafts.counts)
+        if self.speculation.allocation == "global":
+            # Some may have got more blocks than planned, or fewer tokens than they were to get.
+            self.table.follow(self.state)
+            drafts.counts = self.state.batch_tokens[0, :decodes] - np.int64(1)
         planned.counts[:decodes] = 1 + drafts.counts
-        shorten_drafts(self.state, 0, planned.counts[:decodes])
         columns = np.arange(drafts.tokens.shape[1])
         proposed = columns < drafts.counts[:, None]
         where = np.broadcast_to(planned.seats[:decodes, None], proposed.shape)[proposed]
         self.table.tokens[where, (batch.lengths[:, None] + columns)[proposed]] = drafts.tokens[proposed]
         return drafts
 
-    def _verify(self, planned: _Planned, drafts: Drafts, logits: torch.Tensor) -> list[list[int]]:
-        """What every request of the batch emits; `state.accepted` is filled."""
+    def _verify(
+        self, planned: _Planned, drafts: Drafts, logits: torch.Tensor, choices: NDArray[np.int64]
+    ) -> tuple[list[list[int]], NDArray[np.int32]]:
+        """What every request of the batch emits, and (decodes, W) the accepted nodes of its tree.
+
+        `state.accepted` and `state.reach` are filled.
+        """
         decodes = planned.decodes
-        choices = logits.argmax(-1).cpu().numpy()
         first_row = np.concatenate(([0], np.cumsum(planned.keep)))
-        accepted = self.state.accepted[0]
-        accept_greedy(choices, first_row[: decodes + 1], drafts.tokens, accepted[:decodes])
+        accepted, reach = self.state.accepted[0], self.state.reach[0]
+        paths = np.zeros(drafts.tokens.shape, dtype=np.int32)
+        accept_greedy(
+            choices, first_row[: decodes + 1], drafts.tokens, drafts.parents, paths, accepted[:decodes], reach[:decodes]
+        )
+        taken, lengths = drafts.tokens[np.arange(decodes)[:, None], paths].tolist(), accepted[:decodes].tolist()
         emitted: list[list[int]] = []
         for i, number in enumerate(planned.numbers.tolist()):
             generation, first = self._generations[number], int(first_row[i])
-            if i >= decodes and not planned.completes[i]:
-                emitted.append([])
-                continue
-            chain = drafts.tokens[i, : drafts.counts[i]] if i < decodes else drafts.tokens[:0, 0:0].reshape(-1)
-            if generation.sampling.greedy:
-                count = int(accepted[i]) if i < decodes else 0
-                token = int(choices[first + count])
+            if i >= decodes:
+                if not planned.completes[i]:
+                    emitted.append([])
+                    continue
+                tokens = [int(choices[first])]
+                if not generation.sampling.greedy:
+                    weights = generation.sampling.probabilities(logits[first : first + 1].double().cpu().numpy())
+                    tokens = [draw(weights[0], generation.random)]
+            elif generation.sampling.greedy:
+                length = lengths[i]
+                last = 1 + paths[i, length - 1] if length else 0
+                tokens = [*taken[i][:length], int(choices[first + last])]
             else:
-                rows = logits[first : first + len(chain) + 1].double().cpu().numpy()
-                weights = generation.sampling.probabilities(rows)
-                drawn_from = drafts.probabilities[i] if i < decodes else None
-                count, token = accept_sampled(weights, drawn_from, chain, generation.random)
-            tokens = [*chain[:count].tolist(), token]
+                nodes = int(drafts.counts[i])
+                weights = generation.sampling.probabilities(logits[first : first + 1 + nodes].double().cpu().numpy())
+                tree = drafts.tokens[i, :nodes], drafts.parents[i, :nodes], drafts.drawn_from[i]
+                path, token, reach[i] = accept_sampled(weights, *tree, generation.random)
+                paths[i, : len(path)] = path
+                tokens = [*drafts.tokens[i, path].tolist(), token]
             tokens = tokens[: generation.until_stop(tokens)]
             if i < decodes:
                 accepted[i] = len(tokens) - 1
             emitted.append(tokens)
-        return emitted
+        return emitted, paths
+
+    def _compact(self, planned: _Planned, paths: NDArray[np.int32]) -> None:
+        """Put what the target cached of accepted nodes in a row behind the tokens it follows."""
+        accepted = self.state.accepted[0, : planned.decodes]
+        column = np.arange(paths.shape[1])
+        rows, columns = np.nonzero((column < accepted[:, None]) & (paths != column))
+        if len(rows):
+            first = planned.starts[rows] + 1
+            self.model.move(self.table, planned.seats[rows], first + paths[rows, columns], first + columns)
 
     def _stop(self, planned: _Planned, emitted: list[list[int]]) -> list[tuple[int, int]]:
         """Tell the scheduler which requests end before their limit; returns (request, tokens emitted now)."""
@@ -309,3 +378,13 @@ class TorchEngine:
             table.draft_computed[seat] = min(table.draft_computed[seat], length + len(tokens) - 1)
             if phase[number] == FINISHED:
                 self.drafter.forget(number)
+
+
+def _branches(planned: _Planned, drafts: Drafts) -> Branches | None:
+    """How the batch's new tokens hang together; None where they are all chains and chunks."""
+    if not drafts.branched:
+        return None
+    roots = planned.starts + planned.counts
+    roots[: planned.decodes] = planned.starts[: planned.decodes]
+    none = np.zeros((len(roots) - planned.decodes, drafts.parents.shape[1]), dtype=np.int32)
+    return Branches(roots, np.concatenate((drafts.parents, none)), np.concatenate((drafts.depths, none)))

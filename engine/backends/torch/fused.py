@@ -44,7 +44,7 @@ class FusedLlama:
         self._layers = [_fuse(layer, shape) for layer, shape in zip(model.model.layers, shapes, strict=True)]
 
     @staticmethod
-    def supports(model: Any) -> bool:
+    def supports(model: Any, shapes: list[LayerShape]) -> bool:
         """Whether the model is of the family, unquantised and with the usual activation."""
         if type(model).__name__ not in FAMILY or model.config.hidden_act not in ("silu", "swish"):
             return False

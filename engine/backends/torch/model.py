@@ -12,13 +12,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.backends.torch.attention import LayerShape, PagedStep, Pool, ProbeStep, attending, configs_of
+from engine.backends.torch.compiled import CompiledLlama
 from engine.backends.torch.fused import FusedLlama
 from engine.backends.torch.pack import EXACT_ROWS, pack
 from engine.backends.torch.table import CacheTable
 from engine.config import EngineLimits
+from engine.speculation.tree import Branches
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
-"""Largest difference of logits that packing may make, as a share of the logits' standard deviation."""
+TOLERANCE = {torch.float64: 5e-6, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+"""Largest difference of logits that packing may make, as a share of the logits' standard deviation.
+
+In float64 too, some models take their softmax in float32 (Gemma 2).
+"""
+
+STRETCHED_ROPE = ("dynamic", "longrope")
+"""Kinds of rotary embedding whose angles change for all positions once a forward holds a later one."""
 
 
 class UnsupportedModelError(ValueError):
@@ -33,10 +41,11 @@ class PagedModel:
 
     Args:
         model: a `transformers` causal language model. Its values stay as they are; if fused, its projections become
-            views of joined weights.
+            views of joined weights (transposed ones, which cannot be saved as they are, for `CompiledLlama`).
         num_blocks: cache blocks, those for scratch included (`CacheTable.num_blocks`).
         block_size: tokens per block.
-        fused: take the shorter way through Llama-family models (`FusedLlama`) where it gives the same logits.
+        fused: take a shorter way through Llama-family models where it gives the same logits: `CompiledLlama` on a CPU
+            in float32, `FusedLlama` otherwise.
         exact: for tests. A float64 copy of the model, and shapes that make every row's result independent of what else
             is in the batch, bit for bit.
     """
@@ -51,12 +60,11 @@ class PagedModel:
         self.dtype: torch.dtype = self.model.dtype
         text = self.model.config.get_text_config()
         self.vocab_size: int = text.vocab_size
+        _check_rope(self.model, num_blocks * block_size)
         shapes = _probe(self.model, text.num_hidden_layers, self.vocab_size)
-        self.fused: FusedLlama | None = None
-        if fused and FusedLlama.supports(self.model):
-            self.fused = FusedLlama(self.model, shapes)
-            if not self._packing_error(shapes) <= self._tolerance:
-                self.fused = None
+        self.fused: CompiledLlama | FusedLlama | None = None
+        if fused:
+            self.fused = self._shorter_way(shapes)
         if self.fused is None and not (error := self._packing_error(shapes)) <= self._tolerance:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__}: logits of a packed forward over a paged cache differ from a plain "
@@ -90,16 +98,38 @@ class PagedModel:
         starts: NDArray[np.int64],
         counts: NDArray[np.int64],
         keep: NDArray[np.int64],
+        branches: Branches | None = None,
     ) -> Tensor:
-        """Run `counts[i]` tokens from position `starts[i]` of every seat in one pass, and cache them.
+        """Run `counts[i]` tokens from slot `starts[i]` of every seat in one pass, and cache them.
 
-        Returns logits (sum of keep, V) of the last `keep[i]` tokens of each seat, in the order of `seats`. Positions
-        before `starts[i]` must be cached already.
+        Returns logits (sum of keep, V) of the last `keep[i]` tokens of each seat, in the order of `seats`. Slots before
+        `starts[i]` must be cached already. Without `branches` all is plain text, and a slot is a position.
         """
-        return self._forward(self.pool, table, seats, starts, counts, keep)
+        return self._forward(self.pool, table, seats, starts, counts, keep, branches)
 
-    def _forward(self, pool: Pool, table: CacheTable, seats: Any, starts: Any, counts: Any, keep: Any) -> Tensor:
-        packed = pack(table, seats, starts, counts, keep, self.device, self.exact)
+    def move(
+        self, table: CacheTable, seats: NDArray[np.int64], source: NDArray[np.int64], target: NDArray[np.int64]
+    ) -> None:
+        """Copy what is cached at slot `source[i]` of a seat to its slot `target[i]`."""
+        size = table.block_size
+        places = ((table.blocks[seats, slots // size].astype(np.int64), slots % size) for slots in (source, target))
+        begin, end = ([torch.from_numpy(part).to(self.device) for part in place] for place in places)
+        with torch.inference_mode():
+            self.pool.move((begin[0], begin[1]), (end[0], end[1]))
+
+    def _forward(
+        self,
+        pool: Pool,
+        table: CacheTable,
+        seats: Any,
+        starts: Any,
+        counts: Any,
+        keep: Any,
+        branches: Branches | None = None,
+    ) -> Tensor:
+        if isinstance(self.fused, CompiledLlama):
+            return self.fused(pool, table, seats, starts, counts, keep, branches)
+        packed = pack(table, seats, starts, counts, keep, self.device, self.exact, branches)
         rows = packed.kept
         wanted = rows.numel()
         if wanted == 0:
@@ -116,6 +146,16 @@ class PagedModel:
                 input_ids=packed.ids, position_ids=packed.positions, use_cache=False, logits_to_keep=rows
             )
         return output.logits[0, :wanted]
+
+    def _shorter_way(self, shapes: list[LayerShape]) -> CompiledLlama | FusedLlama | None:
+        """The first one for this model that gives the plain logits."""
+        ways: tuple[type[CompiledLlama] | type[FusedLlama], ...] = (CompiledLlama, FusedLlama)
+        for way in ways:
+            if way.supports(self.model, shapes):
+                self.fused = way(self.model, shapes)
+                if self._packing_error(shapes) <= self._tolerance:
+                    return self.fused
+        return None
 
     @property
     def _tolerance(self) -> float:
@@ -145,6 +185,22 @@ class PagedModel:
                 packed.append(rows - plain[seat][begin : begin + len(rows)])
             starts += counts
         return float(torch.cat(packed).abs().max() / torch.cat(plain).std())
+
+
+def _check_rope(model: Any, most_tokens: int) -> None:
+    """Refuse rotary embeddings that packing would change: the longest request would set the angles of all others."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+            usual = getattr(module, "original_max_seq_len", 0)
+            if kind == "longrope":
+                usual = module.config.rope_parameters.get("original_max_position_embeddings", usual)
+            if kind in STRETCHED_ROPE and most_tokens > usual:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}: its rotary embedding ({kind}) changes past {usual} tokens by the longest "
+                    f"sequence of the batch, and this cache holds {most_tokens}; make the cache no larger than that "
+                    "(num_kv_blocks * block_size), or choose another model"
+                )
 
 
 def _probe(model: Any, layers: int, vocab_size: int) -> list[LayerShape]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.backends.torch.table import CacheTable
+from engine.speculation.tree import Branches, hide
 
 KEY_GRANULE = 16
 """Key lengths are padded to a multiple of this."""
@@ -20,13 +21,19 @@ EXACT_ROWS = 16
 """In exact mode no matrix product has fewer rows: smaller ones take other code paths that round differently."""
 
 
+MERGED_ROW_KEYS = 2048
+"""Groups become one as long as that adds at most so many (query row, key) pairs: an attention call of its own costs as
+much."""
+
+
 @dataclass
 class Group:
-    """Requests with equally many new tokens: one padded attention call.
+    """Requests with about equally many new tokens: one padded attention call.
 
-    rows [start, end) of the packed row; `size` requests with `count` new tokens each; `blocks`: (size, blocks) of the
-    cache to gather; `positions`: (size, count) of the new tokens; `keys`: padded key length. What layers derive from
-    these is kept for the next layer.
+    rows [start, end) of the packed row; `size` requests with up to `count` new tokens each, the last of a request
+    repeated where it has fewer; `blocks`: (size, blocks) of the cache to gather; `slots`: (size, count) of the new
+    tokens; `keys`: padded key length; `branches`: of these requests. What layers derive from these is kept for the next
+    layer.
     """
 
     start: int
@@ -35,7 +42,10 @@ class Group:
     count: int
     keys: int
     blocks: Tensor
-    positions: Tensor
+    slots: Tensor
+    padding: tuple[Tensor, Tensor] | None = None
+    """(size * count,) packed row of each padded one, and (end - start,) padded row of each packed one; None: equal."""
+    branches: Branches | None = None
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     indices: dict[int, Tensor] = field(default_factory=dict)
 
@@ -56,17 +66,25 @@ class Group:
         known = self.masks.get((repeat, window))
         if known is not None:
             return known
-        keys = torch.arange(self.keys, device=self.positions.device)
-        hidden = keys > self.positions[:, :, None]
-        if window is not None:
-            hidden |= keys <= self.positions[:, :, None] - window
-        hidden = hidden.repeat_interleave(repeat, dim=1)
+        hidden = self._hidden(window).repeat_interleave(repeat, dim=1)
         missing = least_rows - hidden.shape[1]
         if missing > 0:
             hidden = torch.cat((hidden, hidden[:, -1:].expand(-1, missing, -1)), dim=1)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)[:, None]
         self.masks[repeat, window] = mask
         return mask
+
+    def _hidden(self, window: int | None) -> Tensor:
+        """(size, count, keys) whether a new token does not see a key."""
+        if self.branches is not None:
+            found = np.zeros((self.size, self.count, self.keys), dtype=np.bool_)
+            hide(found, self.slots.cpu().numpy(), *self.branches, np.iinfo(np.int64).max if window is None else window)
+            return torch.from_numpy(found).to(self.slots.device)
+        keys = torch.arange(self.keys, device=self.slots.device)
+        hidden = keys > self.slots[:, :, None]
+        if window is not None:
+            hidden |= keys <= self.slots[:, :, None] - window
+        return hidden
 
 
 @dataclass
@@ -103,12 +121,16 @@ def pack(
     keep: NDArray[np.int64],
     device: torch.device,
     exact: bool = False,
+    branches: Branches | None = None,
 ) -> Pack:
-    """Lay out `counts[i]` >= 1 tokens from position `starts[i]` of each seat, keeping the last `keep[i]` logits."""
+    """Lay out `counts[i]` >= 1 tokens from slot `starts[i]` of each seat, keeping the last `keep[i]` logits."""
     missing = EXACT_ROWS - int(counts.sum()) if exact else 0
     if missing > 0:
         seats, starts = np.append(seats, table.scratch_seat), np.append(starts, 0)
         counts, keep = np.append(counts, missing), np.append(keep, 0)
+        if branches is not None:
+            branches = branches.of(np.append(np.arange(len(branches.roots)), 0))
+            branches.roots[-1] = missing
     size = table.block_size
     granule = math.lcm(size, KEY_GRANULE) // size
     key_blocks = -(-(starts + counts) // size)
@@ -117,22 +139,31 @@ def pack(
     seats_sorted, counts_sorted, starts_sorted = seats[order], counts[order], starts[order]
     ends = np.cumsum(counts_sorted)
     begins = ends - counts_sorted
-    positions = np.arange(ends[-1]) + np.repeat(starts_sorted - begins, counts_sorted)
+    slots = np.arange(ends[-1]) + np.repeat(starts_sorted - begins, counts_sorted)
     row_seats = np.repeat(seats_sorted, counts_sorted)
-    places = table.blocks[row_seats, positions // size].astype(np.int64), positions % size
+    places = table.blocks[row_seats, slots // size].astype(np.int64), slots % size
+    positions = slots
+    if branches is not None:
+        positions = _positions(slots, np.repeat(order, counts_sorted), branches)
     last_row = np.empty_like(ends)
     last_row[order] = ends
     kept_ends = np.cumsum(keep)
     kept = np.arange(kept_ends[-1]) + np.repeat(last_row - kept_ends, keep)
     groups = []
-    edges = np.flatnonzero(np.diff(counts_sorted)) + 1
-    for first, last in pairwise([0, *edges.tolist(), len(order)]):
+    for first, last in _edges(counts_sorted, key_blocks[order] * size):
         blocks = int(key_blocks[order[first:last]].max())
-        count = int(counts_sorted[first])
+        count = int(counts_sorted[last - 1])
         start, end = int(begins[first]), int(ends[last - 1])
         held = np.zeros((last - first, blocks), dtype=np.int64)
         known = min(blocks, table.blocks.shape[1])
         held[:, :known] = table.blocks[seats_sorted[first:last], :known]
+        group_slots, padding = slots[start:end].reshape(-1, 1), None
+        if counts_sorted[first] < count:
+            column = np.arange(count)
+            rows = begins[first:last, None] + np.minimum(column, counts_sorted[first:last, None] - 1)
+            real = np.flatnonzero(column < counts_sorted[first:last, None])
+            group_slots = slots[rows]
+            padding = torch.from_numpy(rows.reshape(-1)).to(device), torch.from_numpy(real).to(device)
         groups.append(
             Group(
                 start=start,
@@ -141,14 +172,40 @@ def pack(
                 count=count,
                 keys=blocks * size,
                 blocks=torch.from_numpy(held).to(device),
-                positions=torch.from_numpy(positions[start:end].reshape(-1, count)).to(device),
+                slots=torch.from_numpy(group_slots.reshape(-1, count)).to(device),
+                padding=padding,
+                branches=None if branches is None else branches.of(order[first:last]),
             )
         )
     return Pack(
-        ids=torch.from_numpy(table.tokens[row_seats, positions].astype(np.int64)[None]).to(device),
+        ids=torch.from_numpy(table.tokens[row_seats, slots].astype(np.int64)[None]).to(device),
         positions=torch.from_numpy(positions[None]).to(device),
         places=(torch.from_numpy(places[0]).to(device), torch.from_numpy(places[1]).to(device)),
         kept=torch.from_numpy(kept).to(device),
         groups=groups,
         block_size=size,
     )
+
+
+def _positions(slots: NDArray[np.int64], requests: NDArray[np.int64], branches: Branches) -> NDArray[np.int64]:
+    """Positions of the tokens at `slots`: behind the root by depth, and elsewhere the slot itself."""
+    roots = branches.roots[requests]
+    behind = slots - roots - 1
+    depths = branches.depths[requests, np.clip(behind, 0, branches.depths.shape[1] - 1)]
+    return np.where(behind < 0, slots, roots + depths)
+
+
+def _edges(counts: NDArray[np.int64], keys: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """[first, last) of each group of requests, given in rising order of new tokens, with their padded key lengths."""
+    edges = np.flatnonzero(np.diff(counts)) + 1
+    parts = list(pairwise([0, *edges.tolist(), len(counts)]))
+    merged = parts[:1]
+    for first, last in parts[1:]:
+        begin, end = merged[-1]
+        longest = int(keys[begin:last].max())
+        missing = int((counts[last - 1] - counts[begin:end]).sum())
+        if missing * longest <= MERGED_ROW_KEYS:
+            merged[-1] = begin, last
+        else:
+            merged.append((first, last))
+    return merged

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.compiled import kernel
 from engine.config import EngineLimits
@@ -52,6 +53,18 @@ def _enter(requests, batch, owner, seat_of, blocks, held, free_blocks, free_seat
             blocks[seat, held[seat]] = free_blocks[free_counts[0]]
             held[seat] += 1
     return new
+
+
+@kernel
+def _lend(seats, ends, blocks, held, free_blocks, free, block_size, reached):
+    """Write ids of free blocks behind those that the seats hold; they stay free."""
+    for i in range(len(seats)):
+        count = held[seats[i]]
+        while count * block_size < ends[i] and free > 0 and count < blocks.shape[1]:
+            free -= 1
+            blocks[seats[i], count] = free_blocks[free]
+            count += 1
+        reached[i] = min(ends[i], count * block_size)
 
 
 class CacheTable:
@@ -104,3 +117,13 @@ class CacheTable:
         entered: list[int] = self._entered[:count].tolist()
         self.draft_computed[self.seat_of[entered]] = 0
         return entered
+
+    def borrow(self, seats: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Name free blocks behind those the seats hold, for slots up to `ends[i]`; returns the slots they reach.
+
+        What is written there is worth nothing after the next `follow`. No seat is lent a block that another is lent.
+        """
+        reached = np.zeros(len(seats), dtype=np.int64)
+        free = self._free_counts[0]
+        _lend(seats, ends, self.blocks, self.held, self._free_blocks, free, self.block_size, reached)
+        return reached

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.core import state as core
-from engine.core.live import append, cancel, grown, shorten_drafts, stop_after
+from engine.core.live import append, cancel, grown, redistribute, stop_after
 from engine.core.scheduler import advance_clock, commit, has_work, plan, release
 from engine.core.state import CANCELLED, DECODING, FINISHED, NOT_ADMITTED, PREEMPTED, PREFILLING, State
 from engine.core.telemetry import LOAD_FIELDS, allocate_observation, observe
-from tests.engine.core.cases import Case, accept, batch, cases, elapsed, run
+from tests.engine.core.cases import Case, accept, batch, cases, elapsed, iterate, run
 
 TTFT_TARGET_S = 1.0
 
@@ -172,13 +172,57 @@ def test_shortened_drafts_count_as_never_drafted() -> None:
     commit(state, 0, 0.5)
     plan(state, 0, 4, 16)
     assert batch(state) == [(0, 5)]
-    shorten_drafts(state, 0, np.array([2]))
+    redistribute(state, 0, np.array([2]))
     state.accepted[0, 0] = 1
     commit(state, 0, 0.5)
     row, engine = state.requests[0, 0], state.engines[0]
     assert (row["drafted"], row["accepted"], row["generated"]) == (1, 1, 3)
     assert (engine["decode_tokens"], engine["candidate_steps"], engine["total_drafted"]) == (2, 1, 1)
     assert row["blocks"] == 3, "blocks of the planned tokens stay with the request"
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.data())
+def test_redistributed_candidates_take_free_blocks_and_nobody_elses(case: Case, data: st.DataObject) -> None:
+    """Whatever allocation asks for: blocks add up, nobody is preempted for it, and tokens fit the blocks held."""
+    state = case.state()
+    for moment, _, _ in iterate(state, case):
+        rows = state.requests[0]
+        if moment != "planned":
+            assert state.engines["free_blocks"][0] == case.total_blocks - rows["blocks"].sum()
+            continue
+        decodes = int(state.engines["num_decodes"][0])
+        members = state.batch_request[0, :decodes]
+        most = rows["output"][members] - rows["generated"][members]
+        asked = np.array([data.draw(st.integers(1, int(room))) for room in most], dtype=np.int64)
+        preemptions, planned = int(state.engines["preemptions"][0]), state.batch_tokens[0, :decodes].copy()
+        redistribute(state, 0, asked)
+        got = state.batch_tokens[0, :decodes]
+        assert state.engines["preemptions"][0] == preemptions
+        assert (got <= asked).all()
+        assert (got >= np.minimum(asked, planned)).all()
+        assert (rows["computed"][members] + got <= rows["blocks"][members] * case.block_size).all()
+        assert state.engines["decode_tokens"][0] == got.sum()
+        if (got < asked).any():
+            assert state.engines["free_blocks"][0] == 0, "cut only where nothing was left"
+        before = state.requests.copy(), state.engines.copy()
+        redistribute(state, 0, got.astype(np.int64))
+        np.testing.assert_array_equal(state.requests, before[0], err_msg="what was got can be replayed")
+        np.testing.assert_array_equal(state.engines, before[1])
+
+
+def test_a_path_that_ends_at_a_leaf_is_exhausted_and_one_with_rejected_children_stopped() -> None:
+    """Three candidates verified as a tree: one accepted, and nothing behind it; then again, with something behind."""
+    state = core.allocate(1, 1, ttft_target=1.0, total_blocks=8, block_size=4, watermark_blocks=0, max_num_seqs=2)
+    append(state, 0, 0.0, 4, 12)
+    release(state, 0)
+    plan(state, 0, 0, 16)
+    commit(state, 0, 0.5)
+    for reach, counts in ((1, (0, 1)), (2, (1, 1))):
+        plan(state, 0, 3, 16)
+        state.accepted[0, 0], state.reach[0, 0] = 1, reach
+        commit(state, 0, 0.5)
+        assert (state.stopped[0, 1], state.exhausted[0, 1]) == counts
 
 
 def test_growing_keeps_what_is_in_the_table() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ from engine.backends.torch.engine import TorchEngine
 from engine.backends.torch.model import PagedModel
 from engine.backends.torch.table import CacheTable
 from engine.config import EngineLimits
+from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.drafter import Drafter, NoDrafter
 from engine.speculation.model import ModelDrafter
 from engine.speculation.ngram import NgramDrafter
@@ -56,10 +58,19 @@ def model(kind: str, seed: int = 0, vocabulary: int = VOCABULARY) -> Any:
 
 
 @cache
+def near(kind: str) -> Any:
+    """The same model with a little noise on its weights: its second choice is often the model's first."""
+    made = copy.deepcopy(model(kind))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight += 0.03 * torch.randn_like(weight)
+    return made
+
+
+@cache
 def exact(kind: str) -> Any:
     """The same model in float64."""
-    import copy
-
     return copy.deepcopy(model(kind)).double()
 
 
@@ -74,16 +85,19 @@ def paged(source: Any, bounds: EngineLimits, *, exact: bool = True) -> PagedMode
 
 
 def drafter(name: str, kind: str, bounds: EngineLimits) -> Drafter:
-    """`copy` drafts with the target's own weights, `model` with other ones."""
+    """`copy` drafts with the target's own weights, `near` with slightly other ones, `model` with other ones."""
     if name == "none":
         return NoDrafter()
     if name == "ngram":
         return NgramDrafter()
-    return ModelDrafter(paged(model(kind, seed=0 if name == "copy" else 1), bounds))
+    source = near(kind) if name == "near" else model(kind, seed=0 if name == "copy" else 1)
+    return ModelDrafter(paged(source, bounds))
 
 
-def engine(kind: str, draft_with: str, bounds: EngineLimits, **options: Any) -> TorchEngine:
-    return TorchEngine(paged(model(kind), bounds), bounds, drafter(draft_with, kind, bounds), **options)
+def engine(
+    kind: str, draft_with: str, bounds: EngineLimits, speculation: Speculation = CHAINS, **options: Any
+) -> TorchEngine:
+    return TorchEngine(paged(model(kind), bounds), bounds, drafter(draft_with, kind, bounds), speculation, **options)
 
 
 def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from engine.backends.torch.engine import TorchEngine
+from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.drafter import Drafter
 from engine.speculation.model import ModelDrafter
 from engine.speculation.ngram import NgramDrafter
@@ -35,17 +36,26 @@ def _joint() -> NDArray[np.float64]:
     return first[:, None, None] * second[:, :, None] * third
 
 
-@pytest.mark.parametrize("draft_with", ["ngram", "model"])
-def test_outputs_are_distributed_as_the_targets_own(draft_with: str) -> None:
+@pytest.mark.parametrize(
+    ("draft_with", "candidates", "how"),
+    [
+        ("ngram", 2, CHAINS),
+        ("model", 2, CHAINS),
+        ("model", 5, Speculation("uniform", 3)),
+        ("model", 5, Speculation("global", 3)),
+    ],
+    ids=["ngram-chain", "drawn-chain", "drawn-tree", "determined-tree"],
+)
+def test_outputs_are_distributed_as_the_targets_own(draft_with: str, candidates: int, how: Speculation) -> None:
     """21,000 sampled tokens; chi-square over whole outputs, cells that expect fewer than 5 taken together."""
     bounds = limits(total_blocks=400, max_num_seqs=128)
     source: Drafter = NgramDrafter()
     if draft_with == "model":
         source = ModelDrafter(paged(model("llama", 1, VOCABULARY), bounds, exact=False))
-    served = TorchEngine(paged(model("llama", 0, VOCABULARY), bounds, exact=False), bounds, source)
+    served = TorchEngine(paged(model("llama", 0, VOCABULARY), bounds, exact=False), bounds, source, how)
     for seed in range(REQUESTS):
         served.submit(PROMPT, TOKENS, Sampling(SETTINGS.temperature, SETTINGS.top_k, SETTINGS.top_p, seed))
-    served.run(2, 4096)
+    served.run(candidates, 4096)
     counts = np.zeros((VOCABULARY,) * TOKENS)
     for number in range(REQUESTS):
         counts[tuple(served.collect(number))] += 1

@@ -12,6 +12,7 @@ from engine.backends.replay import Recording, ReplayError, replay
 from engine.backends.torch.engine import RequestError, TorchEngine
 from engine.core.metrics import request_table
 from engine.core.state import CANCELLED, FINISHED, State
+from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.sampling import Sampling
 from tests.engine.backends.torch.models import ManualClock, drafter, engine, generated, limits, model, paged, prompts
 
@@ -55,9 +56,16 @@ def _storm(served: TorchEngine, requests: int, seed: int, *, check: bool = True)
     return asked
 
 
-@pytest.mark.parametrize("draft_with", ["none", "ngram", "copy", "model"])
-def test_a_storm_of_preemptions_and_cancellations_loses_and_duplicates_nothing(draft_with: str) -> None:
-    served = engine("llama", draft_with, limits(total_blocks=26, max_num_seqs=6))
+TREES = [(name, how) for name in ("near", "ngram") for how in (Speculation("uniform", 3), Speculation("global", 2))]
+
+
+@pytest.mark.parametrize(
+    ("draft_with", "how"), [*((name, CHAINS) for name in ("none", "ngram", "copy", "model")), *TREES]
+)
+def test_a_storm_of_preemptions_and_cancellations_loses_and_duplicates_nothing(
+    draft_with: str, how: Speculation
+) -> None:
+    served = engine("llama", draft_with, limits(total_blocks=26, max_num_seqs=6), how)
     asked = _storm(served, 60, seed=3)
     state = served.state.engines[0]
     phases = served.state.requests["phase"][0, : len(asked)]
@@ -76,11 +84,11 @@ def _assert_same_rows(again: State, served: TorchEngine, count: int) -> None:
         np.testing.assert_array_equal(*rows, err_msg=name)
 
 
-@pytest.mark.parametrize("draft_with", ["none", "ngram", "copy"])
-def test_replay_gives_the_recorded_runs_timeline(draft_with: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("draft_with", "how"), [*((name, CHAINS) for name in ("none", "ngram", "copy")), *TREES])
+def test_replay_gives_the_recorded_runs_timeline(draft_with: str, how: Speculation, tmp_path: Path) -> None:
     """Exactly: every time and count of every request, the ITL histogram, and the engine's totals."""
     bounds = limits(total_blocks=26, max_num_seqs=6)
-    served = engine("llama", draft_with, bounds, record=True, clock=ManualClock(), ttft_target=TTFT_TARGET_S)
+    served = engine("llama", draft_with, bounds, how, record=True, clock=ManualClock(), ttft_target=TTFT_TARGET_S)
     asked = _storm(served, 60, seed=4, check=False)
     assert served.recording is not None
     served.recording.save(tmp_path / "run.npz")
@@ -91,7 +99,8 @@ def test_replay_gives_the_recorded_runs_timeline(draft_with: str, tmp_path: Path
     for name, column in request_table(again).items():
         np.testing.assert_array_equal(column, recorded[name], err_msg=name)
     _assert_same_rows(again, served, len(asked))
-    np.testing.assert_array_equal(again.itl, served.state.itl)
+    for name in ("itl", "stopped", "exhausted"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(served.state, name), err_msg=name)
     for name in ("iterations", "total_emitted", "total_drafted", "total_accepted", "busy_s", "last_end", "violations"):
         assert again.engines[name][0] == served.state.engines[name][0], name
 

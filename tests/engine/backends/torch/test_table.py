@@ -39,3 +39,17 @@ def test_seats_and_blocks_follow_the_scheduler(case: Case) -> None:
                 assert now[r][: len(before[r])] == before[r]
         before = now
     assert np.all(table.tokens == 0), "only the engine writes tokens"
+
+
+def test_borrowed_blocks_are_free_ones_lent_once_and_stay_free() -> None:
+    table = CacheTable(EngineLimits(6, 4, 0, 3, 20))
+    table.held[:2] = 1, 2
+    table.blocks[0, :1], table.blocks[1, :2] = 5, (4, 3)
+    table._free_counts[0] = 3
+    reached = table.borrow(np.array([0, 1]), np.array([12, 16]))
+    assert reached.tolist() == [12, 12], "one of the two blocks that the second asks for is left"
+    lent = [*table.blocks[0, 1:3].tolist(), int(table.blocks[1, 2])]
+    assert sorted(lent) == [0, 1, 2] or len(set(lent)) == 3
+    assert not set(lent) & {5, 4, 3}
+    assert table.free_blocks == 3
+    assert table.held.tolist() == [1, 2, 0]

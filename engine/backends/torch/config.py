@@ -1,0 +1,185 @@
+"""What a torch engine is configured with, validated, and how the models it names are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from threadpoolctl import threadpool_limits
+
+from engine.backends.clock import Clock
+from engine.config import EngineLimits
+
+if TYPE_CHECKING:
+    # Loading torch takes seconds, which a simulated run has no use for: it is imported where a model is.
+    import torch
+
+    from engine.backends.torch.engine import TorchEngine
+    from engine.backends.torch.model import PagedModel
+    from engine.speculation.drafter import Drafter
+
+EMBEDDED = "embedded"
+"""In place of a folder or a hub id: the model that ships with the project."""
+
+_UNNAMED = {"name", "layers", "max_num_seqs", "max_model_len", "block_size", "watermark", "num_kv_blocks", "profile"}
+"""Settings that `name` stands for, or that say what the engine has room for."""
+
+
+class TorchEngineConfig(BaseModel):
+    """A Hugging Face model with its drafter, run for real on this machine.
+
+    Args:
+        name: how reports call it.
+        target: a local folder, a hub id, or `embedded` for the target that ships with the project.
+        layers: deepen the target to this many layers, which change its cost and not its output (`engine.models.deepen`
+            says how); None: as it is.
+        drafter: who proposes candidate tokens: `model`, `ngram` (prompt lookup) or `none`.
+        drafter_model: folder, hub id or `embedded`; of the target's vocabulary. Read with `drafter=model` only.
+        ngram_shortest, ngram_longest: tokens of the n-grams that prompt lookup matches.
+        allocation: who gets how many of an action's candidates: `uniform`, `local` or `global`.
+        branching: most children of a candidate; 1 for chains.
+        draft_depth: most drafter steps in an iteration; None: see `Speculation`.
+        device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
+        dtype: of weights and cache; `auto` keeps the weights' own.
+        threads: torch's threads on CPU.
+        fused: take the shorter way through Llama-family models.
+        exact: float64 and batch-independent rounding, for tests.
+        max_num_seqs: most requests in one batch.
+        max_model_len: most prompt + output tokens of one request.
+        block_size: tokens per KV block.
+        watermark: share of KV blocks kept free when a new request is admitted.
+        num_kv_blocks: KV blocks; 0: enough for `max_num_seqs` requests of `max_model_len` tokens.
+        profile: the engine yaml that `runs.profile` wrote for this engine on this machine, from which controllers
+            predict iteration times; None: there is none, and controllers that predict are refused.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    target: Annotated[str, Field(min_length=1)] = EMBEDDED
+    layers: Annotated[int, Field(ge=1)] | None = None
+    drafter: Literal["model", "ngram", "none"] = "model"
+    drafter_model: Annotated[str, Field(min_length=1)] = EMBEDDED
+    ngram_shortest: Annotated[int, Field(ge=1)] = 1
+    ngram_longest: Annotated[int, Field(ge=1)] = 3
+    allocation: Literal["uniform", "local", "global"] = "uniform"
+    branching: Annotated[int, Field(ge=1, le=32)] = 1
+    draft_depth: Annotated[int, Field(ge=1, le=32)] | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "float32"
+    threads: Annotated[int, Field(ge=1)] = 1
+    fused: bool = True
+    exact: bool = False
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64
+    max_model_len: Annotated[int, Field(ge=2)] = 2048
+    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
+    watermark: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
+    num_kv_blocks: Annotated[int, Field(ge=0)] = 0
+    profile: Path | None = None
+
+    @property
+    def variant(self) -> str:
+        """`name`, and what differs from the defaults of that which changes speed or text.
+
+        Two runs are compared as runs of one engine only if these are equal.
+        """
+        settings = self.model_dump(mode="json", exclude=_UNNAMED)
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        return " ".join([self.name, *(f"{key}={value}" for key, value in settings.items() if value != defaults[key])])
+
+    @property
+    def limits(self) -> EngineLimits:
+        """What the scheduler knows of the cache."""
+        blocks = self.num_kv_blocks or self.max_num_seqs * -(-self.max_model_len // self.block_size)
+        return EngineLimits(
+            blocks, self.block_size, int(self.watermark * blocks), self.max_num_seqs, self.max_model_len
+        )
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that `device` means here. Raises ValueError when there is none."""
+        import torch
+
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device=cuda: torch finds no CUDA device here; set device=cpu, or auto")
+        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+    def tokenizer(self) -> Any:
+        """The target's tokenizer."""
+        if self.target == EMBEDDED:
+            from engine.models.load import load_tokenizer
+
+            return load_tokenizer()
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.target)
+
+    def build(self, *, ttft_target: float, clock: Clock | None = None, record: bool = False) -> TorchEngine:
+        """Load the models and return the engine; its clock starts when this returns.
+
+        Raises:
+            ValueError: no such device, a drafter of another vocabulary, a model that cannot be run
+                (`UnsupportedModelError`).
+            OSError: no such model.
+        """
+        import torch
+
+        from engine.backends.torch.engine import TorchEngine
+        from engine.models.load import deepen, load_target
+        from engine.speculation.allocation import Speculation
+
+        torch.set_num_threads(self.threads)
+        limits = self.limits
+        target = self._load(self.target, load_target)
+        if self.layers is not None:
+            target = deepen(target, self.layers)
+        model = self._paged(target, limits)
+        # BLAS libraries other than torch's are limited once the model's check has loaded them.
+        threadpool_limits(self.threads, user_api="blas")
+        return TorchEngine(
+            model,
+            limits,
+            self._drafter(model, limits),
+            Speculation(self.allocation, self.branching, self.draft_depth),
+            ttft_target=ttft_target,
+            clock=clock,
+            record=record,
+        )
+
+    def _load(self, source: str, embedded: Callable[[torch.dtype], Any]) -> Any:
+        if source == EMBEDDED:
+            import torch
+
+            return embedded(torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype))
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(source, dtype=self.dtype)
+
+    def _paged(self, model: Any, limits: EngineLimits) -> PagedModel:
+        from engine.backends.torch.model import PagedModel
+        from engine.backends.torch.table import CacheTable
+
+        blocks = CacheTable(limits).num_blocks
+        return PagedModel(model.to(self.torch_device), blocks, limits.block_size, fused=self.fused, exact=self.exact)
+
+    def _drafter(self, target: PagedModel, limits: EngineLimits) -> Drafter:
+        if self.drafter == "none":
+            from engine.speculation.drafter import NoDrafter
+
+            return NoDrafter()
+        if self.drafter == "ngram":
+            from engine.speculation.ngram import NgramDrafter
+
+            return NgramDrafter(self.ngram_shortest, self.ngram_longest)
+        from engine.models.load import load_drafter
+        from engine.speculation.model import ModelDrafter
+
+        drafter = self._paged(self._load(self.drafter_model, load_drafter), limits)
+        if drafter.vocab_size != target.vocab_size:
+            raise ValueError(
+                f"drafter_model={self.drafter_model} has {drafter.vocab_size} tokens, the target {self.target} "
+                f"{target.vocab_size}; a drafter must share the target's vocabulary, or set drafter=ngram"
+            )
+        return ModelDrafter(drafter)

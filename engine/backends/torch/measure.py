@@ -1,0 +1,152 @@
+"""Measures the points of a design on a torch engine, in rounds, so that it can be killed and go on.
+
+Every round visits all points in another random order, so that a machine that slows down slows no part of the design in
+particular, and a burst of load meets a few repeats of many points instead of all of a few. Each visit is one line of a
+file and never written twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.torch.engine import TorchEngine
+from engine.backends.torch.rehearsal import Rehearsal, Timing
+from engine.latency.design import Point, digest
+from engine.latency.measured import MeasuredIterations
+
+VISIT_S = 0.1
+"""Seconds of iterations that a visit times, at most `MOST_REPEATS` of them and at least one."""
+
+MOST_REPEATS = 5
+
+
+class AnotherProfileError(ValueError):
+    """The file of visits belongs to another design."""
+
+
+def measure(
+    engine: TorchEngine,
+    text: NDArray[np.int32],
+    points: Sequence[Point],
+    visits: Path,
+    *,
+    seconds: float,
+    seed: int,
+    identity: str = "",
+    on_progress: Callable[[int, int], Any] | None = None,
+) -> None:
+    """Add visits to the file until every point has one and they took `seconds` together.
+
+    What the file holds already is not measured again; a last line that was cut off by a kill is dropped.
+    `identity` names what else the measurement depends on. `on_progress` gets (done, total) in points for the first
+    round, then in seconds.
+
+    Raises:
+        AnotherProfileError: the file holds visits of other points, or of another engine.
+    """
+    known = _begin(visits, points, identity)
+    done = {(visit["round"], visit["point"]) for visit in known}
+    spent = sum(visit["wall_s"] for visit in known)
+    rehearsal = Rehearsal(engine, text)
+    with visits.open("a", encoding="utf-8") as file:
+        for turn in count():
+            order = np.random.default_rng([seed, turn]).permutation(len(points)).tolist()
+            for index in order:
+                if turn > 0 and spent >= seconds:
+                    rehearsal.clear()
+                    return
+                if (turn, index) in done:
+                    continue
+                visit = _visit(rehearsal, points[index], np.random.default_rng([seed, index, turn]))
+                file.write(json.dumps({"round": turn, "point": index, **visit}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                done.add((turn, index))
+                spent += visit["wall_s"]
+                if on_progress is not None:
+                    on_progress(*((len(done), len(points)) if turn == 0 else (int(spent), int(seconds))))
+
+
+def collect(visits: Path) -> MeasuredIterations:
+    """One row for each visited point, in the design's order: the median over all its timings.
+
+    Each line is one visit, so points whose last round was cut short have one timing less, not a worse one.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    timings: dict[int, list[list[float]]] = {}
+    for visit in _lines(visits):
+        rows.setdefault(visit["point"], visit)
+        timings.setdefault(visit["point"], []).extend(visit["timings"])
+    columns: dict[str, list[Any]] = {}
+    for point in sorted(rows):
+        times = np.array(timings[point])
+        middle = np.median(times, axis=0)
+        quarters = np.percentile(times[:, 0], (25, 75))
+        figures = {
+            "seconds": middle[0],
+            "draft_s": middle[1],
+            "forward_s": middle[2],
+            "seconds_min": times[:, 0].min(),
+            "seconds_iqr": quarters[1] - quarters[0],
+            "repeats": len(times),
+        }
+        for key, value in (rows[point]["planned"] | figures).items():
+            columns.setdefault(key, []).append(value)
+    return MeasuredIterations.from_columns(columns)
+
+
+def loads(visits: Path) -> list[float]:
+    """The machine's load average at each visit."""
+    return [visit["load"] for visit in _lines(visits)]
+
+
+def _visit(rehearsal: Rehearsal, point: Point, rng: np.random.Generator) -> dict[str, Any]:
+    begin = time.perf_counter()
+    rehearsal.arrange(point, rng)
+    first = rehearsal.run().seconds
+    repeats = int(np.clip(VISIT_S / first, 1, MOST_REPEATS))
+    timings: list[Timing] = [rehearsal.run() for _ in range(repeats)]
+    return {
+        "planned": rehearsal.planned() | {"chunks": list(point.chunks)},
+        "timings": [[timing.seconds, timing.draft_s, timing.forward_s] for timing in timings],
+        "load": os.getloadavg()[0],
+        "wall_s": time.perf_counter() - begin,
+    }
+
+
+def _begin(visits: Path, points: Sequence[Point], identity: str) -> list[dict[str, Any]]:
+    """The visits made so far; a new file gets its first line, which names the design."""
+    title = {"design": digest(points), "identity": identity}
+    if not visits.exists():
+        visits.parent.mkdir(parents=True, exist_ok=True)
+        visits.write_text(json.dumps(title) + "\n", encoding="utf-8")
+        return []
+    whole = visits.read_bytes().rpartition(b"\n")[0]
+    with visits.open("r+b") as file:
+        file.truncate(len(whole) + 1 if whole else 0)
+    if not whole:
+        visits.write_text(json.dumps(title) + "\n", encoding="utf-8")
+        return []
+    found = json.loads(whole.partition(b"\n")[0])
+    if found != title:
+        raise AnotherProfileError(
+            f"{visits} holds measurements of other points or of another engine; give another folder "
+            "(hydra.run.dir=...), or remove this one to measure anew"
+        )
+    return list(_lines(visits))
+
+
+def _lines(visits: Path) -> Iterator[dict[str, Any]]:
+    with visits.open(encoding="utf-8") as file:
+        next(file)
+        for line in file:
+            yield json.loads(line)

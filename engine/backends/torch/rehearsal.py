@@ -1,0 +1,156 @@
+"""The same iteration of a torch engine, again and again: what a profile measures.
+
+Keys and values are never computed to arrange a batch, because an iteration's time does not depend on them: the
+scheduler runs with a stand-in for the target that answers with the text's next token. Tokens, seats, blocks and what
+the drafter has read are those that serving would have left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.backends.torch.engine import TorchEngine
+from engine.latency.design import SPARE_TOKENS, Point
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One iteration: seconds from plan to commit, of these inside the drafter, and inside the target's forward."""
+
+    seconds: float
+    draft_s: float
+    forward_s: float
+
+
+class Rehearsal:
+    """Puts an engine that has nothing to do into a state, and runs the same iteration from there repeatedly.
+
+    Args:
+        engine: it serves nobody else meanwhile; afterwards it is empty.
+        text: token ids that prompts are cut from; longer than the longest prompt.
+    """
+
+    def __init__(self, engine: TorchEngine, text: NDArray[np.int32]) -> None:
+        self.engine = engine
+        self._text = text
+        self._sources: dict[int, NDArray[np.int32]] = {}
+        self._saved: list[tuple[NDArray[Any], NDArray[Any]]] = []
+        self._outputs: dict[int, int] = {}
+        self._unread: list[int] = []
+        self._point = Point((), 0)
+
+    def arrange(self, point: Point, rng: np.random.Generator) -> None:
+        """Bring the engine to the beginning of the iteration; prompts start at random places of the text."""
+        engine = self.engine
+        self.clear()
+        self._point = point
+        room = engine.limits.max_model_len
+        for length in (*point.kv_tokens, *point.prompts):
+            start = int(rng.integers(len(self._text) - length))
+            source = self._text[start : start + length + 1]
+            limit = min(point.candidates + SPARE_TOKENS, room - length)
+            self._sources[engine.submit(source[:length], limit)] = source
+        ready = sum(point.kv_tokens) + point.context
+        if ready > 0:
+            with self._known():
+                engine.step(0, ready)
+        decodes = range(len(point.kv_tokens))
+        self._unread = list(decodes)[len(point.kv_tokens) - point.fresh :]
+        read = [number for number in decodes if number not in self._unread]
+        engine.table.draft_computed[engine.table.seat_of[read]] = engine.state.requests["computed"][0, read]
+        self._outputs = {number: len(engine.output(number)) for number in self._sources}
+        arrays = [array for array in (*engine.state, *vars(engine.table).values()) if isinstance(array, np.ndarray)]
+        self._saved = [(array, array.copy()) for array in arrays]
+
+    def run(self) -> Timing:
+        """The arranged iteration once."""
+        self._restore()
+        engine = self.engine
+        self._synchronize()
+        with self._timed(engine.drafter, "propose") as draft, self._timed(engine.model, "forward") as forward:
+            engine.step(self._point.candidates, sum(self._point.chunks))
+        return Timing(float(engine.state.engines["last_elapsed"][0]), draft[0], forward[0])
+
+    def planned(self) -> dict[str, int]:
+        """What the latest iteration was, as the scheduler counts (see `engine.core.state.ENGINE`)."""
+        engine = self.engine.state.engines[0]
+        names = (
+            "num_decodes",
+            "decode_tokens",
+            "candidate_steps",
+            "decode_kv_tokens",
+            "num_prefills",
+            "prefill_tokens",
+        )
+        counted = {name: int(engine[name]) for name in (*names, "prompts_completed")}
+        kv = self._point.kv_tokens
+        return counted | {
+            "candidates": self._point.candidates,
+            "prefill_context": self._point.context,
+            "longest_kv_tokens": max(kv, default=0),
+            "unread_tokens": sum(kv[number] for number in self._unread),
+        }
+
+    def clear(self) -> None:
+        """Empty the engine."""
+        self.engine.reset(self.engine.clock)
+        self._sources = {}
+
+    def _restore(self) -> None:
+        engine = self.engine
+        for array, saved in self._saved:
+            array[...] = saved
+        for number, count in self._outputs.items():
+            del engine._generations[number].output[count:]
+        for number in self._unread:
+            engine.drafter.forget(number)
+
+    @contextmanager
+    def _known(self) -> Iterator[None]:
+        """Within, the target is not run: the next token is that of the text."""
+
+        def forward(table: Any, seats: Any, starts: Any, counts: Any, keep: Any, *_: Any, **__: Any) -> torch.Tensor:
+            ends, numbers = (starts + counts)[keep > 0], table.owner[seats[keep > 0]]
+            following = [int(self._sources[number][end]) for number, end in zip(numbers.tolist(), ends, strict=True)]
+            logits = torch.zeros(len(following), self.engine.model.vocab_size, device=self.engine.model.device)
+            logits[torch.arange(len(following)), following] = 1.0
+            return logits
+
+        with _replaced(self.engine.model, "forward", forward):
+            yield
+
+    @contextmanager
+    def _timed(self, owner: Any, method: str) -> Iterator[list[float]]:
+        """Within, calls of a method are timed to the end of what they started on the device."""
+        spent = [0.0]
+        own = getattr(owner, method)
+
+        def call(*args: Any, **options: Any) -> Any:
+            begin = self.engine.clock.now()
+            result = own(*args, **options)
+            self._synchronize()
+            spent[0] += self.engine.clock.now() - begin
+            return result
+
+        with _replaced(owner, method, call):
+            yield spent
+
+    def _synchronize(self) -> None:
+        if self.engine.model.device.type == "cuda":
+            torch.cuda.synchronize(self.engine.model.device)
+
+
+@contextmanager
+def _replaced(owner: Any, method: str, by: Callable[..., Any]) -> Iterator[None]:
+    setattr(owner, method, by)
+    try:
+        yield
+    finally:
+        delattr(owner, method)
