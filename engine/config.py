@@ -1,6 +1,7 @@
 """What a serving engine is configured with, validated."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,6 +32,8 @@ class EngineConfig(BaseModel):
         watermark: share of KV blocks kept free when a new request is admitted.
         gpu_memory_utilization: share of GPU memory for weights, activations and KV cache.
         num_kv_blocks: KV blocks; 0 derives them from GPU memory and weights.
+        measured: the iterations that `runs.profile` measured of a real engine, a `.parquet`; controllers then predict
+            from these, as they would on that engine, and not from samples of the latency table.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +46,7 @@ class EngineConfig(BaseModel):
     watermark: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     num_kv_blocks: Annotated[int, Field(ge=0)] = 0
+    measured: Path | None = None
 
     def limits(self, latency: LatencyModel) -> EngineLimits:
         """Scheduler limits on the hardware that `latency` describes.

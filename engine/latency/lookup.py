@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,10 @@ from numpy.typing import NDArray
 
 from engine import cache_home
 from engine.compiled import kernel
+from engine.latency.measured import MeasuredIterations
+from engine.latency.measured_card import MEASURED_FOREST, observed, predictor_errors
 from engine.latency.model import LatencyModel, iteration_time, prefill_attention_time
+from engine.latency.predictors import DEFAULT_FOREST, Forest, Observed, Predictor
 from engine.latency.table_file import MAX_CONTEXT_TOKENS
 
 CACHE_VERSION = 1
@@ -196,23 +199,6 @@ def sample_iterations(
     return Iterations(decodes, kv, candidates, budgets, seconds)
 
 
-def _features(decodes: NDArray, kv: NDArray, candidates: NDArray, prefill: NDArray) -> NDArray[np.float32]:
-    rows = decodes * (1 + candidates)
-    each = kv / np.maximum(decodes, 1)
-    columns = (decodes, candidates, prefill, kv, rows, rows + prefill, each, candidates * decodes)
-    return np.stack([np.asarray(column, dtype=np.float32) for column in columns], axis=1)
-
-
-def _straight_line(decodes: NDArray, kv: NDArray, candidates: NDArray, prefill: NDArray) -> NDArray[np.float64]:
-    """Columns of the cheap analytic guess whose ratio to the truth the trees learn, (S, 7)."""
-    rows = decodes * (1 + candidates)
-    drafting = (candidates > 0) & (decodes > 0)
-    columns = (
-        np.ones(len(decodes)), rows + prefill, kv, kv * candidates, drafting * candidates, prefill > 0, rows
-    )  # fmt: skip
-    return np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
-
-
 @dataclass(frozen=True)
 class LookupTable:
     """A baked grid and how well it predicts iterations it has not seen.
@@ -235,6 +221,7 @@ class LookupTable:
         samples: int = 16000,
         noise: float = 0.03,
         seed: int = 0,
+        forest: Forest = DEFAULT_FOREST,
     ) -> "LookupTable":
         """Fit on `samples` iterations with multiplicative noise (standard deviation `noise`) and bake the grid.
 
@@ -243,16 +230,16 @@ class LookupTable:
         """
         candidates = _checked_choices("candidate_choices", candidate_choices)
         budgets = _checked_choices("budget_choices", budget_choices)
-        for key, value in (("max_num_seqs", max_num_seqs), ("kv_capacity_tokens", kv_capacity_tokens)):
-            if value < 1:
-                raise ValueError(f"{key} must be at least 1, got {value}")
+        _checked_limit("max_num_seqs", max_num_seqs)
+        _checked_limit("kv_capacity_tokens", kv_capacity_tokens)
         if samples < 100 or not 0.0 <= noise < 1.0:
             raise ValueError(f"samples must be >= 100 and noise in [0, 1), got samples={samples}, noise={noise}")
         rng = np.random.default_rng(seed)
         limits = (candidates, budgets, max_num_seqs, kv_capacity_tokens)
         seen = sample_iterations(model, *limits, samples, rng)
         noisy = seen.seconds * np.maximum(0.1, 1.0 + noise * rng.standard_normal(samples))
-        grid = _bake(seen, noisy, candidates, budgets, max_num_seqs, kv_capacity_tokens, seed)
+        observed = Observed(seen.decodes, seen.kv, seen.candidates, seen.prefill)
+        grid = _bake(Predictor.fit(observed, noisy, forest, seed), *limits)
         unseen = sample_iterations(model, *limits, 4000, np.random.default_rng([seed, HELDOUT_SEED]))
         return cls(grid, heldout_errors(grid, unseen))
 
@@ -268,6 +255,7 @@ class LookupTable:
         noise: float = 0.03,
         seed: int = 0,
         cache_dir: Path | None = None,
+        forest: Forest = DEFAULT_FOREST,
     ) -> "LookupTable":
         """`fit`, or its result from the disk cache (`$XDG_CACHE_HOME/governor`, by default `~/.cache/governor`).
 
@@ -283,14 +271,46 @@ class LookupTable:
             "noise": float(noise),
             "seed": int(seed),
         }
-        folder = cache_dir if cache_dir is not None else cache_home()
-        path = folder / f"lookup-{_digest(model, arguments)}.npz"
-        cached = _read_cache(path)
-        if cached is not None:
-            return cached
-        table = cls.fit(model, **arguments)  # type: ignore[arg-type]
-        _write_cache(path, table)
-        return table
+        tables = zip(model.tables._fields, model.tables, strict=True)
+        return _cached(
+            cache_dir,
+            _digest({field: np.asarray(value) for field, value in tables}, arguments | asdict(forest)),
+            lambda: cls.fit(model, **arguments, forest=forest),  # type: ignore[arg-type]
+        )
+
+    @classmethod
+    def of_measured(
+        cls,
+        measured: MeasuredIterations,
+        candidate_choices: Sequence[int],
+        budget_choices: Sequence[int],
+        max_num_seqs: int,
+        kv_capacity_tokens: int,
+        forest: Forest = MEASURED_FOREST,
+        seed: int = 0,
+        cache_dir: Path | None = None,
+    ) -> "LookupTable":
+        """Fit on a real engine's measured iterations and bake the grid, or take it from the disk cache.
+
+        The grid is of iterations that go on: with candidates, the drafter reads as many prompt tokens as are prefilled.
+        `heldout_mape` is against measured times that were held out (`engine.latency.measured_card.predictor_errors`).
+
+        Raises:
+            ValueError: empty or unsorted choices, or a limit below 1.
+        """
+        limits = (
+            _checked_choices("candidate_choices", candidate_choices),
+            _checked_choices("budget_choices", budget_choices),
+            _checked_limit("max_num_seqs", max_num_seqs),
+            _checked_limit("kv_capacity_tokens", kv_capacity_tokens),
+        )
+
+        def fit() -> LookupTable:
+            predictor = Predictor.fit(observed(measured), measured.seconds, forest, seed)
+            return cls(_bake(predictor, *limits), predictor_errors(measured, forest, seed))
+
+        columns = {name: value for name, value in vars(measured).items() if name != "chunks"}
+        return _cached(cache_dir, _digest(columns, {"limits": limits, "seed": seed} | asdict(forest)), fit)
 
 
 def _checked_choices(key: str, choices: Sequence[int]) -> list[int]:
@@ -300,34 +320,25 @@ def _checked_choices(key: str, choices: Sequence[int]) -> list[int]:
     return values
 
 
-def _bake(
-    seen: Iterations,
-    noisy_s: NDArray,
-    candidates: list[int],
-    budgets: list[int],
-    max_num_seqs: int,
-    kv_capacity_tokens: int,
-    seed: int,
-) -> LookupGrid:
-    """Fit trees to the ratio of the noisy times to a straight line, and evaluate both over the grid."""
-    from sklearn.ensemble import ExtraTreesRegressor
+def _checked_limit(key: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{key} must be at least 1, got {value}")
+    return int(value)
 
-    observed = (seen.decodes, seen.kv, seen.candidates, seen.prefill)
-    line = _straight_line(*observed)
-    weights, *_ = np.linalg.lstsq(line / noisy_s[:, None], np.ones(len(noisy_s)), rcond=None)
-    floor = 0.25 * float(noisy_s.min())
-    guess = np.maximum(line @ weights, floor)
-    trees = ExtraTreesRegressor(n_estimators=40, min_samples_leaf=3, random_state=seed, n_jobs=1)
-    trees.fit(_features(*observed), noisy_s / guess)
+
+def _bake(
+    predictor: Predictor, candidates: list[int], budgets: list[int], max_num_seqs: int, kv_capacity_tokens: int
+) -> LookupGrid:
+    """Evaluate a prediction over the grid."""
     axes = (
         batch_axis(max_num_seqs),
         kv_axis(kv_capacity_tokens),
         np.array(candidates, dtype=np.int64),
         np.array([0, *[n for n in budgets if n > 0]], dtype=np.int64),
     )
-    mesh = [axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")]
-    ratio = trees.predict(_features(*mesh))
-    seconds = ratio * np.maximum(_straight_line(*mesh) @ weights, floor)
+    decodes, kv, c, n = (axis.ravel() for axis in np.meshgrid(*axes, indexing="ij"))
+    unread = np.where((c > 0) & (decodes > 0), n, 0) if "unread" in predictor.forest.features else None
+    seconds = predictor(Observed(decodes, kv, c, n, unread))
     shape = tuple(len(axis) for axis in axes)
     return LookupGrid(*axes, np.ascontiguousarray(seconds.reshape(shape)))
 
@@ -358,14 +369,24 @@ def heldout_errors(grid: LookupGrid, unseen: Iterations) -> dict[str, float]:
     return {name: float(error[mask].mean()) for name, mask in groups.items() if mask.any()}
 
 
-def _digest(model: LatencyModel, arguments: dict[str, Any]) -> str:
+def _digest(arrays: dict[str, NDArray[Any]], arguments: dict[str, Any]) -> str:
     versions = [CACHE_VERSION, version("scikit-learn"), np.__version__]
     digest = hashlib.sha256()
     digest.update(json.dumps([versions, arguments], sort_keys=True).encode())
-    for field, value in zip(model.tables._fields, model.tables, strict=True):
+    for field, value in arrays.items():
         digest.update(field.encode())
         digest.update(np.ascontiguousarray(value, dtype=np.float64).tobytes())
     return digest.hexdigest()[:32]
+
+
+def _cached(cache_dir: Path | None, digest: str, fit: Callable[[], LookupTable]) -> LookupTable:
+    path = (cache_dir if cache_dir is not None else cache_home()) / f"lookup-{digest}.npz"
+    cached = _read_cache(path)
+    if cached is not None:
+        return cached
+    table = fit()
+    _write_cache(path, table)
+    return table
 
 
 def _read_cache(path: Path) -> LookupTable | None:

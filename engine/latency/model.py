@@ -71,6 +71,16 @@ def decode_attention_time(tables, num_decodes, kv_tokens, mixed):
 
 
 @kernel
+def unread_time(tables, tokens):
+    """Seconds that the drafter takes for `tokens` tokens that it has not read when it first drafts behind them."""
+    curve = tables.unread_s
+    last = curve.shape[0] - 1
+    if tokens <= last:
+        return curve[tokens]
+    return curve[last] + (tokens - last) * (curve[last] - curve[last - 1])
+
+
+@kernel
 def iteration_time(
     tables,
     num_decodes,
@@ -123,7 +133,7 @@ def iteration_time(
         row = min(num_decodes, tables.draft_step_s.shape[0] - 1)
         step = tables.draft_step_s[row] * (num_decodes / row) + tables.draft_kv_token_s * decode_kv_tokens
         if drafting:
-            seconds += tables.speculation_s + candidate_steps * step
+            seconds += tables.speculation_s + tables.speculation_request_s * num_decodes + candidate_steps * step
         else:
             seconds += tables.idle_drafter_s + tables.idle_drafter_request_s * num_decodes
     return seconds + attention + prefill_attention_s
@@ -241,13 +251,16 @@ class LatencyModel:
             extra_s=np.zeros(MAX_CONTEXT_TOKENS + 1),
             context_s=np.zeros(MAX_CONTEXT_TOKENS + 1),
             draft_step_s=np.full(MAX_REQUESTS * 64 + 1, float(per_draft_step_s)),
+            unread_s=none,
             draft_kv_token_s=0.0,
             draft_prefill_s=0.0,
             draft_prefill_token_s=0.0,
             verify_row_fraction=0.0,
+            padding=0.0,
             fixed_s=float(base_s),
             per_request_s=float(per_request_s),
             speculation_s=0.0,
+            speculation_request_s=0.0,
             idle_drafter_s=0.0,
             idle_drafter_request_s=0.0,
         )
@@ -288,15 +301,20 @@ class LatencyModel:
         self,
         num_decodes: int = 0,
         candidates: int = 0,
-        decode_kv_tokens: int = 0,
+        decode_kv_tokens: float = 0,
         prefills: list[tuple[int, int]] | None = None,
         prompts_completed: int = 0,
+        unread_tokens: int = 0,
     ) -> float:
-        """Seconds of an iteration in which every decode has `candidates`; `prefills` lists (chunk, context)."""
+        """Seconds of an iteration in which every decode has `candidates`; `prefills` lists (chunk, context).
+
+        `unread_tokens` of the decoding requests' tokens the drafter reads only now.
+        """
         chunks = prefills or []
         attention = sum(float(prefill_attention_time(self.tables, chunk, context)) for chunk, context in chunks)
         decode_tokens = num_decodes * (1 + candidates)
-        return float(
+        drafting = num_decodes > 0 and candidates > 0
+        return float(unread_time(self.tables, unread_tokens) if drafting else 0.0) + float(
             iteration_time(
                 self.tables,
                 num_decodes,

@@ -1,7 +1,9 @@
 """The table file: JSON nodes of every curve on disk, dense arrays for the kernels in memory.
 
 Layout (schema 1): `linear`, `head`, `decode_attention`, `prefill_attention`, `drafter` hold nodes and seconds of all
-layers; `attention` and `overhead` hold scalars; `memory` bytes; `provenance` where everything comes from.
+layers; `attention` and `overhead` hold scalars; `memory` bytes; `provenance` where everything comes from. Tables of
+engines that were measured whole also have `drafter.unread_tokens` and `.unread_seconds`, `attention.padding`, and
+`overhead.speculation_request_seconds`; without them these cost nothing.
 """
 
 import json
@@ -33,6 +35,9 @@ class LatencyTables(NamedTuple):
         having anything cached adds; and what every cached token adds.
     draft_step_s (B+1,): one drafter step by decoding requests; `draft_kv_token_s` a cached token a step;
         `draft_prefill_token_s` a prompt token, and `draft_prefill_s` if no first step carries the prompt.
+    unread_s (U+1,): what a drafting iteration pays for so many tokens that the drafter has not read, where it reads a
+        prompt only when it first drafts for it; beyond it the last cell's slope. Zero where it reads with the target.
+    padding: share of the way from a decode's own cached tokens to the longest of the batch that attention takes.
     """
 
     linear_s: NDArray[np.float64]
@@ -44,13 +49,16 @@ class LatencyTables(NamedTuple):
     extra_s: NDArray[np.float64]
     context_s: NDArray[np.float64]
     draft_step_s: NDArray[np.float64]
+    unread_s: NDArray[np.float64]
     draft_kv_token_s: float
     draft_prefill_s: float
     draft_prefill_token_s: float
     verify_row_fraction: float
+    padding: float
     fixed_s: float
     per_request_s: float
     speculation_s: float
+    speculation_request_s: float
     idle_drafter_s: float
     idle_drafter_request_s: float
 
@@ -102,6 +110,17 @@ def tail_slope(nodes: NDArray, values: NDArray) -> float:
     """Slope over the upper half of a curve's range, which steps do not disturb."""
     middle = float(np.interp(nodes[-1] / 2.0, nodes, values))
     return max(0.0, (float(values[-1]) - middle) / (float(nodes[-1]) / 2.0))
+
+
+def _optional(document: dict[str, Any], section: str, key: str) -> bool:
+    return isinstance(document.get(section), dict) and key in document[section]
+
+
+def _expand_unread(document: dict[str, Any], source: str) -> NDArray[np.float64]:
+    if not _optional(document, "drafter", "unread_tokens"):
+        return np.zeros(2)
+    tokens, seconds = read_curve(document, "drafter", "unread_tokens", "unread_seconds", source)
+    return _extended(np.arange(MAX_CONTEXT_TOKENS + 1, dtype=np.float64), tokens, seconds, zero_first=True)
 
 
 def _extended(index: NDArray, nodes: NDArray, values: NDArray, zero_first: bool = False) -> NDArray[np.float64]:
@@ -161,13 +180,22 @@ def tables_from_document(document: dict[str, Any], source: str) -> LatencyTables
         extra_s=_extended(chunks, extra_chunk, extra, zero_first=True),
         context_s=_extended(chunks, extra_chunk, context, zero_first=True),
         draft_step_s=_extended(np.arange(MAX_REQUESTS + 1, dtype=np.float64), drafts, draft),
+        unread_s=_expand_unread(document, source),
         draft_kv_token_s=read_number(document, "drafter.kv_token_seconds", source),
         draft_prefill_s=read_number(document, "drafter.prefill_seconds", source),
         draft_prefill_token_s=read_number(document, "drafter.prefill_token_seconds", source),
         verify_row_fraction=read_number(document, "attention.verify_row_fraction", source),
+        padding=read_number(document, "attention.padding", source)
+        if _optional(document, "attention", "padding")
+        else 0.0,
         fixed_s=read_number(document, "overhead.fixed_seconds", source),
         per_request_s=read_number(document, "overhead.per_request_seconds", source),
         speculation_s=read_number(document, "overhead.speculation_seconds", source),
+        speculation_request_s=(
+            read_number(document, "overhead.speculation_request_seconds", source)
+            if _optional(document, "overhead", "speculation_request_seconds")
+            else 0.0
+        ),
         idle_drafter_s=read_number(document, "overhead.idle_drafter_seconds", source),
         idle_drafter_request_s=read_number(document, "overhead.idle_drafter_request_seconds", source),
     )

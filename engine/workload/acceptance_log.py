@@ -252,8 +252,8 @@ def _turn(file: Path, row: int, record: dict[str, Any], accepted: NDArray[np.int
         )
     new_tokens = record["new_tokens"]
     emitted = int((accepted + 1).sum())
-    # The last step may have been cut by a stop token or the output limit.
-    if type(new_tokens) is not int or not emitted - accepted[-1] - 1 < new_tokens <= emitted:
+    # The last step may have been cut by a stop token or the output limit; the token of the prefill may be counted.
+    if type(new_tokens) is not int or not emitted - accepted[-1] - 1 < new_tokens <= emitted + 1:
         raise WorkloadError(
             f"{file}, row {row}: new_tokens = {new_tokens!r} does not match the steps, which emit {emitted} tokens"
         )
