@@ -65,10 +65,10 @@ class Collation:
     """The runs of one report.
 
     `runs` has one row a run: what was run (`engine`, `family`, `scenario`, `label`, `controller`, `role`, `candidates`,
-    `token_budget`, `seed`, `workload_digest`, `config_digest`, targets, `request_rate_rps`) and every number of its
-    summary. `windows` has one row a run and time window: `window`, `start_s`, `request_rate_rps`, `arrivals`,
-    `measured` (finished requests with a TPOT), `tpot_s` (their mean), `ttft_attainment`. `skipped` says which folders
-    were left out, and why.
+    `token_budget`, `seed`, `workload_digest`, `config_digest`, targets, `request_rate_rps`, whether the engine was
+    `real`) and every number of its summary. `windows` has one row a run and time window: `window`, `start_s`,
+    `request_rate_rps`, `arrivals`, `measured` (finished requests with a TPOT), `tpot_s` (their mean),
+    `ttft_attainment`. `skipped` says which folders were left out, and why.
     """
 
     runs: pd.DataFrame
@@ -237,6 +237,8 @@ def _read_summary(path: Path) -> dict[str, Any]:
         row[key] = value
     if row["controller"] == "fixed" and (row["candidates"] is None or row["token_budget"] is None):
         raise ReportError(f"{path}: keys 'run.candidates' and 'run.token_budget' must be set for a fixed controller")
+    # A run of a real engine says on what it ran.
+    row["real"] = isinstance(run.get("backend"), dict)
     row["family"] = family_of(row["scenario"])
     row["role"] = role_of(row["controller"])
     for key in METRICS:

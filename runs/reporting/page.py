@@ -78,31 +78,48 @@ def render(
     notes: Sequence[str],
 ) -> str:
     """The whole page as text. `claims`, `comparisons` and `ran` are tables in the order they appear."""
+    body = ["<h2 id='figures'>Figures</h2>"]
+    body += [figure(picture) for picture in pictures]
+    body.append("<h2 id='claims'>The claims, counted</h2>")
+    body += [noted(table) for table in claims]
+    body.append("<h2 id='loads'>Every load</h2>" + _LOADS_NOTE)
+    body.append("<input type='checkbox' id='every'> <label class='toggle' for='every'>every fixed setting</label>")
+    body.append("<div class='tables'>" + "".join(_section(table) for table in comparisons) + "</div>")
+    body.append("<h2 id='rules'>Rules</h2>" + definitions(rules))
+    body.append("<h2 id='ran'>What was run</h2>")
+    body.append(_section(ran[0]))
+    body += [folded(table) for table in ran[1:]]
+    links = {
+        "figures": "Figures",
+        "claims": "Claims",
+        "loads": "Every load",
+        "rules": "Rules",
+        "ran": "What was run",
+    }
+    return document("Governor report", facts, links, verdicts, notes, body)
+
+
+def document(
+    title: str,
+    facts: str,
+    links: Mapping[str, str],
+    verdicts: Sequence[str],
+    notes: Sequence[str],
+    body: Sequence[str],
+) -> str:
+    """A page around HTML: title, one line of facts, links to ids of `body`, what was found, what must be known."""
+    navigation = "".join(f"<a href='#{place}'>{escape(name)}</a>" for place, name in links.items())
     parts = [
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'><title>Governor report</title>",
+        f"<meta name='viewport' content='width=device-width, initial-scale=1'><title>{escape(title)}</title>",
         f"<style>{_STYLE}</style></head><body>",
-        f"<h1>Governor report</h1><p class='quiet'>{escape(facts)}</p>",
-        "<nav><a href='#figures'>Figures</a><a href='#claims'>Claims</a><a href='#loads'>Every load</a>"
-        "<a href='#rules'>Rules</a><a href='#ran'>What was run</a></nav>",
+        f"<h1>{escape(title)}</h1><p class='quiet'>{escape(facts)}</p>",
+        f"<nav>{navigation}</nav>",
         _items(verdicts, "verdicts"),
     ]
     if notes:
         parts.append(f"<div class='skipped'>{_items(notes, 'verdicts')}</div>")
-    parts.append("<h2 id='figures'>Figures</h2>")
-    parts += [_picture(picture) for picture in pictures]
-    parts.append("<h2 id='claims'>The claims, counted</h2>")
-    parts += [_claim(table) for table in claims]
-    parts.append("<h2 id='loads'>Every load</h2>" + _LOADS_NOTE)
-    parts.append("<input type='checkbox' id='every'> <label class='toggle' for='every'>every fixed setting</label>")
-    parts.append("<div class='tables'>" + "".join(_section(table) for table in comparisons) + "</div>")
-    parts.append("<h2 id='rules'>Rules</h2><ul>")
-    parts += [f"<li><b>{escape(name)}.</b> {escape(rule)}</li>" for name, rule in rules.items()]
-    parts.append("</ul><h2 id='ran'>What was run</h2>")
-    parts.append(_section(ran[0]))
-    parts += [f"<details><summary>{escape(table.title)}</summary>{_table(table)}</details>" for table in ran[1:]]
-    parts.append(f"<script>{_SORT}</script></body></html>\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, *body, f"<script>{_SORT}</script></body></html>\n"])
 
 
 _LOADS_NOTE = (
@@ -112,7 +129,8 @@ _LOADS_NOTE = (
 )
 
 
-def _picture(picture: Picture) -> str:
+def figure(picture: Picture) -> str:
+    """A figure with its caption."""
     data = base64.b64encode(picture.png).decode("ascii")
     return (
         f"<figure><h3>{escape(picture.title)}</h3><img alt='{escape(picture.title, quote=True)}' "
@@ -120,12 +138,25 @@ def _picture(picture: Picture) -> str:
     )
 
 
-def _claim(table: Table) -> str:
+def noted(table: Table) -> str:
+    """A table under its title and note; folded away when it is long."""
     body = _table(table)
     if len(table.frame) > MOST_OPEN_ROWS:
         body = f"<details><summary>{len(table.frame)} rows</summary>{body}</details>"
     note = f"<p class='note'>{escape(table.note)}</p>" if table.note else ""
     return f"<h3>{escape(table.title)}</h3>{note}{body}"
+
+
+def folded(table: Table) -> str:
+    """A table behind its title."""
+    return f"<details><summary>{escape(table.title)}</summary>{_table(table)}</details>"
+
+
+def definitions(rules: Mapping[str, str]) -> str:
+    """What words on the page mean, one line each."""
+    return "".join(
+        ["<ul>", *(f"<li><b>{escape(name)}.</b> {escape(rule)}</li>" for name, rule in rules.items()), "</ul>"]
+    )
 
 
 def _section(table: Table) -> str:
