@@ -2,11 +2,13 @@
 
 Composes the configuration (conf/evaluate.yaml), checks it, serves the workload, and writes `config.yaml`,
 `summary.json`, `requests.parquet` and, with `record_iterations=true`, `iterations.parquet` into the run folder
-(`hydra.run.dir`), beside `evaluate.log`. Nothing of these is written before the run has finished.
+(`hydra.run.dir`), beside `evaluate.log`; a real engine also leaves `outputs.jsonl`. Nothing of these is written before
+the run has finished.
 """
 
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import hydra
@@ -26,10 +28,12 @@ def evaluate(config: DictConfig, out: Path, choices: dict[str, str]) -> Result:
     _warn(evaluation)
     with progress() as on_progress, mistakes.named():
         result = evaluation.run(on_progress)
-    result.summary["run"]["workload"] = choices.get("workload", result.summary["run"]["workload"])
+    # A choice may be the path of a file.
+    result.summary["run"]["workload"] = Path(choices.get("workload", result.summary["run"]["workload"])).stem
     resolved = OmegaConf.to_yaml(config, resolve=True)
     iterations = result.iterations if evaluation.record_iterations else None
-    folder.write_run(out, resolved, result.summary, result.requests, iterations)
+    outputs = None if result.outputs is None else [asdict(output) for output in result.outputs]
+    folder.write_run(out, resolved, result.summary, result.requests, iterations, outputs)
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     evaluation.logger.record(
@@ -61,7 +65,7 @@ def _say(result: Result, out: Path) -> None:
         summary["ttft_attainment"],
         summary["requests_finished"],
         summary["iterations"],
-        summary["sim_wall_s"],
+        summary.get("sim_wall_s", summary["duration_s"]),
     )
     log.info("written to %s", out)
 

@@ -2,35 +2,36 @@
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from controllers.controller import CompiledController, Controller, Plant, as_dict
-from engine.backends.simulator import ITERATION, Simulator, log_iteration
-from engine.config import EngineConfig
-from engine.core.action import ActionError, ActionGrid, check_action
+from controllers.controller import Controller, Plant
+from engine.backends.simulator import Simulator
+from engine.backends.torch.config import TorchEngineConfig
+from engine.config import EngineConfig, EngineLimits
+from engine.core.action import ActionGrid
 from engine.core.metrics import request_table, summarize
 from engine.latency.lookup import LookupTable
+from engine.latency.measured import MeasuredIterations
+from engine.latency.measured_card import MEASURED_FOREST
 from engine.latency.model import LatencyModel
+from engine.latency.predictors import DEFAULT_FOREST, Feature, Forest
+from engine.workload.prompts import Prompts, PromptSource, prompts_for
 from engine.workload.source import WorkloadSource
 from engine.workload.workload import Workload
+from runs import live, simulated
+from runs.serving import Progress, Served
+from runs.simulated import Charge
 from runs.tracking import Tracking
 
 log = logging.getLogger(__name__)
-
-WARMUP_DECISIONS = 20
-TIMED_DECISIONS = 200
-STEPS_PER_PROGRESS = 2_000
-NO_LOG = np.zeros(0, dtype=ITERATION)
-
-Progress = Callable[[int, int], Any]
-"""Called now and then with (requests finished, requests in total)."""
 
 
 class Targets(BaseModel):
@@ -43,28 +44,45 @@ class Targets(BaseModel):
 
 
 class LookupFit(BaseModel):
-    """How the controllers' table of iteration times is fitted: sampled iterations, relative noise, seed."""
+    """How the controllers' table of iteration times is fitted.
+
+    Args:
+        samples, noise: iterations drawn from the engine's latency table, and their relative noise. An engine that was
+            measured is learnt from its measured iterations instead.
+        seed: draws the samples and grows the trees.
+        trees, min_samples_leaf, features: see `engine.latency.predictors.Forest`; None: what suits thousands of sampled
+            iterations (`DEFAULT_FOREST`), or hundreds of measured ones (`MEASURED_FOREST`).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     samples: Annotated[int, Field(ge=100)] = 16000
     noise: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.03
     seed: Annotated[int, Field(ge=0)] = 0
+    trees: Annotated[int, Field(ge=1)] | None = None
+    min_samples_leaf: Annotated[int, Field(ge=1)] | None = None
+    features: tuple[Feature, ...] | None = None
+
+    def forest(self, usual: Forest) -> Forest:
+        """`usual` with what is set here."""
+        own = {name: getattr(self, name) for name in ("trees", "min_samples_leaf", "features")}
+        return replace(usual, **{name: value for name, value in own.items() if value is not None})
 
 
 class Evaluation(BaseModel):
     """Everything one run depends on; a key that is unknown, mistyped or out of range is refused with its name.
 
     Args:
-        engine: the model, its drafter and its GPU.
+        engine: the model, its drafter and its GPU, simulated or run for real.
         workload: where the requests come from.
         controller: who chooses c and n.
         actions: the choices of c and n for controllers that choose from a grid.
         lookup: how the iteration times that such controllers predict with are fitted.
         slo: the targets that attainment and goodput are counted against.
         seed: draws the workload; nothing else is random.
-        charge_decisions: what a decision costs on the engine's clock: the controller's own bound (`constant`), the
-            time it took (`measured`), or nothing (`off`).
+        charge_decisions: what a decision costs on the simulated clock: the controller's own bound (`constant`), the
+            time it took (`measured`), or nothing (`off`). A real clock runs while the controller decides, whatever
+            this says.
         record_iterations: keep one row per engine iteration.
         label: how tables and figures call the controller; None: as it calls itself.
         logger: Weights & Biases.
@@ -72,14 +90,14 @@ class Evaluation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    engine: EngineConfig
+    engine: EngineConfig | TorchEngineConfig
     workload: WorkloadSource
     controller: Controller
     actions: ActionGrid = ActionGrid()
     lookup: LookupFit = LookupFit()
     slo: Targets = Targets()
     seed: Annotated[int, Field(ge=0)] = 0
-    charge_decisions: Literal["constant", "measured", "off"] = "constant"
+    charge_decisions: Charge = "constant"
     record_iterations: bool = False
     label: Annotated[str, Field(min_length=1)] | None = None
     logger: Tracking = Tracking()
@@ -90,65 +108,85 @@ class Evaluation(BaseModel):
         Raises:
             ValueError: the workload, the engine or an action is impossible; the message names row or key.
         """
-        workload = draw(
-            Drawing(self.workload.model_dump_json(), type(self.workload).__name__, self.seed, self.workload)
+        if isinstance(self.engine, TorchEngineConfig):
+            return self._run_live(self.engine, on_progress)
+        return self._run_simulated(self.engine, on_progress)
+
+    def _run_simulated(self, config: EngineConfig, on_progress: Progress | None) -> "Result":
+        workload = self._draw()
+        simulator = Simulator(
+            config, [workload], latency=load_latency(config.latency), ttft_target=self.slo.ttft_target
         )
-        latency = load_latency(self.engine.latency)
-        simulator = Simulator(self.engine, [workload], latency=latency, ttft_target=self.slo.ttft_target)
-        plant = Plant(self.actions, lambda: self._fit_lookup(simulator))
-        self.controller.reset(plant)
-        recording = self.record_iterations or self.logger.enabled
-        compiled = isinstance(self.controller, CompiledController) and self.charge_decisions != "measured"
-        serve = _serve_compiled if compiled else _serve_stepwise
-        served = serve(self, simulator, recording, on_progress)
-        requests = request_table(simulator.state)
+        plant = self._plant(self.actions, config, simulator.limits)
+        served = simulated.serve(
+            simulator, workload, self.controller, plant, self.charge_decisions, self._recording, on_progress
+        )
+        result = self._result(served, workload, config.name, self.actions)
+        return replace(result, summary=result.summary | {"sim_wall_s": served.wall_s})
+
+    def _run_live(self, config: TorchEngineConfig, on_progress: Progress | None) -> "Result":
+        predicted = self._profile(config)
+        tokenizer = config.tokenizer()
+        prompts = self._prompts(tokenizer, config.limits)
+        engine = config.build(ttft_target=self.slo.ttft_target)
+        grid = live.grid_within(self.actions, engine)
+        plant = Plant(grid, _no_profile) if predicted is None else self._plant(grid, predicted, config.limits)
+        served = live.serve(engine, prompts, self.controller, plant, self._recording, on_progress)
+        result = self._result(served, prompts, config.variant, grid)
+        result.summary["run"]["backend"] = live.describe(config, engine)
+        return replace(result, outputs=live.outputs(engine, prompts, tokenizer))
+
+    @property
+    def _recording(self) -> bool:
+        return self.record_iterations or self.logger.enabled
+
+    def _draw(self) -> Workload:
+        return draw(Drawing(self.workload.model_dump_json(), type(self.workload).__name__, self.seed, self.workload))
+
+    def _prompts(self, tokenizer: Any, limits: EngineLimits) -> Prompts:
+        if isinstance(self.workload, PromptSource):
+            return self.workload.draw_prompts(self.seed, tokenizer, limits)
+        return prompts_for(self._draw(), self.seed, tokenizer, limits)
+
+    def _plant(self, grid: ActionGrid, engine: EngineConfig, limits: EngineLimits) -> Plant:
+        return Plant(grid, lambda: load_lookup(engine, grid, limits, self.lookup))
+
+    def _profile(self, config: TorchEngineConfig) -> EngineConfig | None:
+        """The measured iteration times of a real engine; a controller that needs them is refused without, and soon."""
+        if config.profile is not None:
+            return load_profile(config.profile)
+        self.controller.reset(Plant(self.actions, _no_profile))
+        return None
+
+    def _result(self, served: Served, workload: Workload | Prompts, engine: str, grid: ActionGrid) -> "Result":
         summary: dict[str, Any] = summarize(
-            simulator.state, ttft_target=self.slo.ttft_target, tpot_target=self.slo.tpot_target
+            served.state, ttft_target=self.slo.ttft_target, tpot_target=self.slo.tpot_target
         )
         decisions = served.decision_s
-        if decisions is None:
-            simulator.load(0, workload)
-            self.controller.reset(plant)
-            decisions = _time_decisions(self, simulator)
         summary |= {
             "decision_time_mean_s": float(decisions.mean()) if decisions.size else float("nan"),
             "decision_time_p99_s": float(np.percentile(decisions, 99)) if decisions.size else float("nan"),
-            "sim_wall_s": served.wall_s,
-            "run": self._identity(workload, summary["request_rate_rps"]),
         }
-        return Result(requests, served.iterations, summary)
+        summary["run"] = self._identity(workload, engine, grid, summary["request_rate_rps"])
+        return Result(request_table(served.state), served.iterations, summary)
 
-    @property
-    def charged_s(self) -> float:
-        """Seconds charged for a decision when they are not measured."""
-        return self.controller.decision_s if self.charge_decisions == "constant" else 0.0
-
-    def _fit_lookup(self, simulator: Simulator) -> LookupTable:
-        limits = simulator.limits
-        return load_lookup(
-            self.engine.latency,
-            self.actions.candidate_choices,
-            self.actions.budget_choices,
-            limits.max_num_seqs,
-            limits.total_blocks * limits.block_size,
-            self.lookup,
-        )
-
-    def _identity(self, workload: Workload, request_rate: float) -> dict[str, Any]:
+    def _identity(
+        self, workload: Workload | Prompts, engine: str, grid: ActionGrid, request_rate: float
+    ) -> dict[str, Any]:
         """What was run: reports pair runs by engine, scenario, seed and digest, and tell them apart by the label."""
         own = [getattr(self.controller, name, None) for name in ("candidates", "token_budget")]
         candidates, token_budget = own if own[1] is not None else (None, None)
         label = self.controller.label()
         if own == [None, None]:
             # It chooses from the grid: where that leaves no choice, the run belongs with the fixed ones of that value.
-            if len(self.actions.candidate_choices) == 1:
-                candidates = self.actions.candidate_choices[0]
+            if len(grid.candidate_choices) == 1:
+                candidates = grid.candidate_choices[0]
                 label += f" c={candidates}"
-            if len(self.actions.budget_choices) == 1:
-                token_budget = self.actions.budget_choices[0]
+            if len(grid.budget_choices) == 1:
+                token_budget = grid.budget_choices[0]
                 label += f" n={token_budget}"
         return {
-            "engine": self.engine.name,
+            "engine": engine,
             "workload": workload.name,
             "scenario": self.workload.scenario,
             "workload_digest": workload.digest,
@@ -166,11 +204,15 @@ class Evaluation(BaseModel):
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: request columns, iteration rows (empty unless kept) and the summary with its `run` section."""
+    """A finished run: request columns, iteration rows (empty unless kept) and the summary with its `run` section.
+
+    `outputs` is what a real engine generated; None of a simulated one.
+    """
 
     requests: dict[str, NDArray[Any]]
     iterations: NDArray[np.void]
     summary: dict[str, Any]
+    outputs: list[live.Output] | None = None
 
 
 @dataclass(frozen=True)
@@ -196,107 +238,48 @@ def load_latency(name: str) -> LatencyModel:
 
 
 @lru_cache(maxsize=8)
-def load_lookup(
-    latency: str,
-    candidate_choices: tuple[int, ...],
-    budget_choices: tuple[int, ...],
-    max_num_seqs: int,
-    kv_capacity_tokens: int,
-    fit: LookupFit,
-) -> LookupTable:
-    """`LookupTable.load_or_fit`, kept; the first fit of a configuration takes seconds and is then on disk."""
+def load_lookup(engine: EngineConfig, grid: ActionGrid, limits: EngineLimits, fit: LookupFit) -> LookupTable:
+    """The table for an engine, kept; the first fit of a configuration takes seconds and is then on disk."""
     begin = time.perf_counter()
-    table = LookupTable.load_or_fit(
-        load_latency(latency),
-        candidate_choices,
-        budget_choices,
-        max_num_seqs,
-        kv_capacity_tokens,
-        fit.samples,
-        fit.noise,
-        fit.seed,
-    )
+    room = (limits.max_num_seqs, limits.total_blocks * limits.block_size)
+    choices = (grid.candidate_choices, grid.budget_choices)
+    if engine.measured is not None:
+        measured = MeasuredIterations.read(engine.measured)
+        table = LookupTable.of_measured(measured, *choices, *room, fit.forest(MEASURED_FOREST), fit.seed)
+    else:
+        table = LookupTable.load_or_fit(
+            load_latency(engine.latency),
+            *choices,
+            *room,
+            fit.samples,
+            fit.noise,
+            fit.seed,
+            forest=fit.forest(DEFAULT_FOREST),
+        )
     seconds = time.perf_counter() - begin
     log.info(
-        "lookup table of %s: held-out MAPE %.1f %% (%.1f s)", latency, 100 * table.heldout_mape["overall"], seconds
+        "lookup table of %s: held-out MAPE %.1f %% (%.1f s)",
+        engine.latency,
+        100 * table.heldout_mape["overall"],
+        seconds,
     )
     return table
 
 
-@dataclass(frozen=True)
-class _Served:
-    iterations: NDArray[np.void]
-    wall_s: float
-    decision_s: NDArray[np.float64] | None
-    """Seconds of each decision; None when they ran inside compiled code."""
+def load_profile(path: Path) -> EngineConfig:
+    """The engine yaml that `runs.profile` wrote. Raises ValueError naming the key when there is none."""
+    if not path.is_file():
+        raise ValueError(f"engine.profile={path}: no such file; python -m runs.profile writes one")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return EngineConfig.model_validate({key: value for key, value in settings.items() if key != "_target_"})
+    except (yaml.YAMLError, AttributeError, ValueError) as error:
+        raise ValueError(f"engine.profile={path} is no engine that python -m runs.profile wrote: {error}") from error
 
 
-def _serve_compiled(
-    evaluation: Evaluation, simulator: Simulator, recording: bool, on_progress: Progress | None
-) -> _Served:
-    assert isinstance(evaluation.controller, CompiledController)
-    loop = evaluation.controller.loop(simulator, evaluation.charged_s)
-    # Running no iteration compiles the loop, which is not the simulator's speed.
-    loop(0, NO_LOG)
-    iterations, wall_s = simulator.run_to_end(loop, record_iterations=recording, on_progress=on_progress)
-    return _Served(iterations, wall_s, None)
-
-
-def _serve_stepwise(
-    evaluation: Evaluation, simulator: Simulator, recording: bool, on_progress: Progress | None
-) -> _Served:
-    """Decide in Python before every iteration, as an engine would call a controller."""
-    begin = time.perf_counter()
-    rows: list[NDArray[np.void]] = []
-    row = np.zeros(1, dtype=ITERATION)
-    spent: list[float] = []
-    engine = simulator.state.engines[0]
-
-    def after(seconds: float) -> None:
-        spent.append(seconds)
-        if recording:
-            log_iteration(simulator.state, 0, row, 0)
-            rows.append(row.copy())
-        if on_progress is not None and len(spent) % STEPS_PER_PROGRESS == 0:
-            on_progress(int(engine["num_finished"]), int(engine["num_requests"]))
-
-    _step(evaluation, simulator, after, most=None)
-    wall_s = time.perf_counter() - begin
-    return _Served(np.concatenate(rows) if rows else NO_LOG, wall_s, np.array(spent))
-
-
-def _time_decisions(evaluation: Evaluation, simulator: Simulator) -> NDArray[np.float64]:
-    """Seconds of each of the first decisions of the run, taken once more step by step.
-
-    Inside compiled code a decision cannot be timed, so `choose` is, from Python, on the observations that the run's
-    beginning makes; the call from Python is part of the figure, the first `WARMUP_DECISIONS` are not.
-    """
-    spent: list[float] = []
-    _step(evaluation, simulator, spent.append, most=WARMUP_DECISIONS + TIMED_DECISIONS)
-    return np.array(spent[WARMUP_DECISIONS:] or spent)
-
-
-def _step(evaluation: Evaluation, simulator: Simulator, after: Callable[[float], None], most: int | None) -> None:
-    """Observe, choose, step, until no request is left or `most` iterations ran; `after` gets each decision's time."""
-    observation = simulator.new_observation()
-    view = as_dict(observation)
-    controller = evaluation.controller
-    measured = evaluation.charge_decisions == "measured"
-    charged_s = evaluation.charged_s
-    engine = simulator.state.engines[0]
-    more = True
-    count = 0
-    while more and (most is None or count < most):
-        simulator.observe(0, observation)
-        begin = time.perf_counter()
-        candidates, token_budget = controller.choose(view)
-        seconds = time.perf_counter() - begin
-        check_action(candidates, max(token_budget, 1))
-        if token_budget < 1 and (token_budget < 0 or engine["num_decoding"] == 0):
-            raise ActionError(
-                f"{controller.label()} chose token_budget={token_budget} with nothing to decode: the engine would "
-                "stand still; choose at least 1 when no request is decoding"
-            )
-        more = simulator.step(0, candidates, token_budget, seconds if measured else charged_s)
-        after(seconds)
-        count += 1
+def _no_profile() -> LookupTable:
+    raise ValueError(
+        "this controller predicts iteration times, which nobody has measured for this engine: run "
+        "python -m runs.profile engine=torch_tiny (with this engine's settings), then set engine.profile to the engine "
+        "yaml it writes"
+    )

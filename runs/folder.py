@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 REQUESTS = "requests.parquet"
 ITERATIONS = "iterations.parquet"
+OUTPUTS = "outputs.jsonl"
 
 
 def write_run(
@@ -23,6 +25,7 @@ def write_run(
     summary: dict[str, Any],
     requests: dict[str, NDArray[Any]],
     iterations: NDArray[np.void] | None,
+    outputs: Sequence[dict[str, Any]] | None = None,
 ) -> None:
     """Write a run's files beside their final names, then rename them, the summary last.
 
@@ -30,7 +33,7 @@ def write_run(
     depend on their contents alone, so that equal runs are equal byte by byte.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    partial = {name: folder / f".{name}.partial" for name in (CONFIG, REQUESTS, ITERATIONS, SUMMARY)}
+    partial = {name: folder / f".{name}.partial" for name in (CONFIG, REQUESTS, ITERATIONS, OUTPUTS, SUMMARY)}
     try:
         partial[CONFIG].write_text(config, encoding="utf-8")
         _write_table(requests, partial[REQUESTS])
@@ -39,15 +42,30 @@ def write_run(
         else:
             names = iterations.dtype.names or ()
             _write_table({name: np.ascontiguousarray(iterations[name]) for name in names}, partial[ITERATIONS])
+        if outputs is None:
+            del partial[OUTPUTS]
+        else:
+            lines = "".join(json.dumps(output, ensure_ascii=False) + "\n" for output in outputs)
+            partial[OUTPUTS].write_text(lines, encoding="utf-8")
         partial[SUMMARY].write_text(json.dumps(_plain(summary), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         # An older summary would speak of files that are about to be replaced.
-        for name in (SUMMARY, ITERATIONS):
+        for name in (SUMMARY, ITERATIONS, OUTPUTS):
             (folder / name).unlink(missing_ok=True)
         for name, path in partial.items():
             os.replace(path, folder / name)
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside its final name, then rename it: it is whole or not there."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _write_table(columns: dict[str, NDArray[Any]], path: Path) -> None:

@@ -18,7 +18,7 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
-from runs.reporting import chunked, claims, figures, page, palette, tables
+from runs.reporting import chunked, claims, envelope, figures, page, palette, tables
 from runs.reporting.collate import Collation, ReportError, collate
 from runs.reporting.tables import Table
 
@@ -26,6 +26,12 @@ MOST_PRINTED = 12
 PRINTED_WIDTH = 110
 FULL_WIDTH = 150
 CAPTIONS = {
+    "envelope": (
+        "Real runs: TPOT against request rate",
+        "Measured on the engine itself, not simulated. Above, where the lines of fixed c cross: candidates pay while "
+        "few requests run together and cost when many do. Below, the optimizer's TPOT over the best fixed c of each "
+        "load, chosen in hindsight; shaded is 5 % around it, bars are 95 % bootstrap intervals over seeds.",
+    ),
     "speculation": (
         "Speculation: TPOT against load, window by window",
         "Look at where the lines of fixed c cross: many candidates pay while few requests run together, and cost "
@@ -54,10 +60,11 @@ CAPTIONS = {
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report holds, before it is written."""
+    """Everything a report holds, before it is written. `envelope` is of the real engines' runs."""
 
     collation: Collation
     comparison: pd.DataFrame
+    envelope: pd.DataFrame
     claims: dict[str, pd.DataFrame]
     sentences: list[str]
     notes: list[str]
@@ -79,13 +86,15 @@ def build(collation: Collation, baseline: str | None = None) -> Report:
         "budgets": claims.budget_claim(runs),
         "loads": claims.load_claim(runs),
     }
+    followed = envelope.envelope(runs[runs["real"]], claims.panel_budgets(frame))
     return Report(
         collation=collation,
         comparison=frame,
+        envelope=followed,
         claims=found,
         sentences=claims.sentences(found["windows_pooled"], found["budgets"], found["loads"]),
         notes=[*(f"Left out: {reason}" for reason in collation.skipped), *unpaired],
-        claim_tables=_claim_tables(found),
+        claim_tables=[*([envelope.table(followed)] if len(followed) else []), *_claim_tables(found)],
         comparison_tables=tables.comparison_tables(frame, runs),
     )
 
@@ -93,7 +102,8 @@ def build(collation: Collation, baseline: str | None = None) -> Report:
 def draw(report: Report) -> list[page.Picture]:
     """The figures of a report, as PNG."""
     budgets = claims.panel_budgets(report.comparison)
-    jobs = {
+    jobs = {"envelope": lambda: envelope.draw(report.envelope)} if len(report.envelope) else {}
+    jobs |= {
         "speculation": lambda: figures.speculation(report.collation.windows, budgets),
         "chunked_prefill": lambda: chunked.chunked_prefill(report.comparison),
         "overview": lambda: figures.overview(report.comparison),
@@ -133,6 +143,8 @@ def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
         (out / f"{picture.name}.png").write_bytes(picture.png)
     runs.drop(columns="written").to_csv(out / "runs.csv", index=False)
     report.comparison.to_csv(out / "comparison.csv", index=False)
+    if len(report.envelope):
+        report.envelope.to_csv(out / "envelope.csv", index=False)
     report.collation.windows.to_csv(out / "windows.csv", index=False)
     counted = {name: json.loads(frame.to_json(orient="records")) for name, frame in report.claims.items()}
     content = {"rules": {"best_fixed": claims.BEST_FIXED_RULE, **claims.RULES}, "said": report.sentences, **counted}

@@ -22,7 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 # Streams of one seed. A number is never given another meaning: that would change everybody's requests.
-_ARRIVALS, _LENGTHS, _AGREEMENT = 0, 1, 2
+ARRIVALS, LENGTHS, AGREEMENT, PROMPTS, SAMPLING = range(5)
 
 
 class WorkloadSource(BaseModel, ABC):
@@ -87,7 +87,7 @@ class TraceSource(WorkloadSource):
             and getattr(self, name) != type(self).model_fields[name].default
         }
         options = "".join(f" {name}={value}" for name, value in settings.items())
-        return f"{_stem(self.path)}{options}{self._suffix()}"
+        return f"{stem(self.path)}{options}{self._suffix()}"
 
     def draw(self, seed: int) -> Workload:
         trace = prepare_trace(
@@ -104,12 +104,12 @@ class TraceSource(WorkloadSource):
             thin_seed=self.thin_seed,
         )
         return Workload.build(
-            _stem(self.path),
+            stem(self.path),
             trace.arrival,
             trace.prompt_tokens,
             trace.output_tokens,
             self.agreement,
-            _stream(seed, _AGREEMENT),
+            stream(seed, AGREEMENT),
             self._provenance(seed),
             source_row=trace.row,
         )
@@ -144,15 +144,15 @@ class SyntheticSource(WorkloadSource):
         return f"{self.name} {rate * self.rate_scale:g}/s"
 
     def draw(self, seed: int) -> Workload:
-        arrival = self.arrivals.draw(_stream(seed, _ARRIVALS), self.num_requests, self.duration_s)
-        lengths = self.lengths.draw(_stream(seed, _LENGTHS), arrival.size)
+        arrival = self.arrivals.draw(stream(seed, ARRIVALS), self.num_requests, self.duration_s)
+        lengths = self.lengths.draw(stream(seed, LENGTHS), arrival.size)
         return Workload.build(
             self.name,
             arrival / self.rate_scale,
             lengths.prompt_tokens,
             lengths.output_tokens,
             self.agreement,
-            _stream(seed, _AGREEMENT),
+            stream(seed, AGREEMENT),
             self._provenance(seed),
         )
 
@@ -178,27 +178,29 @@ class AcceptanceLogSource(WorkloadSource):
 
     @property
     def scenario(self) -> str:
-        return f"{_stem(self.path)} replay{self._suffix()}"
+        return f"{stem(self.path)} replay{self._suffix()}"
 
     def draw(self, seed: int) -> Workload:
         log = read_acceptance_log(self.path, self.depth)
         bound = len(log.turns) if self.num_requests is None and self.duration_s is None else self.num_requests
-        arrival = self.arrivals.draw(_stream(seed, _ARRIVALS), bound, self.duration_s)
+        arrival = self.arrivals.draw(stream(seed, ARRIVALS), bound, self.duration_s)
         if self.order == "cyclic":
             turn = np.arange(arrival.size) % len(log.turns)
         else:
-            turn = _stream(seed, _LENGTHS, 1).integers(len(log.turns), size=arrival.size)
-        prompt = self.lengths.draw(_stream(seed, _LENGTHS), arrival.size).prompt_tokens
+            turn = stream(seed, LENGTHS, 1).integers(len(log.turns), size=arrival.size)
+        prompt = self.lengths.draw(stream(seed, LENGTHS), arrival.size).prompt_tokens
         return replay(
-            log, turn, arrival / self.rate_scale, prompt, self.fill, _stream(seed, _AGREEMENT), self._provenance(seed)
+            log, turn, arrival / self.rate_scale, prompt, self.fill, stream(seed, AGREEMENT), self._provenance(seed)
         )
 
 
-def _stream(seed: int, *key: int) -> np.random.Generator:
+def stream(seed: int, *key: int) -> np.random.Generator:
+    """The random stream that one purpose (`ARRIVALS`, ...) has of this seed."""
     if seed < 0 or not math.isfinite(seed):
         raise WorkloadError(f"seed={seed} must be a non-negative whole number")
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def _stem(path: Path) -> str:
+def stem(path: Path) -> str:
+    """The file's name without its endings: `azure.csv.gz` is `azure`."""
     return path.name.split(".")[0]

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,20 +20,23 @@ from hydra_plugins.governor._jobs import INTERRUPTED, Jobs, begin, work
 
 SECONDS_PER_NOTE = 10.0
 MOST_PER_SHARE = 16
+REAL_ENGINES = "engine.backends.torch."
+"""Where the classes of engines that run in real time are."""
 
 
 class ProcessLauncher(Launcher):
     """Worker processes that keep what the jobs share: imports, compiled code, workloads, composed configurations.
 
     Args:
-        workers: processes; None: one per available core. 1 runs the jobs in this process.
+        workers: processes; None: one per available core, or one in all where a job runs a real engine, whose times
+            would be those of its neighbours. 1 runs the jobs in this process.
 
     The first job that fails ends the sweep with its exit status; what has finished stays.
     """
 
     def __init__(self, workers: int | None = None) -> None:
-        self.workers = workers if workers is not None else available_cores()
-        if self.workers < 1:
+        self.workers = workers
+        if workers is not None and workers < 1:
             raise ValueError(f"hydra.launcher.workers={workers} must be at least 1, or null for one per core")
         self.jobs: Jobs | None = None
 
@@ -48,7 +51,8 @@ class ProcessLauncher(Launcher):
         jobs = {initial_job_idx + i: list(overrides) for i, overrides in enumerate(job_overrides)}
         finished: list[JobReturn] = []
         try:
-            with _notes(len(jobs)) as note, _results(self.jobs, list(jobs.items()), self.workers) as results:
+            workers = self.workers or (1 if self._any_real(jobs) else available_cores())
+            with _notes(len(jobs)) as note, _results(self.jobs, list(jobs.items()), workers) as results:
                 for number, status in results:
                     if status != 0:
                         print(f"job {number} failed: {' '.join(jobs[number])}", file=sys.stderr)
@@ -59,6 +63,14 @@ class ProcessLauncher(Launcher):
             print(f"interrupted: {len(finished)} of {len(jobs)} jobs have finished", file=sys.stderr)
             sys.exit(INTERRUPTED)
         return finished
+
+    def _any_real(self, jobs: Mapping[int, list[str]]) -> bool:
+        """Whether a job's engine runs in real time."""
+        assert self.jobs is not None
+        # Engines are told apart by the choices of their group, each of which is looked at once.
+        choices = {tuple(text for text in job if text.startswith("engine=")): number for number, job in jobs.items()}
+        engines = (self.jobs.compose(number, jobs[number]).get("engine") for number in choices.values())
+        return any(str((engine or {}).get("_target_", "")).startswith(REAL_ENGINES) for engine in engines)
 
 
 @contextmanager

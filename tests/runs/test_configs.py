@@ -12,12 +12,16 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
+from engine.backends.torch.config import TorchEngineConfig
+from engine.config import EngineConfig
 from engine.latency.model import available_tables
 from hydra_plugins.governor.sweeper import combine
 from runs.evaluation import Evaluation
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 EVALUATE_GROUPS = ("engine", "workload", "controller", "actions", "logger", "experiment")
+REAL_ENGINES = sorted(path.stem for path in (CONF / "engine").glob("torch_*.yaml"))
+SIMULATED_ENGINES = sorted({path.stem for path in (CONF / "engine").glob("*.yaml")} - set(REAL_ENGINES))
 CHOICES = [
     (str(path.parent.relative_to(CONF)), path.stem)
     for group in EVALUATE_GROUPS
@@ -35,7 +39,7 @@ def evaluation(*overrides: str) -> Evaluation:
 
 @pytest.mark.parametrize(("group", "name"), CHOICES, ids=lambda value: value)
 def test_every_choice_of_every_group_composes_and_instantiates(group: str, name: str, tmp_path: Path) -> None:
-    extra = []
+    extra: list[str] = []
     if (group, name) in {("workload", "trace"), ("workload", "acceptance_log")}:
         extra = [f"workload.path={tmp_path / 'requests.csv'}"]
     elif group.startswith("workload/"):
@@ -43,17 +47,45 @@ def test_every_choice_of_every_group_composes_and_instantiates(group: str, name:
     evaluation(*extra, f"{group}={name}")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "engine").glob("*.yaml")))
+@pytest.mark.parametrize("name", SIMULATED_ENGINES)
 def test_an_engine_file_is_named_after_its_engine_and_the_engine_fits(name: str) -> None:
     from runs.evaluation import load_latency
 
     engine = evaluation(f"engine={name}").engine
+    assert isinstance(engine, EngineConfig)
     assert engine.name == name
     assert engine.limits(load_latency(engine.latency)).total_blocks * engine.block_size > 1000
 
 
 def test_every_shipped_latency_table_has_an_engine() -> None:
-    assert {path.stem for path in (CONF / "engine").glob("*.yaml")} == set(available_tables())
+    assert set(SIMULATED_ENGINES) == set(available_tables())
+
+
+@pytest.mark.parametrize(
+    ("name", "own"), [("torch_tiny", {"num_kv_blocks": 4096}), ("torch_small", {"num_kv_blocks": 4096, "layers": 24})]
+)
+def test_a_real_engine_lists_every_setting_with_its_default(name: str, own: dict[str, int]) -> None:
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = OmegaConf.to_container(compose("evaluate", [f"engine={name}"]).engine)
+    assert isinstance(config, dict)
+    assert config.pop("_target_") == f"{TorchEngineConfig.__module__}.{TorchEngineConfig.__name__}"
+    assert config == TorchEngineConfig(name=name).model_dump(mode="json") | own
+    assert set(REAL_ENGINES) == {"torch_tiny", "torch_small"}
+
+
+def test_engines_that_compute_or_cost_otherwise_are_called_otherwise() -> None:
+    variants = {
+        engine.variant
+        for overrides in ([], ["engine.drafter=ngram"], ["engine.dtype=bfloat16"], ["engine.threads=2"])
+        for engine in [evaluation("engine=torch_tiny", *overrides).engine]
+        if isinstance(engine, TorchEngineConfig)
+    }
+    assert variants == {
+        "torch_tiny", "torch_tiny drafter=ngram", "torch_tiny dtype=bfloat16", "torch_tiny threads=2"
+    }  # fmt: skip
+    roomier = evaluation("engine=torch_small", "engine.max_num_seqs=8", "engine.profile=engine.yaml").engine
+    assert isinstance(roomier, TorchEngineConfig)
+    assert roomier.variant == "torch_small"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "controller").glob("*.yaml")))

@@ -19,7 +19,8 @@ from engine.workload.source import AcceptanceLogSource, SyntheticSource, TraceSo
 from engine.workload.workload import WorkloadError
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
-WORKLOADS = sorted(path.stem for path in (CONF / "workload").glob("*.yaml"))
+WORKLOADS = sorted(path.stem for path in (CONF / "workload").glob("*.yaml") if path.stem != "prompts")
+"""Prompts are drawn for a tokenizer: tests/engine/workload/test_prompts.py."""
 
 
 @pytest.fixture

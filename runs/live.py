@@ -1,0 +1,182 @@
+"""Serving prompts on a real engine: the model computes, and the clock is the wall's."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controllers.controller import Controller, Plant, as_dict
+from engine.backends.clock import Clock, WallClock
+from engine.backends.simulator import ITERATION, log_iteration
+from engine.core.action import ActionError, ActionGrid
+from engine.workload.prompts import Prompts
+from runs.serving import NO_ITERATIONS, Progress, Served, decide
+
+if TYPE_CHECKING:
+    from engine.backends.torch.config import TorchEngineConfig
+    from engine.backends.torch.engine import TorchEngine
+
+WARMUP_REQUESTS = 8
+WARMUP_PROMPT_TOKENS = 256
+WARMUP_OUTPUT_TOKENS = 8
+WARMUP_CANDIDATES = 4
+WARMUP_BUDGET = 512
+SECONDS_PER_PROGRESS = 0.2
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a request got: its number, where its prompt is from, the generated token ids, and the text they spell."""
+
+    request: int
+    prompt: str
+    tokens: list[int]
+    text: str
+
+
+def serve(
+    engine: TorchEngine,
+    prompts: Prompts,
+    controller: Controller,
+    plant: Plant,
+    recording: bool = False,
+    on_progress: Progress | None = None,
+    clock: Callable[[], Clock] = WallClock,
+) -> Served:
+    """Serve the prompts as they arrive, to the last; engine and controller begin anew, warmed up.
+
+    A decision takes the time it takes: nothing is charged, the clock runs on. First calls are slow (compiling, first
+    touch of memory), which is not the engine's speed, so requests that do not count are served before the clock starts.
+
+    Args:
+        engine: built; it serves nobody else.
+        prompts: each fits the engine.
+        controller: reset here.
+        plant: what the controller may know of the engine.
+        recording: keep ITERATION rows.
+        on_progress: called now and then.
+        clock: makes the clock that the run begins with.
+
+    Raises:
+        ActionError: the controller asks for what this engine cannot run.
+        RequestError: a prompt does not fit.
+    """
+    controller.reset(plant)
+    _warm_up(engine, prompts, controller)
+    controller.reset(plant)
+    engine.reset()
+    for i, tokens in enumerate(prompts.tokens):
+        engine.submit(
+            tokens,
+            int(prompts.max_tokens[i]),
+            prompts.sampling[i],
+            stop=prompts.stop,
+            arrival=float(prompts.arrival[i]),
+        )
+    rows: list[NDArray[np.void]] = []
+    row = np.zeros(1, dtype=ITERATION)
+    spent: list[float] = []
+    shown = begin = time.perf_counter()
+    engine.clock = clock()
+
+    def after(seconds: float) -> None:
+        nonlocal shown
+        spent.append(seconds)
+        if recording:
+            log_iteration(engine.state, 0, row, 0)
+            rows.append(row.copy())
+        if on_progress is not None and time.perf_counter() - shown > SECONDS_PER_PROGRESS:
+            shown = time.perf_counter()
+            on_progress(int(engine.state.engines[0]["num_finished"]), prompts.num_requests)
+
+    _drive(engine, controller, after)
+    wall_s = time.perf_counter() - begin
+    return Served(engine.state, np.concatenate(rows) if rows else NO_ITERATIONS, wall_s, np.array(spent))
+
+
+def outputs(engine: TorchEngine, prompts: Prompts, tokenizer: Any) -> list[Output]:
+    """What every request got, after `serve`."""
+    generated = [engine.output(number) for number in range(prompts.num_requests)]
+    return [
+        Output(number, prompts.origin[number], tokens, str(tokenizer.decode(tokens)))
+        for number, tokens in enumerate(generated)
+    ]
+
+
+def grid_within(actions: ActionGrid, engine: TorchEngine) -> ActionGrid:
+    """The choices that this engine's drafter can serve. Raises ActionError when no choice of c is left."""
+    choices = [c for c in actions.candidate_choices if c <= engine.max_candidates]
+    if not choices:
+        raise ActionError(
+            f"actions.candidate_choices={list(actions.candidate_choices)}: this engine's drafter proposes at most "
+            f"{engine.max_candidates} candidate tokens; include 0"
+        )
+    return ActionGrid(candidate_choices=tuple(choices), budget_choices=actions.budget_choices)
+
+
+def describe(config: TorchEngineConfig, engine: TorchEngine) -> dict[str, Any]:
+    """On what and with what settings the engine runs, and how busy the machine is (1-minute load); JSON-able."""
+    import torch
+    import transformers
+
+    device = engine.model.device
+    return {
+        **config.model_dump(mode="json", exclude={"name"}),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _processor() -> str:
+    return platform.processor() or platform.machine()
+
+
+def _warm_up(engine: TorchEngine, prompts: Prompts, controller: Controller) -> None:
+    """Serve the beginnings of the first prompts: without candidates, with some, and as the controller says."""
+    for candidates in (0, min(WARMUP_CANDIDATES, engine.max_candidates)):
+        _submit_beginnings(engine, prompts)
+        engine.run(candidates, WARMUP_BUDGET)
+    _submit_beginnings(engine, prompts)
+    _drive(engine, controller, lambda _: None)
+
+
+def _submit_beginnings(engine: TorchEngine, prompts: Prompts) -> None:
+    for i in range(min(WARMUP_REQUESTS, prompts.num_requests)):
+        most = min(WARMUP_OUTPUT_TOKENS, int(prompts.max_tokens[i]))
+        engine.submit(prompts.tokens[i][:WARMUP_PROMPT_TOKENS], most, prompts.sampling[i])
+
+
+def _drive(engine: TorchEngine, controller: Controller, after: Callable[[float], None]) -> None:
+    """Observe, choose, step until no request is left, waiting where none has arrived; `after` gets decision times."""
+    observation = engine.new_observation()
+    view = as_dict(observation)
+    while True:
+        if not engine.poll():
+            arrival = engine.next_arrival
+            if arrival is None:
+                return
+            engine.clock.wait_until(arrival)
+            continue
+        engine.observe(observation)
+        decoding = int(engine.state.engines[0]["num_decoding"])
+        candidates, token_budget, seconds = decide(controller, view, decoding)
+        if candidates > engine.max_candidates:
+            raise ActionError(
+                f"{controller.label()} chose candidates={candidates}, and this engine's drafter proposes at most "
+                f"{engine.max_candidates}: set controller.candidates={engine.max_candidates}, or another engine.drafter"
+            )
+        engine.step(candidates, token_budget)
+        after(seconds)

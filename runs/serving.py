@@ -1,0 +1,50 @@
+"""What simulated and real runs have in common: how a controller is asked, and what serving leaves."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controllers.controller import Controller
+from engine.backends.simulator import ITERATION
+from engine.core.action import ActionError, check_action
+from engine.core.state import State
+
+Progress = Callable[[int, int], Any]
+"""Called now and then with (requests finished, requests in total)."""
+
+NO_ITERATIONS = np.zeros(0, dtype=ITERATION)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A workload served to its end."""
+
+    state: State
+    iterations: NDArray[np.void]
+    """ITERATION rows; empty unless they were recorded."""
+    wall_s: float
+    """Seconds it took."""
+    decision_s: NDArray[np.float64]
+    """Seconds of each decision, or of a sample of them."""
+
+
+def decide(controller: Controller, view: dict[str, Any], decoding: int) -> tuple[int, int, float]:
+    """(c, n, seconds it took) that the controller chooses for an engine with so many decoding requests.
+
+    Raises:
+        ActionError: no engine can run this choice, or would stand still with it.
+    """
+    begin = time.perf_counter()
+    candidates, token_budget = controller.choose(view)
+    seconds = time.perf_counter() - begin
+    check_action(candidates, max(token_budget, 1))
+    if token_budget < 1 and (token_budget < 0 or decoding == 0):
+        raise ActionError(
+            f"{controller.label()} chose token_budget={token_budget} with nothing to decode: the engine would "
+            "stand still; choose at least 1 when no request is decoding"
+        )
+    return candidates, token_budget, seconds

@@ -1,0 +1,112 @@
+"""Serving a workload on the simulator, compiled where the controller is."""
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controllers.controller import CompiledController, Controller, Plant, as_dict
+from engine.backends.simulator import ITERATION, Simulator, log_iteration
+from engine.workload.workload import Workload
+from runs.serving import NO_ITERATIONS, Progress, Served, decide
+
+Charge = Literal["constant", "measured", "off"]
+"""What a decision costs on the simulated clock: the controller's own bound, the time it took, or nothing."""
+
+WARMUP_DECISIONS = 20
+TIMED_DECISIONS = 200
+STEPS_PER_PROGRESS = 2_000
+
+
+def serve(
+    simulator: Simulator,
+    workload: Workload,
+    controller: Controller,
+    plant: Plant,
+    charge: Charge = "constant",
+    recording: bool = False,
+    on_progress: Progress | None = None,
+) -> Served:
+    """Serve a workload; the controller begins anew.
+
+    Raises:
+        ActionError: the controller asks for what no engine can run.
+    """
+    controller.reset(plant)
+    charged_s = controller.decision_s if charge == "constant" else 0.0
+    if not isinstance(controller, CompiledController) or charge == "measured":
+        return _serve_stepwise(
+            simulator, controller, None if charge == "measured" else charged_s, recording, on_progress
+        )
+    decision_s = _time_decisions(simulator, controller, charged_s)
+    simulator.load(0, workload)
+    controller.reset(plant)
+    loop = controller.loop(simulator, charged_s)
+    # Running no iteration compiles the loop, which is not the simulator's speed.
+    loop(0, NO_ITERATIONS)
+    iterations, wall_s = simulator.run_to_end(loop, record_iterations=recording, on_progress=on_progress)
+    return Served(simulator.state, iterations, wall_s, decision_s)
+
+
+def _serve_stepwise(
+    simulator: Simulator,
+    controller: Controller,
+    charged_s: float | None,
+    recording: bool,
+    on_progress: Progress | None,
+) -> Served:
+    """Decide in Python before every iteration, as an engine would call a controller."""
+    begin = time.perf_counter()
+    rows: list[NDArray[np.void]] = []
+    row = np.zeros(1, dtype=ITERATION)
+    spent: list[float] = []
+    engine = simulator.state.engines[0]
+
+    def after(seconds: float) -> None:
+        spent.append(seconds)
+        if recording:
+            log_iteration(simulator.state, 0, row, 0)
+            rows.append(row.copy())
+        if on_progress is not None and len(spent) % STEPS_PER_PROGRESS == 0:
+            on_progress(int(engine["num_finished"]), int(engine["num_requests"]))
+
+    _step(simulator, controller, charged_s, after, most=None)
+    wall_s = time.perf_counter() - begin
+    return Served(simulator.state, np.concatenate(rows) if rows else NO_ITERATIONS, wall_s, np.array(spent))
+
+
+def _time_decisions(simulator: Simulator, controller: Controller, charged_s: float) -> NDArray[np.float64]:
+    """Seconds of each of the first decisions of a run, taken step by step.
+
+    Inside compiled code a decision cannot be timed, so `choose` is, from Python, on the observations that the run's
+    beginning makes; the call from Python is part of the figure, the first `WARMUP_DECISIONS` are not.
+    """
+    spent: list[float] = []
+    _step(simulator, controller, charged_s, spent.append, most=WARMUP_DECISIONS + TIMED_DECISIONS)
+    return np.array(spent[WARMUP_DECISIONS:] or spent)
+
+
+def _step(
+    simulator: Simulator,
+    controller: Controller,
+    charged_s: float | None,
+    after: Callable[[float], None],
+    most: int | None,
+) -> None:
+    """Observe, choose, step, until no request is left or `most` iterations ran; `after` gets each decision's time.
+
+    `charged_s` None charges the time that a decision took.
+    """
+    observation = simulator.new_observation()
+    view = as_dict(observation)
+    engine = simulator.state.engines[0]
+    more = True
+    count = 0
+    while more and (most is None or count < most):
+        simulator.observe(0, observation)
+        candidates, token_budget, seconds = decide(controller, view, int(engine["num_decoding"]))
+        more = simulator.step(0, candidates, token_budget, seconds if charged_s is None else charged_s)
+        after(seconds)
+        count += 1
