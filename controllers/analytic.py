@@ -1,7 +1,6 @@
 """The analytic optimizer made fit for service: guarded deadlines, a price for prefill, and a plan for overload."""
 
 import math
-from collections.abc import Mapping
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -9,8 +8,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from controllers.acceptance import learn_acceptance, new_memory
-from controllers.controller import CompiledController, Plant, batched, configured
-from engine.backends.simulator import CompiledLoop, Simulator, log_iteration, run_iteration
+from controllers.compiled import KernelController
+from controllers.controller import Plant, configured
 from engine.compiled import kernel
 from engine.core.telemetry import (
     DECODE_KV_TOKENS,
@@ -23,10 +22,8 @@ from engine.core.telemetry import (
     NUM_DECODES,
     PREFILLING_TOKENS,
     TTFT_TARGET_S,
-    Observation,
-    observe,
 )
-from engine.latency.lookup import lookup_slice
+from engine.latency.lookup import LookupGrid, lookup_slice
 
 UNBOUNDED_S = 1e9
 LENGTH_MEMORY_S = 60.0
@@ -60,6 +57,14 @@ class Memory(NamedTuple):
     finished: NDArray[np.float64]
     seconds: NDArray[np.float64]
     most_seconds: NDArray[np.float64]
+
+
+class Rules(NamedTuple):
+    """What a decision reads: predicted times, settings and memory."""
+
+    grid: LookupGrid
+    settings: Settings
+    memory: Memory
 
 
 @kernel
@@ -203,13 +208,23 @@ def _choose_budget(num_decodes, work, last, lost, token_value, grid, settings, m
             best = cost
             c_best, j_best = c, j
     if c_best < 0:
-        return c_late, j_late - 1
-    return c_best, j_best - 1
+        return c_late, j_late
+    return c_best, j_best
 
 
 @kernel
-def decide(observation, e, grid, settings, memory):
-    """Indices (c, n) of the next action for engine `e`."""
+def decide(observation, e, rules):
+    """(c, n) in tokens of the next action for engine `e`."""
+    c, n = _choose(observation, e, rules.grid, rules.settings, rules.memory)
+    return rules.grid.candidates[c], rules.grid.prefill_tokens[n]
+
+
+@kernel
+def _choose(observation, e, grid, settings, memory):
+    """Indices (c, n) into the table's axes.
+
+    0 of the budget axis is no prefill, which is never chosen.
+    """
     load = observation.load
     num_decodes = load[e, NUM_DECODES]
     learn_acceptance(
@@ -230,7 +245,7 @@ def decide(observation, e, grid, settings, memory):
     if work <= 0.0:
         while last > 1 and seconds[alone, last] > settings.longest_iteration * settings.ttft_target:
             last -= 1
-        return alone, last - 1
+        return alone, last
     while last > 1 and grid.prefill_tokens[last - 1] >= work:
         last -= 1
     if work < grid.prefill_tokens[last]:
@@ -243,22 +258,8 @@ def decide(observation, e, grid, settings, memory):
     return _choose_budget(num_decodes, work, last, lost, token_value, grid, settings, memory)
 
 
-@kernel
-def _run(state, tables, run_lengths, observation, grid, settings, memory, decision_s, max_iterations, log):
-    recording = len(log) > 0
-    for row in range(max_iterations):
-        observe(state, 0, observation)
-        c, n = decide(observation, 0, grid, settings, memory)
-        more = run_iteration(state, 0, tables, run_lengths, grid.candidates[c], grid.prefill_tokens[n + 1], decision_s)
-        if recording:
-            log_iteration(state, 0, log, row)
-        if not more:
-            return row + 1, False
-    return max_iterations, True
-
-
 @configured
-class Analytic(CompiledController):
+class Analytic(KernelController):
     """Chooses c for the decodes and n for the prompts, from predicted times and measured acceptance.
 
     Symbols: T(c, n) predicted iteration time at the current batch and cache (lookup table), G(c) tokens per iteration
@@ -304,6 +305,7 @@ class Analytic(CompiledController):
     """
 
     decision_s = 20e-6
+    decide = staticmethod(decide)
 
     ttft_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
     guard: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
@@ -315,43 +317,20 @@ class Analytic(CompiledController):
     def reset(self, plant: Plant) -> None:
         """Forget the measured acceptance and begin on `plant`."""
         super().reset(plant)
-        self._grid = plant.lookup.grid
-        most_candidates = int(self._grid.candidates.max())
-        acceptance = new_memory(most_candidates)
-        self._memory = Memory(
+        grid = plant.lookup.grid
+        acceptance = new_memory(int(grid.candidates.max()))
+        memory = Memory(
             acceptance=acceptance,
             tokens=np.ones(acceptance.shape[1] + 1),
             usual_batch=np.zeros(1),
             finished=np.zeros(2),
-            seconds=np.zeros((len(self._grid.candidates), len(self._grid.prefill_tokens))),
-            most_seconds=np.zeros(len(self._grid.prefill_tokens)),
+            seconds=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
+            most_seconds=np.zeros(len(grid.prefill_tokens)),
         )
-        self._settings = Settings(**{name: float(getattr(self, name)) for name in Settings._fields})
+        settings = Settings(**{name: float(getattr(self, name)) for name in Settings._fields})
+        self._rules = Rules(grid, settings, memory)
 
-    def act(self, observation: Mapping[str, NDArray[np.float32]]) -> NDArray[np.int64]:
-        """Indices of the chosen pair."""
-        return np.array(decide(batched(observation), 0, self._grid, self._settings, self._memory), dtype=np.int64)
-
-    def choose(self, observation: Mapping[str, NDArray[np.float32]]) -> tuple[int, int]:
-        """The chosen pair in tokens."""
-        return self.plant.grid.values(self.act(observation))
-
-    def loop(self, simulator: Simulator, decision_s: float) -> CompiledLoop:
-        """The optimizer inside the compiled loop."""
-        observation: Observation = simulator.new_observation()
-
-        def loop(max_iterations: int, log: NDArray[np.void]) -> tuple[int, bool]:
-            return _run(
-                simulator.state,
-                simulator.latency.tables,
-                simulator.run_lengths,
-                observation,
-                self._grid,
-                self._settings,
-                self._memory,
-                decision_s,
-                max_iterations,
-                log,
-            )
-
-        return loop
+    @property
+    def rules(self) -> Rules:
+        """The table, the settings and what is remembered."""
+        return self._rules

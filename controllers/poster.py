@@ -1,14 +1,13 @@
 """The optimizer as its poster states it, to the letter: a table of G / T and the queue's deadlines."""
 
-from collections.abc import Mapping
 from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from controllers.controller import CompiledController, Plant, batched, configured
-from engine.backends.simulator import CompiledLoop, Simulator, log_iteration, run_iteration
+from controllers.compiled import KernelController
+from controllers.controller import Plant, configured
 from engine.compiled import kernel
 from engine.core.telemetry import (
     DECODE_KV_TOKENS,
@@ -16,9 +15,8 @@ from engine.core.telemetry import (
     NO_DEADLINE_S,
     NUM_DECODES,
     TTFT_TARGET_S,
-    observe,
 )
-from engine.latency.lookup import lookup_slice
+from engine.latency.lookup import LookupGrid, lookup_slice
 
 G_WEIGHT = 0.02
 """Weight of one iteration in the moving average of measured tokens per iteration."""
@@ -34,6 +32,14 @@ class PosterMemory(NamedTuple):
     tokens: NDArray[np.float64]
     seconds: NDArray[np.float64]
     most_seconds: NDArray[np.float64]
+
+
+class Rules(NamedTuple):
+    """What a decision reads: predicted times, l in s, and the memory."""
+
+    grid: LookupGrid
+    ttft_target: float
+    memory: PosterMemory
 
 
 @kernel
@@ -73,12 +79,13 @@ def _limit_by_deadlines(queue, extra_slack, budgets, most_seconds):
 
 
 @kernel
-def decide(observation, e, grid, ttft_target, memory):
-    """Indices (c, n) of the action: the largest G / T that keeps the deadlines, else the fastest prefill."""
+def decide(observation, e, rules):
+    """(c, n) in tokens: the largest G / T that keeps the deadlines, else the fastest prefill."""
+    grid, memory = rules.grid, rules.memory
     load = observation.load
     _measure_tokens(observation, e, grid.candidates, memory.tokens)
     lookup_slice(grid, load[e, NUM_DECODES], load[e, DECODE_KV_TOKENS], memory.seconds)
-    extra_slack = ttft_target - load[e, TTFT_TARGET_S]
+    extra_slack = rules.ttft_target - load[e, TTFT_TARGET_S]
     _limit_by_deadlines(observation.queue[e], extra_slack, grid.prefill_tokens, memory.most_seconds)
     best = -1.0
     fastest = -1.0
@@ -93,26 +100,12 @@ def decide(observation, e, grid, ttft_target, memory):
                 fastest = grid.prefill_tokens[j] / seconds
                 c_fast, n_fast = c, j
     if c_best < 0:
-        return c_fast, n_fast - 1
-    return c_best, n_best - 1
-
-
-@kernel
-def _run(state, tables, run_lengths, observation, grid, ttft_target, memory, decision_s, max_iterations, log):
-    recording = len(log) > 0
-    for row in range(max_iterations):
-        observe(state, 0, observation)
-        c, n = decide(observation, 0, grid, ttft_target, memory)
-        more = run_iteration(state, 0, tables, run_lengths, grid.candidates[c], grid.prefill_tokens[n + 1], decision_s)
-        if recording:
-            log_iteration(state, 0, log, row)
-        if not more:
-            return row + 1, False
-    return max_iterations, True
+        c_best, n_best = c_fast, n_fast
+    return grid.candidates[c_best], grid.prefill_tokens[n_best]
 
 
 @configured
-class Poster(CompiledController):
+class Poster(KernelController):
     """Maximise G(c) / T(c, n) over the whole table, subject to the queue's TTFT deadlines.
 
     For every queued request i in order of service, with S_i the prompt tokens up to and including its own:
@@ -129,6 +122,7 @@ class Poster(CompiledController):
     """
 
     decision_s = 20e-6
+    decide = staticmethod(decide)
 
     ttft_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
     initial_acceptance: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.6
@@ -139,37 +133,14 @@ class Poster(CompiledController):
         grid = plant.lookup.grid
         powers = self.initial_acceptance ** np.arange(1, int(grid.candidates.max()) + 1)
         tokens = 1.0 + np.concatenate([[0.0], np.cumsum(powers)])
-        self._memory = PosterMemory(
+        memory = PosterMemory(
             tokens=tokens[grid.candidates],
             seconds=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
             most_seconds=np.zeros(len(grid.prefill_tokens)),
         )
+        self._rules = Rules(grid, self.ttft_target, memory)
 
-    def act(self, observation: Mapping[str, NDArray[np.float32]]) -> NDArray[np.int64]:
-        """Indices of the optimizer's pair."""
-        c, n = decide(batched(observation), 0, self.plant.lookup.grid, self.ttft_target, self._memory)
-        return np.array([c, n], dtype=np.int64)
-
-    def choose(self, observation: Mapping[str, NDArray[np.float32]]) -> tuple[int, int]:
-        """The optimizer's pair in tokens."""
-        return self.plant.grid.values(self.act(observation))
-
-    def loop(self, simulator: Simulator, decision_s: float) -> CompiledLoop:
-        """The optimizer inside the compiled loop."""
-        observation = simulator.new_observation()
-
-        def loop(max_iterations: int, log: NDArray[np.void]) -> tuple[int, bool]:
-            return _run(
-                simulator.state,
-                simulator.latency.tables,
-                simulator.run_lengths,
-                observation,
-                self.plant.lookup.grid,
-                self.ttft_target,
-                self._memory,
-                decision_s,
-                max_iterations,
-                log,
-            )
-
-        return loop
+    @property
+    def rules(self) -> Rules:
+        """The table, the target and the measured G."""
+        return self._rules

@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The first example of a test may compile what it calls.
+settings.register_profile("compiled", deadline=None)
+settings.load_profile("compiled")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-import controllers.analytic
-import controllers.poster
 from controllers.analytic import Analytic
 from controllers.controller import Controller, as_dict
 from controllers.fixed import Fixed
@@ -56,18 +54,18 @@ def _situations() -> Observation:
     return observation
 
 
-def _compiled_seconds(decide: Any, observation: Observation, *arguments: Any) -> float:
+def _compiled_seconds(decide: Any, observation: Observation, rules: Any) -> float:
     """Median seconds of a decision inside compiled code."""
 
     @njit(error_model="numpy")
-    def all_of_them(observation, arguments):  # type: ignore[no-untyped-def]
+    def all_of_them(observation, rules):  # type: ignore[no-untyped-def]
         total = 0
         for e in range(SITUATIONS):
-            c, n = decide(observation, e, *arguments)
+            c, n = decide(observation, e, rules)
             total += c + n
         return total
 
-    return measure.median_seconds(lambda: all_of_them(observation, arguments)) / SITUATIONS
+    return measure.median_seconds(lambda: all_of_them(observation, rules)) / SITUATIONS
 
 
 def _python_seconds(controller: Controller, observation: Observation) -> np.ndarray:
@@ -87,7 +85,6 @@ def main() -> None:
     measure.title(f"One decision with {QUEUED} requests queued")
     observation = _situations()
     shared = plant(simulator(requests=100))
-    grid = shared.lookup.grid
     poster, analytic = Poster(), Analytic()
     for controller in (Fixed(), Sarathi(), poster, analytic):
         controller.reset(shared)
@@ -95,9 +92,9 @@ def main() -> None:
         for quantile in (50, 99):
             name = f"{controller.label()}: act from Python, p{quantile}"
             measure.duration(name, float(np.percentile(seconds, quantile)))
-    within = _compiled_seconds(controllers.poster.decide, observation, grid, poster.ttft_target, poster._memory)
+    within = _compiled_seconds(poster.decide, observation, poster.rules)
     measure.duration("poster: compiled, mean of a decision", within, LIMIT_S)
-    within = _compiled_seconds(controllers.analytic.decide, observation, grid, analytic._settings, analytic._memory)
+    within = _compiled_seconds(analytic.decide, observation, analytic.rules)
     measure.duration("analytic: compiled, mean of a decision", within, LIMIT_S)
 
 

@@ -103,7 +103,7 @@ def test_sarathi_gives_prompts_what_the_decodes_leave(total: int, candidates: in
     c, n = Sarathi(total_budget=total, candidates=candidates).choose(_observation(num_decodes))
     assert c == candidates
     left = total - num_decodes * (1 + candidates)
-    assert n == left or (left <= 0 and n == (0 if num_decodes else 1))
+    assert n == max(left, 0 if num_decodes else 1)
 
 
 def test_sarathi_never_stalls_an_engine_that_only_prefills() -> None:
@@ -190,7 +190,7 @@ def test_the_poster_is_free_when_nothing_waits_and_hurries_when_a_deadline_is_ne
 def test_the_poster_measures_tokens_per_iteration_of_the_c_it_used() -> None:
     poster = Poster(initial_acceptance=0.5)
     poster.reset(_random_plant(1))
-    before = poster._memory.tokens.copy()
+    before = poster.rules.memory.tokens.copy()
     np.testing.assert_allclose(before, [1.0, 1.5, 1.875, 1.96875])
     observation = _observation(8, 1000)
     observation["load"][LAST_CANDIDATES] = 3
@@ -199,20 +199,20 @@ def test_the_poster_measures_tokens_per_iteration_of_the_c_it_used() -> None:
     poster.act(observation)
     measured = 1.0 + 24 / 10
     expected = before + np.array([0, 0, G_WEIGHT * (measured - before[2]), 0])
-    np.testing.assert_allclose(poster._memory.tokens, expected)
+    np.testing.assert_allclose(poster.rules.memory.tokens, expected)
 
 
 def test_a_reset_poster_has_forgotten_what_it_measured() -> None:
     poster, plant = Poster(), _random_plant(2)
     poster.reset(plant)
-    before = poster._memory.tokens.copy()
+    before = poster.rules.memory.tokens.copy()
     observation = _observation(8, 1000)
     observation["load"][LAST_CANDIDATES] = 1
     observation["drafted"][0] = 5
     poster.act(observation)
-    assert not np.array_equal(poster._memory.tokens, before)
+    assert not np.array_equal(poster.rules.memory.tokens, before)
     poster.reset(plant)
-    assert np.array_equal(poster._memory.tokens, before)
+    assert np.array_equal(poster.rules.memory.tokens, before)
 
 
 LATENCY = LatencyModel.linear(0.008, 2e-5, per_request_s=1e-4, per_draft_step_s=1e-3)
