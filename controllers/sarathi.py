@@ -6,6 +6,7 @@ from pydantic import Field
 
 from controllers.compiled import KernelController
 from controllers.controller import configured
+from controllers.total_budget import left_for_prompts
 from engine.compiled import kernel
 from engine.core.action import MAX_TOKEN_BUDGET
 from engine.core.state import MAX_CANDIDATES
@@ -23,8 +24,7 @@ class Rules(NamedTuple):
 def decide(observation, e, rules):
     """(c, what the decoding requests leave of the total)."""
     num_decodes = int(observation.load[e, NUM_DECODES])
-    left = rules.total_budget - num_decodes * (1 + rules.candidates)
-    return rules.candidates, max(left, 0 if num_decodes > 0 else 1)
+    return rules.candidates, left_for_prompts(rules.total_budget, num_decodes, rules.candidates)
 
 
 @configured

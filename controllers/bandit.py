@@ -1,0 +1,222 @@
+"""Bandits over pairs (c, n): no model of the engine, only what each pair has yielded so far."""
+
+import math
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from controllers.compiled import KernelController
+from controllers.controller import Plant, configured
+from engine.compiled import kernel
+from engine.core.telemetry import INTERVAL_S, LAST_NUM_DECODES, NUM_DECODES, NUM_WAITING, OVERDUE
+
+UCB, EXP3 = 0, 1
+
+
+class Rules(NamedTuple):
+    """Arms, settings and memory.
+
+    arms: (A, 2) c and n · pulls, sums: (X, A) plays and rewards per context · losses: (X, A) estimated losses over
+    which EXP3 weighs · best_rate: (X,) highest token rate a request has had, by which rewards are scaled · chance:
+    (A,) scratch · random: (1,) uint64 state · current: (4,) context, arm, its probability, iterations left · gained:
+    (2,) request-seconds of decoding and tokens since the arm was chosen; late: (1,) whether a TTFT deadline
+    was past meanwhile.
+    """
+
+    arms: NDArray[np.int64]
+    pulls: NDArray[np.float64]
+    sums: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    best_rate: NDArray[np.float64]
+    chance: NDArray[np.float64]
+    random: NDArray[np.uint64]
+    current: NDArray[np.float64]
+    gained: NDArray[np.float64]
+    late: NDArray[np.float64]
+    rule: int
+    exploration: float
+    every: int
+    forgetting: float
+
+
+@kernel
+def _uniform(random):
+    """The next number in [0, 1) of a xorshift64* stream (Vigna, 2016)."""
+    x = random[0]
+    x ^= x >> np.uint64(12)
+    x ^= x << np.uint64(25)
+    x ^= x >> np.uint64(27)
+    random[0] = x
+    return float((x * np.uint64(2685821657736338717)) >> np.uint64(11)) / 9007199254740992.0
+
+
+@kernel
+def _context(observation, e, contexts):
+    """Bucket of the load: one per doubling of B, and whether prompts wait; 0 when there is a single context."""
+    if contexts == 1:
+        return 0
+    decodes = observation.load[e, NUM_DECODES]
+    bucket = 0 if decodes < 1.0 else 1 + int(math.log2(decodes))
+    waiting = 1 if observation.load[e, NUM_WAITING] > 0.0 else 0
+    return min(2 * bucket + waiting, contexts - 1)
+
+
+@kernel
+def _settle(rules):
+    """Turn what the current arm has gained into a reward in [0, 1] and remember it."""
+    x, arm = int(rules.current[0]), int(rules.current[1])
+    if rules.gained[0] <= 0.0:
+        return
+    rate = rules.gained[1] / rules.gained[0]
+    rules.best_rate[x] = max(rules.best_rate[x], rate)
+    reward = 0.0 if rules.late[0] > 0.0 else rate / rules.best_rate[x]
+    for a in range(rules.arms.shape[0]):
+        rules.pulls[x, a] *= rules.forgetting
+        rules.sums[x, a] *= rules.forgetting
+        rules.losses[x, a] *= rules.forgetting
+    rules.pulls[x, arm] += 1.0
+    rules.sums[x, arm] += reward
+    rules.losses[x, arm] += (1.0 - reward) / rules.current[2]
+
+
+@kernel
+def _pull_ucb(rules, x):
+    """The arm of the highest upper confidence bound; one that was hardly ever played comes first."""
+    total = 0.0
+    for a in range(rules.arms.shape[0]):
+        total += rules.pulls[x, a]
+    best = -1.0
+    chosen = 0
+    for a in range(rules.arms.shape[0]):
+        pulls = rules.pulls[x, a]
+        if pulls < 0.5:
+            return a
+        bound = rules.sums[x, a] / pulls + rules.exploration * math.sqrt(2.0 * math.log(max(total, 2.0)) / pulls)
+        if bound > best:
+            best = bound
+            chosen = a
+    return chosen
+
+
+@kernel
+def _pull_exp3(rules, x):
+    """An arm drawn with exponential weights on its estimated loss, mixed with uniform exploration."""
+    count = rules.arms.shape[0]
+    least = rules.losses[x, 0]
+    for a in range(1, count):
+        least = min(least, rules.losses[x, a])
+    learning = rules.exploration / count
+    total = 0.0
+    for a in range(count):
+        rules.chance[a] = math.exp(-learning * (rules.losses[x, a] - least))
+        total += rules.chance[a]
+    left = _uniform(rules.random)
+    chosen = count - 1
+    for a in range(count):
+        rules.chance[a] = (1.0 - rules.exploration) * rules.chance[a] / total + rules.exploration / count
+        if left < rules.chance[a]:
+            chosen = a
+            break
+        left -= rules.chance[a]
+    rules.current[2] = rules.chance[chosen]
+    return chosen
+
+
+@kernel
+def decide(observation, e, rules):
+    """(c, n) of the arm that is being played."""
+    load = observation.load
+    emitted = load[e, LAST_NUM_DECODES]
+    for depth in range(observation.accepted.shape[1]):
+        emitted += observation.accepted[e, depth]
+    if load[e, LAST_NUM_DECODES] > 0.0:
+        rules.gained[0] += load[e, INTERVAL_S] * load[e, LAST_NUM_DECODES]
+        rules.gained[1] += emitted
+    if load[e, OVERDUE] > 0.0:
+        rules.late[0] = 1.0
+    if rules.current[3] <= 0.0:
+        _settle(rules)
+        x = _context(observation, e, rules.pulls.shape[0])
+        rules.current[2] = 1.0
+        arm = _pull_ucb(rules, x) if rules.rule == UCB else _pull_exp3(rules, x)
+        rules.current[0] = x
+        rules.current[1] = arm
+        rules.current[3] = rules.every
+        rules.gained[0] = 0.0
+        rules.gained[1] = 0.0
+        rules.late[0] = 0.0
+    rules.current[3] -= 1.0
+    arm = int(rules.current[1])
+    return rules.arms[arm, 0], rules.arms[arm, 1]
+
+
+@configured
+class Bandit(KernelController):
+    """Plays each pair (c, n) for `every` iterations and prefers those that paid.
+
+    The reward of a play is the token rate its decoding requests had, tokens per request and second, as a share of the
+    best rate seen, and 0 if a request was past its TTFT deadline meanwhile; plays in which nobody decoded teach
+    nothing. `ucb` is UCB1 (Auer, Cesa-Bianchi, Fischer, 2002) with forgetting, because loads change; `exp3` is Exp3
+    (Auer et al., SIAM J. Computing 2002). BanditSpec (Hou et al., 2025) plays both over speculation settings. With
+    `contextual` there is one bandit for each doubling of B, with and without a queue, as Nightjar chooses its arm, no
+    speculation among them, by batch size.
+
+    Args:
+        kind: `ucb` or `exp3`.
+        contextual: one bandit per bucket of load.
+        candidates: the c of the arms.
+        token_budgets: the n of the arms.
+        every: iterations an arm is played before the next choice.
+        exploration: factor on UCB's confidence width, or Exp3's share of uniform exploration.
+        forgetting: factor per play on what was learnt before.
+        seed: of Exp3's draws.
+    """
+
+    decision_s = 5e-6
+    decide = staticmethod(decide)
+
+    kind: Literal["ucb", "exp3"] = "ucb"
+    contextual: bool = True
+    candidates: Annotated[list[int], Field(min_length=1)] = Field(default_factory=lambda: [0, 1, 3, 5])
+    token_budgets: Annotated[list[int], Field(min_length=1)] = Field(default_factory=lambda: [256, 1024, 4096])
+    every: Annotated[int, Field(ge=1)] = 8
+    exploration: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    forgetting: Annotated[float, Field(gt=0.0, le=1.0)] = 0.999
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def reset(self, plant: Plant) -> None:
+        """Forget every reward. Raises ActionError when an arm is not on the plant's grid."""
+        super().reset(plant)
+        for candidates in self.candidates:
+            for token_budget in self.token_budgets:
+                plant.grid.action(candidates, token_budget)
+        arms = np.array([(c, n) for c in self.candidates for n in self.token_budgets], dtype=np.int64)
+        contexts = 28 if self.contextual else 1
+        shape = (contexts, len(arms))
+        self._rules = Rules(
+            arms=arms,
+            pulls=np.zeros(shape),
+            sums=np.zeros(shape),
+            losses=np.zeros(shape),
+            best_rate=np.zeros(contexts),
+            chance=np.zeros(len(arms)),
+            random=np.random.SeedSequence(self.seed).generate_state(1, np.uint64) | np.uint64(1),
+            current=np.array([0.0, 0.0, 1.0, 0.0]),
+            gained=np.zeros(2),
+            late=np.zeros(1),
+            rule=UCB if self.kind == "ucb" else EXP3,
+            exploration=self.exploration,
+            every=self.every,
+            forgetting=self.forgetting,
+        )
+
+    @property
+    def rules(self) -> Rules:
+        """The arms and what they have yielded."""
+        return self._rules
+
+    def label(self) -> str:
+        """For example `bandit ucb by load`."""
+        return f"bandit {self.kind}" + (" by load" if self.contextual else "")

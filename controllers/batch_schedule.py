@@ -1,0 +1,61 @@
+"""A candidate count for every batch size: what the schedules of vLLM and TensorRT-LLM have in common."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from controllers.compiled import KernelController
+from controllers.controller import Plant, configured
+from controllers.total_budget import left_for_prompts
+from engine.compiled import kernel
+from engine.core.action import MAX_TOKEN_BUDGET
+from engine.core.telemetry import NUM_DECODES
+
+LARGEST_BATCH = 4096
+"""Batches above count as this many requests."""
+
+
+class Rules(NamedTuple):
+    """candidates: (LARGEST_BATCH + 1,) c by number of decoding requests · total_budget: tokens per iteration."""
+
+    candidates: NDArray[np.int64]
+    total_budget: int
+
+
+@kernel
+def decide(observation, e, rules):
+    """(c of this batch size, what the decoding requests leave of the total)."""
+    num_decodes = int(observation.load[e, NUM_DECODES])
+    candidates = rules.candidates[min(num_decodes, rules.candidates.shape[0] - 1)]
+    return candidates, left_for_prompts(rules.total_budget, num_decodes, candidates)
+
+
+@configured
+class BatchSchedule(KernelController):
+    """Looks c up by the number of decoding requests; prompts get what the decodes leave of a fixed total.
+
+    Args:
+        total_budget: tokens per iteration over decodes, candidates and prompt chunks.
+    """
+
+    decide = staticmethod(decide)
+
+    total_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] = 2048
+
+    def reset(self, plant: Plant) -> None:
+        """Expand the schedule over all batch sizes."""
+        super().reset(plant)
+        self._rules = Rules(np.array(self.by_batch_size(LARGEST_BATCH), dtype=np.int64), self.total_budget)
+
+    @property
+    def rules(self) -> Rules:
+        """The expanded schedule and the total."""
+        return self._rules
+
+    @abstractmethod
+    def by_batch_size(self, largest: int) -> Sequence[int]:
+        """c for 0, 1, ..., `largest` decoding requests."""

@@ -1,0 +1,134 @@
+"""Feedback on measured TTFT slack: the token budget follows the queue, without any model of the engine."""
+
+import math
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from controllers.compiled import KernelController
+from controllers.controller import Plant, configured
+from engine.compiled import kernel
+from engine.core.action import MAX_TOKEN_BUDGET
+from engine.core.state import MAX_CANDIDATES
+from engine.core.telemetry import INTERVAL_S, NO_DEADLINE_S, OVERDUE, TTFT_TARGET_S
+
+
+class Rules(NamedTuple):
+    """`Feedback`'s fields, and memory: (2,) the budget in tokens and the integral of the error in s."""
+
+    aimd: bool
+    candidates: int
+    ttft_target: float
+    lowest_budget: float
+    highest_budget: float
+    wanted_slack: float
+    step_tokens: float
+    backoff: float
+    proportional: float
+    integral_per_s: float
+    memory: NDArray[np.float64]
+
+
+@kernel
+def _shortage(observation, e, rules):
+    """By how much the most urgent prompt lacks the wanted slack, as a share of l: 1 and above past its deadline."""
+    load = observation.load
+    extra = rules.ttft_target - load[e, TTFT_TARGET_S]
+    least = rules.ttft_target
+    for row in range(observation.queue.shape[1]):
+        slack = observation.queue[e, row, 1] + extra
+        if observation.queue[e, row, 0] > 0.0 and slack < 0.5 * NO_DEADLINE_S:
+            least = min(least, slack)
+    if load[e, OVERDUE] > 0.0:
+        least = min(least, 0.0)
+    return rules.wanted_slack - max(least, -rules.ttft_target) / rules.ttft_target
+
+
+@kernel
+def decide(observation, e, rules):
+    """(c as configured, n moved by the latest shortage)."""
+    shortage = _shortage(observation, e, rules)
+    budget, memory = rules.memory[0], rules.memory
+    if rules.aimd:
+        budget = budget / rules.backoff if shortage > 0.0 else budget - rules.step_tokens
+    else:
+        elapsed = min(float(observation.load[e, INTERVAL_S]), 1.0)
+        span = math.log(rules.highest_budget / rules.lowest_budget)
+        total = memory[1] + rules.integral_per_s * shortage * elapsed
+        memory[1] = min(max(total, 0.0), 1.0)
+        share = memory[1] + rules.proportional * shortage
+        budget = rules.lowest_budget * math.exp(span * min(max(share, 0.0), 1.0))
+    memory[0] = min(max(budget, rules.lowest_budget), rules.highest_budget)
+    return rules.candidates, round(memory[0])
+
+
+@configured
+class Feedback(KernelController):
+    """n from the slack that the most urgent waiting prompt has left, c fixed: the classic control baseline.
+
+    The error is `wanted_slack` minus the least slack in the queue as a share of l (with nobody waiting the slack is
+    all of l). `aimd` turns TCP's rule (Jacobson, SIGCOMM 1988; Chiu and Jain, 1989) on the decodes' side: what backs
+    off at a congestion signal is their share, so while the error is positive n is divided by `backoff`, and otherwise
+    n falls by `step_tokens` an iteration. `pi` sets log n between its bounds to `proportional` x error plus
+    the integral of `integral_per_s` x error over time, held in [0, 1] so that it does not wind up.
+
+    Args:
+        kind: `pi` or `aimd`.
+        candidates: c.
+        ttft_target: l in s.
+        lowest_budget, highest_budget: bounds of n in tokens.
+        wanted_slack: share of l that the most urgent prompt should have left.
+        step_tokens: additive decrease of n per iteration (aimd).
+        backoff: factor, below 1, by which n is divided when slack is short (aimd).
+        proportional: gain on the error (pi).
+        integral_per_s: gain on its integral, per s (pi).
+    """
+
+    decide = staticmethod(decide)
+
+    kind: Literal["pi", "aimd"] = "pi"
+    candidates: Annotated[int, Field(ge=0, le=MAX_CANDIDATES)] = 3
+    ttft_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    lowest_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] = 64
+    highest_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] = 4096
+    wanted_slack: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    step_tokens: Annotated[float, Field(gt=0.0)] = 32.0
+    backoff: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    proportional: Annotated[float, Field(ge=0.0)] = 0.5
+    integral_per_s: Annotated[float, Field(ge=0.0)] = 0.5
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Feedback":
+        if self.lowest_budget >= self.highest_budget:
+            raise ValueError(
+                f"lowest_budget={self.lowest_budget} must be below highest_budget={self.highest_budget} tokens"
+            )
+        return self
+
+    def reset(self, plant: Plant) -> None:
+        """Begin at the lowest budget with no integral."""
+        super().reset(plant)
+        self._rules = Rules(
+            self.kind == "aimd",
+            self.candidates,
+            self.ttft_target,
+            float(self.lowest_budget),
+            float(self.highest_budget),
+            self.wanted_slack,
+            self.step_tokens,
+            self.backoff,
+            self.proportional,
+            self.integral_per_s,
+            np.array([float(self.lowest_budget), 0.0]),
+        )
+
+    @property
+    def rules(self) -> Rules:
+        """The settings and the budget so far."""
+        return self._rules
+
+    def label(self) -> str:
+        """For example `feedback pi c=3`."""
+        return f"feedback {self.kind} c={self.candidates}"

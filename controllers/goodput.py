@@ -1,0 +1,223 @@
+"""SmartSpec: the candidate count of the highest estimated goodput, from a linear model of time fitted online."""
+
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from controllers.compiled import KernelController
+from controllers.controller import Plant, configured
+from engine.compiled import kernel
+from engine.core.action import MAX_TOKEN_BUDGET
+from engine.core.telemetry import (
+    DECODE_KV_TOKENS,
+    ITERATIONS,
+    LAST_CANDIDATES,
+    LAST_DECODE_KV_TOKENS,
+    LAST_ITERATION_S,
+    LAST_NUM_DECODES,
+    LAST_PREFILL_TOKENS,
+    NUM_DECODES,
+    WAITING_TOKENS,
+)
+
+FEATURES = 4
+PRIOR_VARIANCE = 1.0
+"""Of the offline coefficients, relative to the noise of one measured time: a few iterations weigh as much."""
+
+
+class Rules(NamedTuple):
+    """candidates: (K,) choices of c · acceptance: (1,) a · weights: (4,) T per scaled feature · covariance: (4, 4) ·
+    features, gain: (4,) scratch · scale: (4,) what features are divided by · current: (2,) index of c, iterations until
+    the next choice · the rest as in `Goodput`.
+    """
+
+    candidates: NDArray[np.int64]
+    acceptance: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    features: NDArray[np.float64]
+    gain: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    current: NDArray[np.float64]
+    token_budget: int
+    weight: float
+    forgetting: float
+    every: int
+    stop_at_decrease: bool
+    zero_bonus: float
+
+
+@kernel
+def expected_tokens(acceptance, candidates):
+    """l(a, k) = (1 - a^(k + 1)) / (1 - a), tokens a request emits with k candidates of acceptance a (equation 5)."""
+    if acceptance >= 1.0:
+        return candidates + 1.0
+    return (1.0 - acceptance ** (candidates + 1)) / (1.0 - acceptance)
+
+
+@kernel
+def _set_features(features, scale, num_decodes, kv_tokens, prefill_tokens, candidates):
+    """Context tokens, batched tokens, drafter steps and a constant, scaled to about 1."""
+    features[0] = kv_tokens / scale[0]
+    features[1] = (num_decodes * (1 + candidates) + prefill_tokens) / scale[1]
+    features[2] = (candidates if num_decodes > 0 else 0) / scale[2]
+    features[3] = 1.0
+
+
+@kernel
+def _fit(rules, seconds):
+    """One step of recursive least squares with forgetting on the features that are set."""
+    x, p, gain = rules.features, rules.covariance, rules.gain
+    spread = rules.forgetting
+    error = seconds
+    for i in range(FEATURES):
+        gain[i] = 0.0
+        for j in range(FEATURES):
+            gain[i] += p[i, j] * x[j]
+        error -= rules.weights[i] * x[i]
+        spread += x[i] * gain[i]
+    for i in range(FEATURES):
+        rules.weights[i] += gain[i] / spread * error
+    for i in range(FEATURES):
+        for j in range(FEATURES):
+            p[i, j] = (p[i, j] - gain[i] * gain[j] / spread) / rules.forgetting
+
+
+@kernel
+def _learn(observation, e, rules):
+    """Take in how long the latest iteration took and how many of its candidates were accepted."""
+    load = observation.load
+    if load[e, ITERATIONS] <= 0.0:
+        return
+    drafted = 0.0
+    accepted = 0.0
+    for depth in range(observation.drafted.shape[1]):
+        drafted += observation.drafted[e, depth]
+        accepted += observation.accepted[e, depth]
+    if drafted > 0.0:
+        rules.acceptance[0] += rules.weight * (accepted / drafted - rules.acceptance[0])
+    _set_features(
+        rules.features,
+        rules.scale,
+        load[e, LAST_NUM_DECODES],
+        load[e, LAST_DECODE_KV_TOKENS],
+        load[e, LAST_PREFILL_TOKENS],
+        load[e, LAST_CANDIDATES],
+    )
+    trace = 0.0
+    for i in range(FEATURES):
+        trace += rules.covariance[i, i]
+    # Without new directions forgetting would let the covariance grow without bound.
+    if trace < 1e3 * FEATURES * PRIOR_VARIANCE:
+        _fit(rules, float(load[e, LAST_ITERATION_S]))
+
+
+@kernel
+def _choose(observation, e, rules):
+    """Index of the c of the highest goodput."""
+    load = observation.load
+    num_decodes = load[e, NUM_DECODES]
+    prefill = min(load[e, WAITING_TOKENS], rules.token_budget)
+    best = -1.0
+    chosen = 0
+    for i in range(rules.candidates.shape[0]):
+        k = rules.candidates[i]
+        _set_features(rules.features, rules.scale, num_decodes, load[e, DECODE_KV_TOKENS], prefill, k)
+        seconds = 0.0
+        for j in range(FEATURES):
+            seconds += rules.weights[j] * rules.features[j]
+        goodput = num_decodes * expected_tokens(rules.acceptance[0], k) / max(seconds, 1e-6)
+        if k == 0:
+            goodput *= rules.zero_bonus
+        if goodput > best:
+            best = goodput
+            chosen = i
+        elif rules.stop_at_decrease:
+            break
+    return chosen
+
+
+@kernel
+def decide(observation, e, rules):
+    """(the c of the highest goodput, chosen every so many iterations, n as configured)."""
+    _learn(observation, e, rules)
+    if rules.current[1] <= 0.0:
+        rules.current[0] = _choose(observation, e, rules)
+        rules.current[1] = rules.every
+    rules.current[1] -= 1.0
+    return rules.candidates[int(rules.current[0])], rules.token_budget
+
+
+@configured
+class Goodput(KernelController):
+    """k maximising l(a, k) B / T(k): generated tokens per second, SmartSpec's goodput.
+
+    T(k) = alpha x context tokens + gamma x batched tokens + beta x k + delta: the target's time is the paper's linear
+    model, and the drafter's k steps, which its T_batch adds, are the third term. The coefficients start from a least
+    squares fit to the predicted times of the plant, as the released code profiles offline, and follow the measured
+    ones by recursive least squares. The token acceptance rate a is a moving average over iterations.
+
+    X. Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput" (arXiv 2406.14066,
+    section 4; later TurboSpec). The released code chooses anew every 20 steps, stops searching k at the first decrease
+    and multiplies the goodput of k = 0 by 1.1: `every=20 stop_at_decrease=true zero_bonus=1.1`.
+
+    Args:
+        token_budget: n; SmartSpec does not choose it.
+        initial_acceptance: a before the first verification.
+        weight: of the latest iteration in a.
+        forgetting: factor per iteration on the weight of older times.
+        every: iterations between two choices of k.
+        stop_at_decrease: do not look past the first k that is worse than the one before.
+        zero_bonus: factor on the goodput of k = 0.
+    """
+
+    decision_s = 10e-6
+    decide = staticmethod(decide)
+
+    token_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] = 512
+    initial_acceptance: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
+    weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    forgetting: Annotated[float, Field(gt=0.9, le=1.0)] = 0.999
+    every: Annotated[int, Field(ge=1)] = 1
+    stop_at_decrease: bool = False
+    zero_bonus: Annotated[float, Field(ge=1.0)] = 1.0
+
+    def reset(self, plant: Plant) -> None:
+        """Fit the coefficients to the plant's predictions and forget the acceptance."""
+        super().reset(plant)
+        grid = plant.lookup.grid
+        batch, kv, candidates, prefill = np.meshgrid(*grid[:4], indexing="ij")
+        usual = (batch > 0) & (batch <= 64) & (prefill <= self.token_budget)
+        columns = [kv, batch * (1 + candidates) + prefill, candidates, np.ones_like(batch)]
+        features = np.stack([column[usual].astype(np.float64) for column in columns], axis=1)
+        scale = np.maximum(features.max(axis=0), 1.0)
+        seconds = grid.seconds[usual]
+        relative = features / scale / seconds[:, None]
+        weights, *_ = np.linalg.lstsq(relative, np.ones(len(seconds)), rcond=None)
+        self._rules = Rules(
+            candidates=plant.grid.candidates,
+            acceptance=np.array([self.initial_acceptance]),
+            weights=weights,
+            covariance=np.eye(FEATURES) * PRIOR_VARIANCE,
+            features=np.zeros(FEATURES),
+            gain=np.zeros(FEATURES),
+            scale=scale,
+            current=np.zeros(2),
+            token_budget=self.token_budget,
+            weight=self.weight,
+            forgetting=self.forgetting,
+            every=self.every,
+            stop_at_decrease=self.stop_at_decrease,
+            zero_bonus=self.zero_bonus,
+        )
+
+    @property
+    def rules(self) -> Rules:
+        """The choices, the fit and the acceptance."""
+        return self._rules
+
+    def label(self) -> str:
+        """For example `goodput n=512`."""
+        return f"goodput n={self.token_budget}"

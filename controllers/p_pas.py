@@ -1,0 +1,61 @@
+"""P-PAS: a small token budget while several prompts stand before running decodes, a large one otherwise."""
+
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
+
+from controllers.compiled import KernelController
+from controllers.controller import configured
+from controllers.total_budget import left_for_prompts
+from engine.compiled import kernel
+from engine.core.action import MAX_TOKEN_BUDGET
+from engine.core.state import MAX_CANDIDATES
+from engine.core.telemetry import NUM_DECODES, NUM_WAITING
+
+
+class Rules(NamedTuple):
+    """`PPas`'s fields, for the kernel."""
+
+    candidates: int
+    contended_budget: int
+    free_budget: int
+
+
+@kernel
+def decide(observation, e, rules):
+    """(c, n) with the total chosen by whether several prompts stand before running decodes."""
+    num_decodes = int(observation.load[e, NUM_DECODES])
+    contended = observation.load[e, NUM_WAITING] >= 2.0 and num_decodes > 0
+    total = rules.contended_budget if contended else rules.free_budget
+    return rules.candidates, left_for_prompts(total, num_decodes, rules.candidates)
+
+
+@configured
+class PPas(KernelController):
+    """Two totals: one for iterations in which at least two prompts wait while requests decode, one for all others.
+
+    Prefill-Pressure Adaptive Scheduling (T. Saemann, arXiv 2608.15171; vLLM RFC #52906), whose two totals are the
+    defaults. A prompt in the middle of its prefill counts as one that waits.
+
+    Args:
+        contended_budget: tokens per iteration with at least two prompts and a decode.
+        free_budget: tokens per iteration otherwise.
+        candidates: c.
+    """
+
+    decide = staticmethod(decide)
+
+    contended_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] = 2048
+    free_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] = 16384
+    candidates: Annotated[int, Field(ge=0, le=MAX_CANDIDATES)] = 0
+
+    @property
+    def rules(self) -> Rules:
+        """The configured totals and c."""
+        return Rules(self.candidates, self.contended_budget, self.free_budget)
+
+    def label(self) -> str:
+        """For example `p_pas 2048/16384`."""
+        return f"p_pas {self.contended_budget}/{self.free_budget}" + (
+            f" c={self.candidates}" if self.candidates else ""
+        )

@@ -1,0 +1,86 @@
+"""SmartSpec's goodput: its formula, its fit, and the released code's habits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controllers.goodput import Goodput, expected_tokens
+from tests.controllers.observed import linear_plant, observation, verified
+
+BASE_S, ROW_S, KV_S, STEP_S = 0.010, 1e-4, 1e-8, 1e-3
+
+
+def _controller(**fields: Any) -> Goodput:
+    controller = Goodput(**fields)
+    controller.reset(linear_plant(BASE_S, ROW_S, KV_S, STEP_S))
+    return controller
+
+
+def _seconds(decodes: int, candidates: int, kv: float, prefill: float) -> float:
+    return BASE_S + ROW_S * (decodes * (1 + candidates) + prefill) + KV_S * kv + STEP_S * candidates
+
+
+@given(st.floats(0.0, 0.99), st.integers(0, 8))
+def test_expected_tokens_are_the_geometric_sum(acceptance: float, candidates: int) -> None:
+    assert expected_tokens(acceptance, candidates) == pytest.approx(sum(acceptance**i for i in range(candidates + 1)))
+    assert expected_tokens(1.0, candidates) == candidates + 1
+
+
+@pytest.mark.parametrize("decodes", [1, 4, 16, 64])
+@pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.9])
+def test_k_has_the_highest_goodput_of_all(decodes: int, acceptance: float) -> None:
+    controller = _controller(initial_acceptance=acceptance)
+    goodput = [decodes * expected_tokens(acceptance, k) / _seconds(decodes, k, 5000, 0) for k in range(9)]
+    chosen = controller.choose(observation(num_decodes=decodes, decode_kv_tokens=5000))
+    assert chosen == (int(np.argmax(goodput)), 512)
+
+
+def test_the_acceptance_rate_is_a_moving_average_from_nine_tenths() -> None:
+    """2 of 3 drafted tokens verified, then nothing drafted: 0.75 x 0.9 + 0.25 x 2/3, then unchanged."""
+    controller = _controller()
+    controller.choose(verified(5, 2, 3, last_iteration_s=0.02))
+    assert controller.rules.acceptance[0] == pytest.approx(0.75 * 0.9 + 0.25 * 2 / 3)
+    controller.choose(observation(num_decodes=5, iterations=1.0, last_num_decodes=5, last_iteration_s=0.02))
+    assert controller.rules.acceptance[0] == pytest.approx(0.75 * 0.9 + 0.25 * 2 / 3)
+
+
+def test_the_fit_follows_an_engine_that_is_not_as_predicted() -> None:
+    """Every iteration takes twice as long as profiled; after a few hundred the fit says so."""
+    controller = _controller()
+    random = np.random.default_rng(0)
+    for _ in range(600):
+        decodes, k = int(random.integers(1, 64)), int(random.integers(0, 9))
+        kv, prefill = float(random.integers(0, 50_000)), float(random.integers(0, 512))
+        seen = verified(
+            decodes,
+            0,
+            k,
+            last_decode_kv_tokens=kv,
+            last_prefill_tokens=prefill,
+            last_iteration_s=2.0 * _seconds(decodes, k, kv, prefill),
+        )
+        controller.choose(seen)
+    rules = controller.rules
+    x = np.array([20_000, 10 * 4 + 256, 3, 1.0]) / rules.scale
+    assert float(rules.weights @ x) == pytest.approx(2.0 * _seconds(10, 3, 20_000, 256), rel=0.02)
+
+
+def test_k_is_chosen_anew_only_every_so_many_iterations() -> None:
+    controller = _controller(every=3, initial_acceptance=0.9)
+    seen = [observation(num_decodes=1), *[observation(num_decodes=64)] * 3]
+    chosen = [controller.choose(o)[0] for o in seen]
+    fresh = _controller(initial_acceptance=0.9).choose(observation(num_decodes=64))[0]
+    assert chosen[0] == chosen[1] == chosen[2] != fresh == chosen[3]
+
+
+def test_the_bonus_of_no_speculation_tips_a_close_decision() -> None:
+    seen = observation(num_decodes=16)
+    gain = [expected_tokens(0.25, k) / _seconds(16, k, 0, 0) for k in range(9)]
+    assert 1.0 < max(gain) / gain[0] < 1.1
+    assert _controller(initial_acceptance=0.25).choose(seen)[0] > 0
+    assert _controller(initial_acceptance=0.25, zero_bonus=1.1).choose(seen)[0] == 0
