@@ -70,7 +70,7 @@ class Drafter(Protocol):
 def no_drafts(batch: Batch) -> Drafts:
     """Chains of the wanted lengths, with none of their tokens proposed yet."""
     size, width = len(batch.wanted), int(batch.wanted.max(initial=0))
-    place = np.arange(width, dtype=np.int32) + np.zeros((size, 1), dtype=np.int32)
+    place: NDArray[np.int32] = np.tile(np.arange(width, dtype=np.int32), (size, 1))
     return Drafts(
         tokens=np.zeros((size, width), dtype=np.int32),
         parents=place - 1,

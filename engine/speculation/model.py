@@ -70,9 +70,9 @@ class ModelDrafter:
         shape = fixed_shape(how.branching, how.depth(most))
         size, width = len(batch.wanted), min(most, len(shape.parents))
         drafts = no_drafts(batch)
-        drafts.tokens = drafts.tokens[:, :width]
-        drafts.parents = np.broadcast_to(shape.parents[:width], (size, width))
-        drafts.depths = np.broadcast_to(shape.depths[:width], (size, width))
+        drafts.tokens = np.zeros((size, width), dtype=np.int32)
+        drafts.parents = np.tile(shape.parents[:width], (size, 1))
+        drafts.depths = np.tile(shape.depths[:width], (size, 1))
         counts = drafts.counts = np.minimum(batch.wanted, width)
         _note_draws(batch, drafts)
         slots = _Slots(batch, width, width)

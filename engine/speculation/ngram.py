@@ -154,8 +154,7 @@ def _chains(batch: Batch, most: NDArray[np.int64], places: list[tuple[int, ...]]
     drafts.counts = np.where(first < 0, 0, most)
     source = first[:, None] + steps % np.maximum(1, batch.lengths - first)[:, None]
     drafts.tokens = batch.table.tokens[batch.seats[:, None], source]
-    drafts.parents = np.broadcast_to(steps - 1, (size, width))
-    drafts.depths = np.broadcast_to(steps + 1, (size, width))
+    drafts.parents, drafts.depths = np.tile(steps - 1, (size, 1)), np.tile(steps + 1, (size, 1))
     drafts.paths = rates[:, None] ** drafts.depths
     return drafts
 

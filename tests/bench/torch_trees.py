@@ -8,7 +8,7 @@ over requests with 95 % intervals of the paired difference to `local` of the sam
 from __future__ import annotations
 
 import argparse
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,10 @@ from engine.backends.torch.config import TorchEngineConfig
 from engine.backends.torch.engine import TorchEngine
 from engine.core.metrics import request_table
 from engine.models.corpus import held_out_prompts
+from engine.speculation.allocation import Speculation
 from tests.bench import measure
+
+Allocation = Literal["uniform", "local", "global"]
 
 PROMPT_TOKENS = 96
 NEW_TOKENS = 96
@@ -27,7 +30,7 @@ TOKEN_BUDGET = 256
 class Way(NamedTuple):
     """A way to spend the candidates: who gets how many, in what shape."""
 
-    allocation: str
+    allocation: Allocation
     branching: int
 
     @property
@@ -36,7 +39,8 @@ class Way(NamedTuple):
         return "chain" if self.branching == 1 else f"tree, top {self.branching}"
 
 
-WAYS = tuple(Way(allocation, branching) for branching in (1, 2, 3) for allocation in ("uniform", "local", "global"))
+ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "local", "global")
+WAYS = tuple(Way(allocation, branching) for branching in (1, 2, 3) for allocation in ALLOCATIONS)
 
 
 class Served(NamedTuple):
@@ -48,14 +52,14 @@ class Served(NamedTuple):
 
 
 def serve(engine: TorchEngine, prompts: list[list[int]], candidates: int) -> Served:
-    """All prompts through a fresh engine, as many at a time as its batch holds."""
+    """All prompts through the emptied engine, as many at a time as its batch holds."""
+    engine.reset()
     numbers = [engine.submit(prompt, NEW_TOKENS) for prompt in prompts]
     engine.run(candidates, TOKEN_BUDGET)
     table = request_table(engine.state)
-    rows = engine.state.requests[0, : len(prompts)]
-    steps = rows["generated"] - 1 - rows["accepted"]
-    tpot = (table["last_token_s"] - table["first_token_s"]) / (rows["generated"] - 1)
-    return Served((rows["generated"] - 1) / steps, tpot, [engine.output(number) for number in numbers])
+    decoded = table["generated_tokens"] - 1
+    steps = decoded - table["accepted_tokens"]
+    return Served(decoded / steps, table["tpot_s"], [engine.output(number) for number in numbers])
 
 
 def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
@@ -79,16 +83,16 @@ def main(arguments: list[str] | None = None) -> None:
     cut = held_out_prompts(base.tokenizer(), [PROMPT_TOKENS] * options.prompts, 1)
     prompts = [prompt.tokens.tolist() for prompt in cut]
     for batch in options.batches:
+        engine = base.model_copy(update={"max_num_seqs": batch}).build(ttft_target=60.0)
         for candidates in options.candidates:
-            measure.title(f"B = {batch}, c = {candidates}, {options.prompts} prompts, {options.layers} layers")
             rounds: dict[Way, list[Served]] = {way: [] for way in WAYS}
-            for _ in range(options.rounds):
+            for _ in range(1 + options.rounds):
                 for way in WAYS:
-                    config = base.model_copy(
-                        update={"max_num_seqs": batch, "allocation": way.allocation, "branching": way.branching}
-                    )
-                    rounds[way].append(serve(config.build(ttft_target=60.0), prompts, candidates))
-            _report(rounds)
+                    engine.speculation = Speculation(way.allocation, way.branching)
+                    rounds[way].append(serve(engine, prompts, candidates))
+            measure.title(f"B = {batch}, c = {candidates}, {options.prompts} prompts, {options.layers} layers")
+            # What a drafter's probabilities are worth is learnt in the first round.
+            _report({way: served[1:] for way, served in rounds.items()})
 
 
 def _report(rounds: dict[Way, list[Served]]) -> None:

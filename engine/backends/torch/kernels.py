@@ -33,8 +33,11 @@ TILE_ROWS = 128
 
 @_kernel
 def _exp(x):
-    """exp(x) for x <= 88 within 2e-7 of itself, without branches, so that loops of it become vectors (as in Cephes)."""
-    x = max(x, np.float32(-87.0))
+    """exp of the nearest x in [-87, 88], within 2e-7 of itself; without branches, so that loops of it become vectors.
+
+    By 2^n and Cephes' polynomial.
+    """
+    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
     n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
     p = np.float32(1.9875691500e-4)

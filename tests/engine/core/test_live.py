@@ -205,9 +205,9 @@ def test_redistributed_candidates_take_free_blocks_and_nobody_elses(case: Case, 
         assert state.engines["decode_tokens"][0] == got.sum()
         if (got < asked).any():
             assert state.engines["free_blocks"][0] == 0, "cut only where nothing was left"
-        before = state.requests.copy(), state.engines.copy()
+        before = rows["blocks"].copy(), state.engines.copy()
         redistribute(state, 0, got.astype(np.int64))
-        np.testing.assert_array_equal(state.requests, before[0], err_msg="what was got can be replayed")
+        np.testing.assert_array_equal(rows["blocks"], before[0], err_msg="what was got can be replayed")
         np.testing.assert_array_equal(state.engines, before[1])
 
 
