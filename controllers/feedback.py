@@ -93,11 +93,11 @@ class Feedback(KernelController):
     ttft_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
     lowest_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] = 64
     highest_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] = 4096
-    wanted_slack: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    wanted_slack: Annotated[float, Field(ge=0.0, le=1.0)] = 0.8
     step_tokens: Annotated[float, Field(gt=0.0)] = 32.0
     backoff: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    proportional: Annotated[float, Field(ge=0.0)] = 0.5
-    integral_per_s: Annotated[float, Field(ge=0.0)] = 0.5
+    proportional: Annotated[float, Field(ge=0.0)] = 2.0
+    integral_per_s: Annotated[float, Field(ge=0.0)] = 1.0
 
     @model_validator(mode="after")
     def _ordered(self) -> "Feedback":

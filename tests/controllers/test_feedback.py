@@ -56,8 +56,8 @@ def test_a_request_without_a_deadline_is_not_urgent_and_an_overdue_one_is() -> N
 def test_slack_counts_against_the_controllers_own_target() -> None:
     """Telemetry told with l = 1 s and 0.4 s left is 1.4 s left of l = 2 s: 0.7, more than the wanted half."""
     seen = observation(((500.0, 0.4),), num_decodes=4)
-    assert _controller(kind="aimd", ttft_target=1.0).choose(seen)[1] == 128
-    assert _controller(kind="aimd", ttft_target=2.0).choose(seen)[1] == 64
+    assert _controller(kind="aimd", wanted_slack=0.5, ttft_target=1.0).choose(seen)[1] == 128
+    assert _controller(kind="aimd", wanted_slack=0.5, ttft_target=2.0).choose(seen)[1] == 64
 
 
 @given(st.lists(st.floats(-5.0, 5.0), min_size=1, max_size=40), st.sampled_from(["pi", "aimd"]))

@@ -45,6 +45,8 @@ class _Planned:
     decodes: int
     completes: NDArray[np.bool_]
     """Prefills whose last chunk this is; the rest False."""
+    ran_out: NDArray[np.bool_]
+    """(decodes,) whether the drafter proposed fewer candidates than it was asked for."""
 
     @property
     def keep(self) -> NDArray[np.int64]:
@@ -267,7 +269,7 @@ class TorchEngine:
         seats = self.table.seat_of[numbers]
         decodes = int(engine["num_decodes"])
         limits = (rows["output"] - rows["generated"] - 1)[:decodes].astype(np.int64)
-        return _Planned(numbers, seats, starts, counts, limits, decodes, completes)
+        return _Planned(numbers, seats, starts, counts, limits, decodes, completes, np.zeros(decodes, dtype=np.bool_))
 
     def _draft(self, planned: _Planned) -> Drafts:
         """Candidates for the decodes, which are given as many tokens as there are candidates for them."""
@@ -289,6 +291,8 @@ class TorchEngine:
         begin = time.perf_counter()
         drafts = self.drafter.propose(batch)
         self.draft_s = time.perf_counter() - begin
+        if self.speculation.allocation != "global":
+            planned.ran_out = drafts.counts < wanted
         redistribute(self.state, 0, 1 + drafts.counts)
         if self.speculation.allocation == "global":
             # Some may have got more blocks than planned, or fewer tokens than they were to get.
@@ -342,6 +346,8 @@ class TorchEngine:
             if i < decodes:
                 accepted[i] = len(tokens) - 1
             emitted.append(tokens)
+        # A candidate that was asked for and not proposed is one that was not accepted: what c yields is per c asked for.
+        reach[:decodes][planned.ran_out] = np.maximum(reach[:decodes], accepted[:decodes] + 1)[planned.ran_out]
         return emitted, paths
 
     def _compact(self, planned: _Planned, paths: NDArray[np.int32]) -> None:

@@ -208,3 +208,18 @@ def test_actions_may_change_in_every_iteration_of_a_sampled_run() -> None:
         pass
     assert all(len(served.output(number)) == 16 for number in numbers)
     assert served.state.engines["total_accepted"][0] > 0
+
+
+def test_a_candidate_that_was_not_proposed_counts_as_not_accepted() -> None:
+    """Prompt lookup finds nothing in a text without repetition: controllers must not see its rare hits alone."""
+    served = engine("llama", "ngram", limits())
+    served.submit([1, 2, 3, 4, 5, 6, 7, 8], 6)
+    served.step(4, 64)
+    observation = served.new_observation()
+    served.observe(observation)
+    request = served.state.requests[0, 0]
+    while (left := int(request["output"] - request["generated"])) > 0:
+        served.step(4, 64)
+        served.observe(observation)
+        assert observation.drafted[0, 0] == (1 if left > 1 else 0), "a candidate was asked for wherever one fits"
+    assert served.state.engines["total_drafted"][0] < served.state.engines["total_decode_steps"][0]
