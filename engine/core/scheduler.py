@@ -353,8 +353,8 @@ def commit(state, e, elapsed):
     """Close the planned iteration after `elapsed` seconds: emit tokens, finish requests, free their blocks.
 
     `state.accepted[e, i]` holds, for the i-th decode of the batch, how many of its candidates were accepted; if they
-    were no chain, `state.reach[e, i]` holds one more where others were verified behind them, or none were left to propose,
-    and as many where not.
+    were no chain, `state.reach[e, i]` holds one more where others were verified behind them, or the drafter ran out of
+    proposals there, and as many where not.
     """
     engine = state.engines[e]
     previous_end = engine.last_end

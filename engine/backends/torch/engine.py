@@ -346,7 +346,7 @@ class TorchEngine:
             if i < decodes:
                 accepted[i] = len(tokens) - 1
             emitted.append(tokens)
-        # A candidate that was asked for and not proposed is one that was not accepted: what c yields is per c asked for.
+        # One that was asked for and not proposed counts as not accepted: what c yields is per c asked for.
         reach[:decodes][planned.ran_out] = np.maximum(reach[:decodes], accepted[:decodes] + 1)[planned.ran_out]
         return emitted, paths
 
