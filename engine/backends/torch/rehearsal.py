@@ -22,7 +22,11 @@ from engine.latency.design import SPARE_TOKENS, Point
 
 @dataclass(frozen=True)
 class Timing:
-    """One iteration: seconds from plan to commit, of these inside the drafter, and inside the target's forward."""
+    """One iteration as a serving loop pays for it, its controller's decision aside.
+
+    Seconds from the telemetry before it to the outputs stored after it, of these inside the drafter, and inside the
+    target's forward.
+    """
 
     seconds: float
     draft_s: float
@@ -45,6 +49,7 @@ class Rehearsal:
         self._outputs: dict[int, int] = {}
         self._unread: list[int] = []
         self._point = Point((), 0)
+        self._observation = engine.new_observation()
 
     def arrange(self, point: Point, rng: np.random.Generator) -> None:
         """Bring the engine to the beginning of the iteration; prompts start at random places of the text."""
@@ -74,9 +79,12 @@ class Rehearsal:
         self._restore()
         engine = self.engine
         self._synchronize()
+        begin = engine.clock.now()
         with self._timed(engine.drafter, "propose") as draft, self._timed(engine.model, "forward") as forward:
+            engine.poll()
+            engine.observe(self._observation)
             engine.step(self._point.candidates, sum(self._point.chunks))
-        return Timing(float(engine.state.engines["last_elapsed"][0]), draft[0], forward[0])
+        return Timing(engine.clock.now() - begin, draft[0], forward[0])
 
     def planned(self) -> dict[str, int]:
         """What the latest iteration was, as the scheduler counts (see `engine.core.state.ENGINE`)."""
