@@ -9,7 +9,6 @@ shipped tables of the same cards are checked.
 """
 
 import logging
-import sys
 from pathlib import Path
 
 import hydra
@@ -51,16 +50,8 @@ def recorded(folder: Path) -> Card:
 def job(config: DictConfig) -> None:
     """The Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
     out = Path(HydraConfig.get().runtime.output_dir)
-    try:
+    with mistakes.ending(log, f"interrupted: go on with hydra.run.dir={out}"):
         card = calibrate(config, out)
-    except mistakes.MistakeError as mistake:
-        if mistakes.wants_traceback():
-            raise
-        log.error("%s", mistake)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        log.error("interrupted: go on with hydra.run.dir=%s", out)
-        sys.exit(130)
     for line in card.said:
         log.info("%s", line)
     for note in card.notes:

@@ -7,7 +7,6 @@ the run has finished.
 """
 
 import logging
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -73,16 +72,8 @@ def _say(result: Result, out: Path) -> None:
 def job(config: DictConfig) -> None:
     """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
     out = Path(HydraConfig.get().runtime.output_dir)
-    try:
+    with mistakes.ending(log, "interrupted: nothing was written"):
         _say(evaluate(config, out, dict(HydraConfig.get().runtime.choices)), out)
-    except mistakes.MistakeError as mistake:
-        if mistakes.wants_traceback():
-            raise
-        log.error("%s", mistake)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        log.error("interrupted: nothing was written")
-        sys.exit(130)
 
 
 main = hydra.main(version_base=None, config_path="../conf", config_name="evaluate")(job)

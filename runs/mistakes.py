@@ -1,8 +1,10 @@
 """Turns what a user got wrong into one message that names the key and the fix."""
 
 import difflib
+import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -55,6 +57,21 @@ def named() -> Iterator[None]:
         yield
     except ValueError as error:
         raise MistakeError(_one_line(error)) from error
+
+
+@contextmanager
+def ending(log: logging.Logger, interrupted: str) -> Iterator[None]:
+    """Ends an app: with 2 and one message on what the user can fix, with 130 and `interrupted` on Ctrl-C."""
+    try:
+        yield
+    except MistakeError as mistake:
+        if wants_traceback():
+            raise
+        log.error("%s", mistake)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        log.error("%s", interrupted)
+        sys.exit(130)
 
 
 def explain(error: ValidationError, prefix: str, config: DictConfig | None = None) -> str:

@@ -7,7 +7,6 @@ Composes the configuration (conf/profile.yaml) and writes into the run folder (`
 """
 
 import logging
-import sys
 from pathlib import Path
 
 import hydra
@@ -26,18 +25,10 @@ log = logging.getLogger("profile")
 def job(config: DictConfig) -> None:
     """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
     out = Path(HydraConfig.get().runtime.output_dir)
-    try:
+    with mistakes.ending(log, "interrupted: the same command goes on from here"):
         profile = mistakes.instantiate(config, Profile)
         with mistakes.named():
             _say(profile.run(out, progress), out)
-    except mistakes.MistakeError as mistake:
-        if mistakes.wants_traceback():
-            raise
-        log.error("%s", mistake)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        log.error("interrupted: the same command goes on from here")
-        sys.exit(130)
 
 
 def _say(result: Result, out: Path) -> None:

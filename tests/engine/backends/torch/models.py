@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -136,3 +137,19 @@ class ManualClock:
 
     def wait_until(self, moment: float) -> None:
         self.time = max(self.time, moment)
+
+
+def assert_generates_as_target(
+    served: TorchEngine, actions: list[tuple[int, int]], kind: str, *, lengths: Sequence[int], max_tokens: int
+) -> None:
+    """Run prompts of these lengths under the actions in turn and compare every output; no block stays taken."""
+    asked = prompts(lengths)
+    numbers = [served.submit(prompt, max_tokens - i % 3) for i, prompt in enumerate(asked)]
+    turns = cycle(actions)
+    while served.step(*next(turns)):
+        pass
+    for i, (number, prompt) in enumerate(zip(numbers, asked, strict=True)):
+        assert served.output(number) == generated(kind, prompt, max_tokens - i % 3)
+    state = served.state.engines[0]
+    assert state["num_finished"] == len(numbers)
+    assert state["free_blocks"] == served.limits.total_blocks

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import cycle
+from functools import partial
 
 import numpy as np
 import pytest
 
 from engine.backends.torch.engine import TorchEngine
-from tests.engine.backends.torch.models import engine, generated, limits, paged, prompts
+from tests.engine.backends.torch.models import assert_generates_as_target, engine, limits, paged, prompts
 from tests.engine.backends.torch.models import model as tiny
 
 LENGTHS = (3, 10, 30, 17, 44, 5, 9, 1)
 MAX_TOKENS = 24
 
-
-def _serve(served: TorchEngine, actions: list[tuple[int, int]], kind: str) -> None:
-    """Run all prompts under the actions in turn and compare every output."""
-    asked = prompts(LENGTHS)
-    numbers = [served.submit(prompt, MAX_TOKENS - i % 3) for i, prompt in enumerate(asked)]
-    turns = cycle(actions)
-    while served.step(*next(turns)):
-        pass
-    for i, (number, prompt) in enumerate(zip(numbers, asked, strict=True)):
-        assert served.output(number) == generated(kind, prompt, MAX_TOKENS - i % 3)
-    state = served.state.engines[0]
-    assert state["num_finished"] == len(numbers)
-    assert state["free_blocks"] == served.limits.total_blocks
+_serve = partial(assert_generates_as_target, lengths=LENGTHS, max_tokens=MAX_TOKENS)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "mistral_window"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import cycle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,11 +12,22 @@ from engine.backends.torch.engine import TorchEngine
 from engine.backends.torch.table import CacheTable
 from engine.speculation.allocation import Speculation
 from engine.speculation.tree import Branches
+from tests.engine.backends.torch.models import (
+    assert_generates_as_target,
+    engine,
+    exact,
+    limits,
+    model,
+    near,
+    paged,
+    prompts,
+)
 from tests.engine.backends.torch.models import drafter as drafter_of
-from tests.engine.backends.torch.models import engine, exact, generated, limits, model, near, paged, prompts
 
 LENGTHS = (3, 30, 17, 9, 1)
 MAX_TOKENS = 20
+
+_serve = partial(assert_generates_as_target, lengths=LENGTHS, max_tokens=MAX_TOKENS)
 
 
 class Watched(TorchEngine):
@@ -35,18 +46,6 @@ class Watched(TorchEngine):
 def _engine(kind: str, draft_with: str, how: Speculation, **bounds: int) -> Watched:
     room = limits(**bounds)
     return Watched(paged(model(kind), room), room, drafter_of(draft_with, kind, room), how)
-
-
-def _serve(served: TorchEngine, actions: list[tuple[int, int]], kind: str) -> None:
-    asked = prompts(LENGTHS)
-    numbers = [served.submit(prompt, MAX_TOKENS - i % 3) for i, prompt in enumerate(asked)]
-    turns = cycle(actions)
-    while served.step(*next(turns)):
-        pass
-    for i, (number, prompt) in enumerate(zip(numbers, asked, strict=True)):
-        assert served.output(number) == generated(kind, prompt, MAX_TOKENS - i % 3)
-    assert served.state.engines["num_finished"][0] == len(numbers)
-    assert served.state.engines["free_blocks"][0] == served.limits.total_blocks
 
 
 WAYS = [Speculation(a, b) for a in ("uniform", "local", "global") for b in (1, 2, 3)]
