@@ -11,6 +11,7 @@ from engine.backends.simulator import Simulator, run_iteration
 from engine.compiled import kernel
 from engine.config import EngineConfig
 from engine.core.action import ActionError, ActionGrid
+from engine.core.objective import Prices
 from engine.core.telemetry import Observation, observe
 from engine.latency.model import LatencyModel
 from engine.workload.agreement import DrafterAgreement
@@ -18,7 +19,7 @@ from engine.workload.arrivals import PoissonArrivals
 from engine.workload.lengths import NamedLengths
 from engine.workload.source import SyntheticSource, WorkloadSource
 from engine.workload.workload import Workload
-from envs.reward import TERMS, Prices, episode_summary, unfinished_cost
+from envs.reward import TERMS, episode_summary, unfinished_cost
 
 LARGEST_SEED = 2**31 - 1
 

@@ -1,8 +1,4 @@
-"""What a decision costs: the reported objective, charged as time passes.
-
-The objective of a run is the mean over its requests of
-
-    TPOT / tpot_target  +  violation_price * [TTFT > l]  +  lateness_price * max(0, TTFT - l) / l.
+"""What a decision costs: the reported objective (`engine.core.objective`), charged as time passes.
 
 Every term is charged while it comes about. Between its first and last token a request pays 1 / (output - 1) TPOT
 seconds per second; the moment its deadline passes without a first token it pays the violation; from then on lateness,
@@ -12,39 +8,13 @@ times the objective, whatever the decisions in between, and neither delaying nor
 An episode cut short charges what it leaves behind (`unfinished_cost`), so that dropping requests does not pay.
 """
 
-from typing import Annotated
-
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
+from engine.core.objective import Prices, charged
 from engine.core.state import FINISHED, State
 
 TERMS = ("tpot", "violation", "lateness", "unfinished")
 """The reward's terms in the order in which `info["reward_terms"]` holds them; each is a cost, so >= 0."""
-
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Price = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-
-
-class Prices(BaseModel):
-    """Prices of the reward's terms.
-
-    Args:
-        tpot_target: TPOT in s that costs 1 per request.
-        violation: cost of a missed TTFT deadline.
-        lateness: cost of being late by one more `ttft_target`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    tpot_target: Positive = 0.05
-    violation: Price = 2.0
-    lateness: Price = 1.0
-
-    def per_unit(self, ttft_target: float) -> NDArray[np.float64]:
-        """(3,) cost of a second of summed TPOT, of a violation, and of a second of lateness against `ttft_target`."""
-        return np.array([1.0 / self.tpot_target, self.violation, self.lateness / ttft_target])
 
 
 def unfinished_cost(state: State, e: int, prices: Prices) -> float:
@@ -77,13 +47,11 @@ def episode_summary(state: State, e: int, prices: Prices) -> dict[str, float]:
     long = done[done["output"] > 1]
     tpot = (long["last_token"] - long["first_token"]) / (long["output"] - 1)
     on_time = rows["first_token"] <= rows["arrival"] + engine["ttft_target"]
-    units = np.array([engine["tpot_cost"], engine["violations"], engine["lateness"]])
-    costs = float(units @ prices.per_unit(float(engine["ttft_target"])))
     return {
         "requests": float(len(rows)),
         "requests_finished": float(len(done)),
         "tpot_mean_s": float(tpot.mean()) if len(tpot) else float("nan"),
         "ttft_attainment": float(on_time.mean()) if len(rows) else float("nan"),
-        "objective": costs / len(rows) if len(rows) else float("nan"),
+        "objective": charged(state, e, prices) / len(rows) if len(rows) else float("nan"),
         "duration_s": float(engine["now"]),
     }

@@ -73,9 +73,9 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
 
     ## Reward
 
-    Minus the cost of the decision (`envs.reward`): TPOT / tpot_target, plus `violation` per missed TTFT deadline, plus
-    `lateness` per further `ttft_target` of delay. The rewards of an episode sum to minus the number of requests times
-    the reported objective. `info["reward_terms"]` holds the terms.
+    Minus the cost of the decision: TPOT / tpot_target, plus `violation` per missed TTFT deadline, plus `lateness` per
+    further `ttft_target` of delay (`engine.core.objective`). The rewards of an episode sum to minus the number of
+    requests times the reported objective. `info["reward_terms"]` holds the terms.
 
     ## Episode end
 
@@ -89,7 +89,7 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
     - `engine`: name of a shipped latency table or an `EngineConfig`.
     - `workload`: a `WorkloadSource`, which draws a workload per episode, or one `Workload` for all of them.
     - `ttft_target`: l, in s.
-    - `prices`: `envs.reward.Prices`.
+    - `prices`: `engine.core.objective.Prices`.
     - `grid`: `engine.core.action.ActionGrid`, the choices.
     - `queue_rows`: M, waiting requests observed one by one.
     - `decide_every`: iterations per decision.

@@ -82,7 +82,7 @@ def serve(
     """
     before = load_average()
     served = live.serve(engine, prompts, controller, plant, recording=True, on_progress=on_progress)
-    summary: dict[str, Any] = summarize(served.state, ttft_target=targets.ttft_target, tpot_target=targets.tpot_target)
+    summary: dict[str, Any] = summarize(served.state, ttft_target=targets.ttft_target, prices=targets.prices)
     summary["run"] = {
         **identity,
         "label": controller.label(),
@@ -183,7 +183,7 @@ def simulate(
     latency = load_latency(config.latency)
     simulator = Simulator(config, [workload], latency=latency, ttft_target=targets.ttft_target)
     served = simulated.serve(simulator, workload, controller, plant, charge)
-    return summarize(served.state, ttft_target=targets.ttft_target, tpot_target=targets.tpot_target)
+    return summarize(served.state, ttft_target=targets.ttft_target, prices=targets.prices)
 
 
 def mean_of(summaries: list[dict[str, float]]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from engine.backends.torch.config import TorchEngineConfig
 from engine.config import EngineConfig, EngineLimits
 from engine.core.action import ActionGrid
 from engine.core.metrics import request_table, summarize
+from engine.core.objective import Price, Prices
 from engine.latency.lookup import LookupTable
 from engine.latency.measured import MeasuredIterations
 from engine.latency.measured_card import MEASURED_FOREST
@@ -35,12 +36,26 @@ log = logging.getLogger(__name__)
 
 
 class Targets(BaseModel):
-    """What a request should get: TTFT in s, TPOT in s per token."""
+    """What a request should get, and the prices of the reported objective (`engine.core.objective`).
+
+    Args:
+        ttft_target: s.
+        tpot_target: s per token; also the TPOT that costs 1.
+        violation: cost of a missed TTFT target.
+        lateness: cost of being late by one more `ttft_target`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     ttft_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
     tpot_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.05
+    violation: Price = Prices().violation
+    lateness: Price = Prices().lateness
+
+    @property
+    def prices(self) -> Prices:
+        """What the objective charges."""
+        return Prices(tpot_target=self.tpot_target, violation=self.violation, lateness=self.lateness)
 
 
 class LookupFit(BaseModel):
@@ -159,9 +174,7 @@ class Evaluation(BaseModel):
         return None
 
     def _result(self, served: Served, workload: Workload | Prompts, engine: str, grid: ActionGrid) -> "Result":
-        summary: dict[str, Any] = summarize(
-            served.state, ttft_target=self.slo.ttft_target, tpot_target=self.slo.tpot_target
-        )
+        summary: dict[str, Any] = summarize(served.state, ttft_target=self.slo.ttft_target, prices=self.slo.prices)
         decisions = served.decision_s
         summary |= {
             "decision_time_mean_s": float(decisions.mean()) if decisions.size else float("nan"),

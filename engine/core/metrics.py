@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.core.objective import Prices, charged
 from engine.core.state import FINISHED, ITL_BINS, ITL_BINS_PER_E, ITL_LOWEST_S, State
 
 QUANTILES = (50, 90, 99)
@@ -46,12 +47,12 @@ def request_table(state: State, e: int = 0) -> dict[str, NDArray[Any]]:
     }
 
 
-def summarize(state: State, *, ttft_target: float, tpot_target: float, e: int = 0) -> dict[str, float]:
+def summarize(state: State, *, ttft_target: float, prices: Prices, e: int = 0) -> dict[str, float]:
     """The figures of engine `e`'s run; what has no value (a mean over nothing) is NaN.
 
     Args:
         ttft_target: s; a request attains it when its first token came by `arrival + ttft_target`.
-        tpot_target: s per token; a request of one output token has no TPOT and cannot miss it.
+        prices: of the objective; `tpot_target` in s per token, which a request of one output token cannot miss.
 
     Attainments are shares of all requests, so one that never finished attains nothing. `duration_s` runs from the
     first arrival to the clock at the end; rates are per second of it, except `request_rate_rps`, the offered load.
@@ -64,7 +65,7 @@ def summarize(state: State, *, ttft_target: float, tpot_target: float, e: int = 
     engine = state.engines[e]
     finished = np.isfinite(table["finish_s"])
     attains_ttft = table["first_token_s"] <= table["arrival_s"] + ttft_target
-    attains_tpot = finished & ~(table["tpot_s"] > tpot_target)
+    attains_tpot = finished & ~(table["tpot_s"] > prices.tpot_target)
     attains = attains_ttft & attains_tpot
     duration = float(engine["now"] - table["arrival_s"][0]) if finished.size else 0.0
     summary: dict[str, float] = {}
@@ -72,6 +73,7 @@ def summarize(state: State, *, ttft_target: float, tpot_target: float, e: int = 
         summary |= describe(name, table[f"{name}_s"])
     summary |= itl_summary(state, e)
     summary |= {
+        "objective": _ratio(charged(state, e, prices), finished.size),
         "ttft_attainment": _ratio(attains_ttft.sum(), finished.size),
         "tpot_attainment": _ratio(attains_tpot.sum(), finished.size),
         "slo_attainment": _ratio(attains.sum(), finished.size),

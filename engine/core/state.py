@@ -93,7 +93,7 @@ ENGINE = np.dtype(
         ("total_decode_steps", np.int64),  # (request, iteration) pairs that decoded
         ("busy_s", np.float64),  # time inside iterations
         ("lowest_free_blocks", np.int64),
-        # cost of the reward, in its own units (see envs.reward)
+        # cost of the reward, in its own units (see engine.core.objective)
         ("tpot_cost", np.float64),  # s: integral of tpot_weight over time = sum of TPOT over requests
         ("violations", np.int64),  # TTFT deadlines missed
         ("lateness", np.float64),  # s: sum over requests of max(0, TTFT - target)

@@ -32,6 +32,7 @@ METRICS = (
     "ttft_mean_s",
     "ttft_p99_s",
     "ttft_attainment",
+    "objective",
     "goodput_rps",
     "token_goodput_tps",
     "requests_finished",

@@ -25,6 +25,7 @@ from engine.backends.simulator import Simulator
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.core.metrics import request_table, summarize
+from engine.core.objective import Prices
 from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S
 from engine.latency.lookup import LookupGrid, LookupTable
 from engine.workload.source import WorkloadSource
@@ -548,7 +549,7 @@ def test_no_fixed_pair_serves_conversations_better(rate_scale: float) -> None:
     def figures(controller: CompiledController) -> tuple[float, float]:
         simulator = _simulator(workload)
         _serve(controller, simulator)
-        summary = summarize(simulator.state, ttft_target=1.0, tpot_target=0.05)
+        summary = summarize(simulator.state, ttft_target=1.0, prices=Prices())
         assert summary["requests_finished"] == workload.num_requests
         return summary["ttft_attainment"], summary["tpot_mean_s"]
 

@@ -10,9 +10,10 @@ import pytest
 from numpy.typing import NDArray
 
 from engine.core.metrics import request_table, summarize
+from engine.core.objective import Prices
 from engine.workload.workload import Workload
 from envs.batch import ServingBatch
-from envs.reward import TERMS, Prices, unfinished_cost
+from envs.reward import TERMS, unfinished_cost
 from envs.serving import ServingEnv
 from envs.vector import ServingVectorEnv
 from tests.envs.traffic import Policy, conversations, crowded, fixed, play, requests, short, thrashing, tiny_engine
@@ -85,7 +86,7 @@ def test_returns_order_controllers_as_the_report_does(load: str) -> None:
     for policy in policies:
         returns.append(play(env, policy, seed=0)[0])
         objectives.append(_objective(_table(env), 1.0, Prices()))
-        reported = summarize(env.batch.simulator.state, ttft_target=1.0, tpot_target=0.05)
+        reported = summarize(env.batch.simulator.state, ttft_target=1.0, prices=Prices())
         late = float(np.maximum(0.0, _table(env)["ttft_s"] - 1.0).mean())
         figures.append((reported["tpot_mean_s"], 1.0 - reported["ttft_attainment"], late))
     assert np.argsort(returns).tolist() == np.argsort(objectives)[::-1].tolist()

@@ -23,12 +23,13 @@ from pydantic import ValidationError
 
 from engine.config import EngineConfig
 from engine.core.action import BUDGET_CHOICES, CANDIDATE_CHOICES, ActionError, ActionGrid
+from engine.core.objective import Prices
 from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S, PREEMPTIONS, TTFT_TARGET_S
 from engine.latency.table_file import LatencyTableError
 from engine.workload.workload import WorkloadError
 from envs import SERVING_ID
 from envs.batch import ServingBatch
-from envs.reward import TERMS, Prices
+from envs.reward import TERMS
 from envs.serving import ServingEnv
 from envs.spaces import LOAD_BOUNDS
 from envs.vector import ServingVectorEnv

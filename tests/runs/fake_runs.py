@@ -59,6 +59,9 @@ def write_run(
         **_percentiles("tpot", tpot_s[~np.isnan(tpot_s)]),
         **_percentiles("ttft", ttft_s),
         "ttft_attainment": float(attained.mean()),
+        "objective": float(
+            np.nansum(tpot_s / TPOT_TARGET_S + 2.0 * ~attained + np.maximum(ttft_s / ttft_target_s - 1.0, 0.0)) / count
+        ),
         "goodput_rps": float(good.sum()) / duration,
         "token_goodput_tps": count * output_tokens / duration,
         "requests_finished": count,

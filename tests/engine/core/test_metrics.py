@@ -9,6 +9,7 @@ from engine.backends.simulator import Simulator
 from engine.config import EngineConfig
 from engine.core import state as core
 from engine.core.metrics import describe, request_table, summarize
+from engine.core.objective import Prices
 from engine.latency.model import LatencyModel
 from engine.workload.agreement import IidAgreement
 from engine.workload.workload import Workload
@@ -60,7 +61,7 @@ def test_the_request_table_holds_each_latency_as_computed_by_hand(three_requests
 
 
 def test_targets_are_met_at_the_very_deadline_and_one_token_cannot_miss_tpot(three_requests: core.State) -> None:
-    summary = summarize(three_requests, ttft_target=1.0, tpot_target=0.2)
+    summary = summarize(three_requests, ttft_target=1.0, prices=Prices(tpot_target=0.2))
     assert summary["ttft_attainment"] == pytest.approx(2 / 3)
     assert summary["ttft_violations"] == 1
     assert summary["tpot_attainment"] == pytest.approx(2 / 3)
@@ -72,7 +73,7 @@ def test_targets_are_met_at_the_very_deadline_and_one_token_cannot_miss_tpot(thr
 
 
 def test_engine_totals_become_ratios(three_requests: core.State) -> None:
-    summary = summarize(three_requests, ttft_target=1.0, tpot_target=0.2)
+    summary = summarize(three_requests, ttft_target=1.0, prices=Prices(tpot_target=0.2))
     assert summary["mean_batch"] == pytest.approx(2.5)
     assert summary["utilization"] == pytest.approx(0.8)
     assert summary["acceptance_rate"] == pytest.approx(0.25)
@@ -83,7 +84,7 @@ def test_engine_totals_become_ratios(three_requests: core.State) -> None:
 def test_an_unfinished_request_attains_nothing_and_has_no_end(three_requests: core.State) -> None:
     row = three_requests.requests[0, 2]
     row["phase"], row["first_token"], row["last_token"], row["generated"] = core.PREFILLING, math.nan, math.nan, 0
-    summary = summarize(three_requests, ttft_target=1.0, tpot_target=1.0)
+    summary = summarize(three_requests, ttft_target=1.0, prices=Prices(tpot_target=1.0))
     assert summary["requests_finished"] == 2
     assert summary["requests_total"] == 3
     assert summary["ttft_attainment"] == pytest.approx(1 / 3)
@@ -123,7 +124,7 @@ def test_itl_is_the_gaps_between_emissions_of_a_simulated_run() -> None:
         moved = np.flatnonzero(np.isfinite(rows["last_token"]) & (rows["last_token"] != last))
         gaps += list((rows["last_token"] - last)[moved][np.isfinite(last[moved])])
         last[moved] = rows["last_token"][moved]
-    summary = summarize(simulator.state, ttft_target=0.2, tpot_target=0.05)
+    summary = summarize(simulator.state, ttft_target=0.2, prices=Prices())
     assert summary["itl_mean_s"] == pytest.approx(np.mean(gaps))
     for q in (50, 90, 99):
         exact = float(np.percentile(gaps, q, method="inverted_cdf"))

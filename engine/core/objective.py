@@ -1,0 +1,47 @@
+"""The reported objective: one number for a run, which rewards, oracles and the benchmark suite share.
+
+The mean over a run's requests of
+
+    TPOT / tpot_target  +  violation * [TTFT > l]  +  lateness * max(0, TTFT - l) / l.
+
+The scheduler charges every term while it comes about (`tpot_cost`, `violations` and `lateness` of an engine), so that
+it can be read off a run at any moment.
+"""
+
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from engine.core.state import State
+
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Price = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Prices(BaseModel):
+    """Prices of the objective's terms.
+
+    Args:
+        tpot_target: TPOT in s that costs 1 per request.
+        violation: cost of a missed TTFT deadline.
+        lateness: cost of being late by one more `ttft_target`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tpot_target: Positive = 0.05
+    violation: Price = 2.0
+    lateness: Price = 1.0
+
+    def per_unit(self, ttft_target: float) -> NDArray[np.float64]:
+        """(3,) cost of a second of summed TPOT, of a violation, and of a second of lateness against `ttft_target`."""
+        return np.array([1.0 / self.tpot_target, self.violation, self.lateness / ttft_target])
+
+
+def charged(state: State, e: int, prices: Prices) -> float:
+    """What engine `e` has been charged so far, summed over its requests."""
+    engine = state.engines[e]
+    units = np.array([engine["tpot_cost"], engine["violations"], engine["lateness"]])
+    return float(units @ prices.per_unit(float(engine["ttft_target"])))
