@@ -16,7 +16,7 @@ from runs.reporting.aggregate import interval, performance_profile
 from runs.reporting.scores import scored_runs
 
 MOST_COLOURED = 7
-THRESHOLDS = 101
+THRESHOLDS = 201
 WORST_SHOWN = -1.0
 _HEIGHT_IN = 3.4
 
@@ -63,7 +63,7 @@ def _draw(axes: Axes, frame: pd.DataFrame, looks: Mapping[str, Mapping[str, Any]
         if label in coloured:
             strata = own["stratum"].to_numpy(np.int64)
             band = interval(lambda values: performance_profile(values, thresholds), strata, scores)
-            axes.fill_between(thresholds, *(100 * bound for bound in band), color=look["color"], alpha=0.13, lw=0)
+            axes.fill_between(thresholds, *(100 * bound for bound in band), color=look["color"], alpha=0.1, lw=0)
     axes.axvline(0.0, color=palette.QUIET, lw=0.8, zorder=0)
     axes.set_xlim(thresholds[0], thresholds[-1])
     axes.set_ylim(-2, 102)
