@@ -18,14 +18,22 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
-from runs.reporting import chunked, claims, envelope, figures, page, palette, tables
+from runs.reporting import across, chunked, claims, envelope, figures, page, palette, profiles, scores, tables
+from runs.reporting.across import Across
 from runs.reporting.collate import Collation, ReportError, collate
 from runs.reporting.tables import Table
 
 MOST_PRINTED = 12
 PRINTED_WIDTH = 110
 FULL_WIDTH = 150
+MOST_SINGLE_LOADS = 9
 CAPTIONS = {
+    "profiles": (
+        "All scenarios: how many runs reach a score",
+        "Up and right is better: the height at tau is the share of runs, over all scenarios and seeds, whose score is "
+        "at least tau; where a line lies above another throughout, it is better in any aggregate. Bands are 95 % "
+        "stratified-bootstrap intervals. Dotted bounds see the future and are no controllers.",
+    ),
     "envelope": (
         "Real runs: TPOT against request rate",
         "Measured on the engine itself, not simulated. Above, where the lines of fixed c cross: candidates pay while "
@@ -60,11 +68,16 @@ CAPTIONS = {
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report holds, before it is written. `envelope` is of the real engines' runs."""
+    """Everything a report holds, before it is written.
+
+    `envelope` is of the real engines' runs; `across` is None where there are no scores over several scenarios.
+    """
 
     collation: Collation
     comparison: pd.DataFrame
     envelope: pd.DataFrame
+    across: Across | None
+    regrets: pd.DataFrame
     claims: dict[str, pd.DataFrame]
     sentences: list[str]
     notes: list[str]
@@ -86,14 +99,21 @@ def build(collation: Collation, baseline: str | None = None) -> Report:
         "budgets": claims.budget_claim(runs),
         "loads": claims.load_claim(runs),
     }
+    over_scenarios = across.across(runs)
     followed = envelope.envelope(runs[runs["real"]], claims.panel_budgets(frame))
     return Report(
         collation=collation,
         comparison=frame,
         envelope=followed,
+        across=over_scenarios,
+        regrets=scores.regrets(runs),
         claims=found,
         sentences=claims.sentences(found["windows_pooled"], found["budgets"], found["loads"]),
-        notes=[*(f"Left out: {reason}" for reason in collation.skipped), *unpaired],
+        notes=[
+            *(f"Left out: {reason}" for reason in collation.skipped),
+            *unpaired,
+            *(over_scenarios.notes if over_scenarios else ()),
+        ],
         claim_tables=[*([envelope.table(followed)] if len(followed) else []), *_claim_tables(found)],
         comparison_tables=tables.comparison_tables(frame, runs),
     )
@@ -103,12 +123,24 @@ def draw(report: Report) -> list[page.Picture]:
     """The figures of a report, as PNG."""
     budgets = claims.panel_budgets(report.comparison)
     jobs = {"envelope": lambda: envelope.draw(report.envelope)} if len(report.envelope) else {}
-    jobs |= {
-        "speculation": lambda: figures.speculation(report.collation.windows, budgets),
-        "chunked_prefill": lambda: chunked.chunked_prefill(report.comparison),
-        "overview": lambda: figures.overview(report.comparison),
-    }
+    over_scenarios = report.across
+    if over_scenarios is not None:
+        jobs["profiles"] = lambda: profiles.profiles(over_scenarios.scored.frame, over_scenarios.aggregates)
+    settings, windows = (_with_loads(frame) for frame in (report.comparison, report.collation.windows))
+    if len(settings):
+        jobs |= {
+            "speculation": lambda: figures.speculation(windows, budgets),
+            "chunked_prefill": lambda: chunked.chunked_prefill(settings),
+            "overview": lambda: figures.overview(settings),
+        }
     return [page.Picture(name, *CAPTIONS[name], palette.png(job())) for name, job in jobs.items()]
+
+
+def _with_loads(frame: pd.DataFrame) -> pd.DataFrame:
+    """What is drawn against load: of very many workloads only those that ran at several loads."""
+    loads = frame.groupby(["engine", "family"])["scenario"].transform("nunique")
+    families = len(frame.drop_duplicates(["engine", "family"]))
+    return frame[loads > 1] if families > MOST_SINGLE_LOADS else frame
 
 
 def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
@@ -118,7 +150,8 @@ def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
         facts=describe(runs),
         verdicts=report.sentences,
         pictures=pictures,
-        claims=report.claim_tables,
+        across=across.tables(report.across) if report.across is not None else [],
+        claims=[*report.claim_tables, *([across.regret_table(report.regrets)] if len(report.regrets) else [])],
         comparisons=report.comparison_tables,
         ran=[
             Table("Scenarios", tables.IDENTITY, tables.identity(runs)),
@@ -143,6 +176,10 @@ def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
         (out / f"{picture.name}.png").write_bytes(picture.png)
     runs.drop(columns="written").to_csv(out / "runs.csv", index=False)
     report.comparison.to_csv(out / "comparison.csv", index=False)
+    if report.across is not None:
+        report.across.aggregates.to_csv(out / "scores.csv", index=False)
+    if len(report.regrets):
+        report.regrets.to_csv(out / "regrets.csv", index=False)
     if len(report.envelope):
         report.envelope.to_csv(out / "envelope.csv", index=False)
     report.collation.windows.to_csv(out / "windows.csv", index=False)
