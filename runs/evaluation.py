@@ -206,8 +206,9 @@ class Evaluation(BaseModel):
             if len(grid.budget_choices) == 1:
                 token_budget = grid.budget_choices[0]
                 label += f" n={token_budget}"
+        sharing = (self.controller.speculation or self.engine.speculation).variant
         if isinstance(self.engine, EngineConfig) and self.controller.speculation is None:
-            label = f"{label} {self.engine.speculation.variant}".rstrip()
+            label = f"{label} {sharing}".rstrip()
         return {
             "engine": engine,
             "workload": workload.name,
@@ -216,6 +217,7 @@ class Evaluation(BaseModel):
             "controller": type(self.controller).__name__.lower(),
             "label": self.label or label,
             "peeks": self.controller.peeks,
+            "speculation": sharing or "chains",
             "candidates": candidates,
             "token_budget": token_budget,
             "seed": self.seed,

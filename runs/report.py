@@ -18,7 +18,19 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
-from runs.reporting import across, chunked, claims, envelope, figures, page, palette, profiles, scores, tables
+from runs.reporting import (
+    across,
+    allocation,
+    chunked,
+    claims,
+    envelope,
+    figures,
+    page,
+    palette,
+    profiles,
+    scores,
+    tables,
+)
 from runs.reporting.across import Across
 from runs.reporting.collate import Collation, ReportError, collate
 from runs.reporting.tables import Table
@@ -33,6 +45,12 @@ CAPTIONS = {
         "Up and right is better: the height at tau is the share of runs, over all scenarios and seeds, whose score is "
         "at least tau; where a line lies above another throughout, it is better in any aggregate. Bands are 95 % "
         "stratified-bootstrap intervals. Dotted bounds see the future and are no controllers.",
+    ),
+    "allocation": (
+        "Who gets the candidates: uniform, local and global allocation at equal budget",
+        "Above 1 in the upper row: more tokens per iteration than chains of c for every request; below 1 in the lower "
+        "row: a lower TPOT, drafting included. Drafting deeper costs every request of the batch a drafter step. Bands "
+        "are 95 % bootstrap intervals over seeds.",
     ),
     "envelope": (
         "Real runs: TPOT against request rate",
@@ -76,6 +94,7 @@ class Report:
     collation: Collation
     comparison: pd.DataFrame
     envelope: pd.DataFrame
+    allocation: pd.DataFrame
     across: Across | None
     regrets: pd.DataFrame
     claims: dict[str, pd.DataFrame]
@@ -101,10 +120,12 @@ def build(collation: Collation, baseline: str | None = None) -> Report:
     }
     over_scenarios = across.across(runs)
     followed = envelope.envelope(runs[runs["real"]], claims.panel_budgets(frame))
+    shared = allocation.allocations(runs)
     return Report(
         collation=collation,
         comparison=frame,
         envelope=followed,
+        allocation=shared,
         across=over_scenarios,
         regrets=scores.regrets(runs),
         claims=found,
@@ -114,7 +135,11 @@ def build(collation: Collation, baseline: str | None = None) -> Report:
             *unpaired,
             *(over_scenarios.notes if over_scenarios else ()),
         ],
-        claim_tables=[*([envelope.table(followed)] if len(followed) else []), *_claim_tables(found)],
+        claim_tables=[
+            *([envelope.table(followed)] if len(followed) else []),
+            *([allocation.table(shared)] if len(shared) else []),
+            *_claim_tables(found),
+        ],
         comparison_tables=tables.comparison_tables(frame, runs),
     )
 
@@ -123,6 +148,8 @@ def draw(report: Report) -> list[page.Picture]:
     """The figures of a report, as PNG."""
     budgets = claims.panel_budgets(report.comparison)
     jobs = {"envelope": lambda: envelope.draw(report.envelope)} if len(report.envelope) else {}
+    if len(report.allocation):
+        jobs["allocation"] = lambda: allocation.draw(report.allocation)
     over_scenarios = report.across
     if over_scenarios is not None:
         jobs["profiles"] = lambda: profiles.profiles(over_scenarios.scored.frame, over_scenarios.aggregates)
@@ -182,6 +209,8 @@ def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
         report.regrets.to_csv(out / "regrets.csv", index=False)
     if len(report.envelope):
         report.envelope.to_csv(out / "envelope.csv", index=False)
+    if len(report.allocation):
+        report.allocation.to_csv(out / "allocation.csv", index=False)
     report.collation.windows.to_csv(out / "windows.csv", index=False)
     counted = {name: json.loads(frame.to_json(orient="records")) for name, frame in report.claims.items()}
     content = {"rules": {"best_fixed": claims.BEST_FIXED_RULE, **claims.RULES}, "said": report.sentences, **counted}

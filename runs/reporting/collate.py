@@ -68,10 +68,10 @@ class Collation:
     """The runs of one report.
 
     `runs` has one row a run: what was run (`engine`, `family`, `scenario`, `label`, `controller`, `role`, `candidates`,
-    `token_budget`, `seed`, `workload_digest`, `config_digest`, `code`, targets, `request_rate_rps`, whether the engine
-    was `real`) and every number of its summary. `windows` has one row a run and time window: `window`, `start_s`,
-    `request_rate_rps`, `arrivals`, `measured` (finished requests with a TPOT), `tpot_s` (their mean),
-    `ttft_attainment`. `skipped` says which folders were left out, and why.
+    `token_budget`, `seed`, `workload_digest`, `config_digest`, `code`, `speculation`, targets, `request_rate_rps`,
+    whether the engine was `real`) and every number of its summary. `windows` has one row a run and time window:
+    `window`, `start_s`, `request_rate_rps`, `arrivals`, `measured` (finished requests with a TPOT), `tpot_s` (their
+    mean), `ttft_attainment`. `skipped` says which folders were left out, and why.
     """
 
     runs: pd.DataFrame
@@ -156,7 +156,9 @@ def collate(
         raise ReportError("\n".join([*broken, "No complete run is left to report."]))
     types = {"candidates": "Int64", "token_budget": "Int64", "seed": "int64"}
     # Plain objects: picking rows, which is most of a report's work, is slow in Arrow's strings.
-    types |= dict.fromkeys((*IDENTITY_TEXT, "family", "role", "config_digest", "code", "folder"), "object")
+    types |= dict.fromkeys(
+        (*IDENTITY_TEXT, "family", "role", "config_digest", "code", "speculation", "folder"), "object"
+    )
     runs = pd.DataFrame(rows).astype(types)
     runs = _without_duplicates(runs, latest)
     _check_equal_requests(runs)
@@ -255,6 +257,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
     if peeks:
         row["label"] += BOUND_SUFFIX
     row["code"] = str(run.get("code") or "")
+    row["speculation"] = str(run.get("speculation") or "")
     for key in METRICS:
         if key not in summary:
             raise ReportError(f"{path}: key '{key}' is missing")
