@@ -2,7 +2,8 @@
 
 Reads the files that `runs.evaluate` left and nothing else; writes `report.html` (one self-contained page), the figures
 as PNG, `runs.csv`, `comparison.csv`, `windows.csv` and `claims.json`, and prints the claims in brief (`--full`: all
-their tables and the main rows of every load).
+their tables and the main rows of every load). Runs of several scenarios are also scored (`scores.csv`), and where a
+bound was run there is the regret to it (`regrets.csv`).
 """
 
 import argparse

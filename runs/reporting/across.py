@@ -75,8 +75,8 @@ def with_intervals(frame: pd.DataFrame, *keys: str, places: int = 2, factor: flo
     """Adds `KEY_text`, a figure with its interval, for each key that has `KEY_low` and `KEY_high` beside it."""
     added = {
         f"{key}_text": [
-            interval_text(*(factor * value for value in values), places=places)
-            for values in zip(frame[key], frame[f"{key}_low"], frame[f"{key}_high"], strict=True)
+            interval_text(factor * value, factor * low, factor * high, places)
+            for value, low, high in zip(frame[key], frame[f"{key}_low"], frame[f"{key}_high"], strict=True)
         ]
         for key in keys
     }

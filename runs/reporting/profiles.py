@@ -62,8 +62,8 @@ def _draw(axes: Axes, frame: pd.DataFrame, looks: Mapping[str, Mapping[str, Any]
         axes.plot(thresholds, 100 * performance_profile(scores, thresholds), **look)
         if label in coloured:
             strata = own["stratum"].to_numpy(np.int64)
-            band = interval(lambda values: performance_profile(values, thresholds), strata, scores)
-            axes.fill_between(thresholds, *(100 * bound for bound in band), color=look["color"], alpha=0.1, lw=0)
+            lowest, highest = interval(lambda values: performance_profile(values, thresholds), strata, scores)
+            axes.fill_between(thresholds, 100 * lowest, 100 * highest, color=look["color"], alpha=0.1, lw=0)
     axes.axvline(0.0, color=palette.QUIET, lw=0.8, zorder=0)
     axes.set_xlim(thresholds[0], thresholds[-1])
     axes.set_ylim(-2, 102)

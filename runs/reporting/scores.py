@@ -15,7 +15,7 @@ from runs.reporting.statistics import ATTAINMENT_ENOUGH, ROUNDING, bootstrap_int
 ZERO = "fixed c=0 n=512"
 """The label of what scores 0: no speculation, and Sarathi-Serve's strict budget."""
 ONE = "oracle" + BOUND_SUFFIX
-BEST_SEEN = "the best of all runs on the same requests"
+BEST_SEEN = "the best of all runs"
 BOUNDS = {"oracle_grid": "oracle_grid" + BOUND_SUFFIX, "oracle": ONE}
 RIVAL = "analytic"
 LEAST_ROOM = 0.01
@@ -180,7 +180,7 @@ def regrets(runs: pd.DataFrame) -> pd.DataFrame:
                 paired = None
                 if label in by_label and setting.role != "bound":
                     paired = paired_difference(by_label[setting.label], by_label[label], "objective")
-                figures = (math.nan,) * 6
+                figures: tuple[float, ...] = (math.nan,) * 6
                 if paired is not None:
                     relative = (value - 1.0 for value in (paired.ratio, paired.ratio_low, paired.ratio_high))
                     figures = (paired.difference, paired.low, paired.high, *relative)
