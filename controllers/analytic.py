@@ -18,6 +18,7 @@ from controllers.compiled import KernelController
 from controllers.controller import Plant, configured
 from engine.compiled import kernel
 from engine.core.telemetry import (
+    ARRIVALS,
     DECODE_KV_TOKENS,
     FINISHED_REQUESTS,
     FINISHED_TOKENS,
@@ -49,7 +50,7 @@ class Settings(NamedTuple):
     guard: float
     longest_iteration: float
     prefill_price: float
-    batch_memory_s: float
+    arrival_memory_s: float
     drain_rate: float
     estimate: float
     look_ahead: float
@@ -59,15 +60,15 @@ class Memory(NamedTuple):
     """What the optimizer keeps between decisions, and its scratch space.
 
     acceptance: (2, C) counts · choices: (2, C + 2) tokens accepted by c chosen · tokens: (C + 1,) G by candidate count
-    · usual_batch: (1,) moving average of B over time · finished: (2,) fading sums of finished requests and their output
-    tokens · seconds, later: (nC, nN + 1) predicted T of the next iteration and of the one after · most_seconds:
-    (nN + 1,) longest T that keeps the deadlines, by budget.
+    · arriving: (1,) moving average of requests that arrive per second · finished: (2,) fading sums of finished requests
+    and their output tokens · seconds, later: (nC, nN + 1) predicted T of the next iteration and of the one after ·
+    most_seconds: (nN + 1,) longest T that keeps the deadlines, by budget.
     """
 
     acceptance: NDArray[np.float64]
     choices: NDArray[np.float64]
     tokens: NDArray[np.float64]
-    usual_batch: NDArray[np.float64]
+    arriving: NDArray[np.float64]
     finished: NDArray[np.float64]
     seconds: NDArray[np.float64]
     later: NDArray[np.float64]
@@ -163,11 +164,12 @@ def _cheapest_candidates(seconds, tokens, candidates, j, token_value):
 
 @kernel
 def _remember_load(observation, e, settings, memory):
-    """Update the usual batch and the mean output length of finished requests."""
+    """Update the request rate and the mean output length of finished requests."""
     load = observation.load
     elapsed = load[e, INTERVAL_S]
-    weight = 1.0 - math.exp(-elapsed / settings.batch_memory_s)
-    memory.usual_batch[0] += weight * (load[e, NUM_DECODES] - memory.usual_batch[0])
+    if elapsed > 0.0:
+        weight = 1.0 - math.exp(-elapsed / settings.arrival_memory_s)
+        memory.arriving[0] += weight * (load[e, ARRIVALS] / elapsed - memory.arriving[0])
     keep = math.exp(-elapsed / LENGTH_MEMORY_S)
     memory.finished[0] = memory.finished[0] * keep + load[e, FINISHED_REQUESTS]
     memory.finished[1] = memory.finished[1] * keep + load[e, FINISHED_TOKENS]
@@ -178,11 +180,12 @@ def _prefill_price(num_decodes, token_value, settings, memory):
     """Price of a prompt token relative to its cost in bulk: decodes that a prompt put off will meet, per decode now.
 
     Of the requests that decode now a share exp(-l guard / (output length x mu)) is still there when the slack is used
-    up; the others are replaced by the usual batch.
+    up; the others are replaced by the batch that the present rate of arrivals leads to.
     """
     length = (memory.finished[1] + PRIOR_OUTPUT_TOKENS) / (memory.finished[0] + 1.0)
     stay = math.exp(-settings.guard * settings.ttft_target / (length * token_value))
-    return settings.prefill_price * (stay + (1.0 - stay) * memory.usual_batch[0] / num_decodes)
+    coming = memory.arriving[0] * length * token_value
+    return settings.prefill_price * (stay + (1.0 - stay) * coming / num_decodes)
 
 
 @kernel
@@ -348,10 +351,11 @@ class Analytic(KernelController):
     **Price of prefill.** Among what is left, n minimises T - mu G - p tau n. With p = 0 this is the poster: as little
     prefill as the deadlines allow. But prompt tokens have to be computed some time, and what they cost is the time by
     which they delay every request that decodes. p says how many of those there will be later for one there is now:
-    p = s + (1 - s) B_usual / B, s = exp(-guard l / (mean output length x mu)) the share of today's batch that is still
-    decoding when the slack is used up. Where outputs are long or the load is steady p is near 1, and a prompt token is
+    p = s + (1 - s) B_coming / B, s = exp(-guard l / (mean output length x mu)) the share of today's batch that is still
+    decoding when the slack is used up, B_coming = (request rate) x (mean output length) x mu the batch that the present
+    arrivals lead to (Little's law). Where outputs are long or the load is steady p is near 1, and a prompt token is
     taken whenever it costs no more than in bulk, above all in the shadow of the weights that a decode batch reads
-    anyway; where the batch is about to empty, prompts wait for that; where it is unusually small, they go first. With
+    anyway; where the batch is about to empty, prompts wait for that; where it is about to grow, they go first. With
     nobody decoding, all that the deadlines allow is prefilled at once: it delays no one.
 
     **Overload.** A request that no budget can save constrains nothing, but it stands before others: first come, first
@@ -370,7 +374,7 @@ class Analytic(KernelController):
         guard: share of a request's slack that is planned with.
         longest_iteration: longest iteration, as a share of `ttft_target`.
         prefill_price: factor on p; 0 prefills as late as the deadlines allow.
-        batch_memory_s: time constant in s of B_usual.
+        arrival_memory_s: time constant in s of the request rate.
         drain_rate: share of the highest prefill rate kept while a request is past saving; 0 turns the rule off.
         estimate: what G(c) is learnt from. `depths`: how often candidates at each draft depth are accepted, over all
             requests. `requests`: the acceptance rates of the very requests that decode now. `choices`: what each c
@@ -386,7 +390,7 @@ class Analytic(KernelController):
     guard: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     longest_iteration: Annotated[float, Field(gt=0.0)] = 0.5
     prefill_price: Annotated[float, Field(ge=0.0)] = 1.0
-    batch_memory_s: Annotated[float, Field(gt=0.0)] = 2.0
+    arrival_memory_s: Annotated[float, Field(gt=0.0)] = 2.0
     drain_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
     estimate: Literal["depths", "requests", "choices"] = "depths"
     look_ahead: bool = False
@@ -400,7 +404,7 @@ class Analytic(KernelController):
             acceptance=acceptance,
             choices=new_choice_memory(acceptance.shape[1]),
             tokens=np.ones(acceptance.shape[1] + 1),
-            usual_batch=np.zeros(1),
+            arriving=np.zeros(1),
             finished=np.zeros(2),
             seconds=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
             later=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),

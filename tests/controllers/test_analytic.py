@@ -149,17 +149,28 @@ def test_a_preempted_request_has_no_deadline_but_stands_in_line() -> None:
 
 
 def test_a_prompt_token_that_costs_no_more_than_in_bulk_is_taken_when_the_load_is_steady() -> None:
-    # The usual batch is today's: p = 1, and 50 us a token is less than tau = 61.2 ms / 1,024.
-    steady = _observe([(4000, 5.0)], num_decodes=40, interval_s=1000.0)
+    # 20 requests/s of 200 tokens at 10 ms make a batch of 40: p = 1, and 50 us a token is less than 61.2 ms / 1,024.
+    steady = _observe([(4000, 5.0)], num_decodes=40, interval_s=1000.0, arrivals=20_000)
     assert _decide(steady) == (0, 1024)
     assert _decide(steady, prefill_price=0.0) == (0, 64)
+
+
+def test_prompts_go_first_when_more_requests_arrive_than_decode() -> None:
+    # As before with T a little above tau a token: not worth it for the batch of now, but for the one to come.
+    dear = _simple_times()
+    dear = Times(dear.fixed * 1.0, dear.per_decode, dear.per_kv_token)
+    dear.fixed[:, 2] += 0.004
+    for arrivals, budget in (20_000, 64), (80_000, 256):
+        seen = _observe([(250, 5.0)], num_decodes=40, interval_s=1000.0, arrivals=arrivals)
+        assert _decide(seen, dear)[1] == budget
 
 
 def test_prompts_wait_for_a_batch_that_is_unusually_large_and_empties_soon() -> None:
     controller = Analytic(guard=1.0)
     controller.reset(_simple_times().plant())
     # Hundreds of finished requests of one token: today's batch is gone long before the deadline.
-    controller.choose(_observe(num_decodes=4, interval_s=1000.0, finished=1e4, finished_tokens=1e4))
+    coming = {"interval_s": 1000.0, "arrivals": 4e5, "finished": 1e4, "finished_tokens": 1e4}
+    controller.choose(_observe(num_decodes=4, **coming))
     assert controller.choose(_observe([(4000, 5.0)], num_decodes=100)) == (0, 64)
     assert controller.choose(_observe([(4000, 5.0)], num_decodes=2))[1] == 1024
 
@@ -239,7 +250,7 @@ class Reference:
 
     times: Times
     settings: Analytic
-    batch: float = 0.0
+    rate: float = 0.0
     finished: float = 0.0
     finished_tokens: float = 0.0
     counts: NDArray[np.float64] = field(default_factory=lambda: np.zeros((2, DEPTH)))
@@ -299,7 +310,8 @@ class Reference:
         queue = observation["queue"].astype(np.float64)
         elapsed, decodes = load["interval_s"], load["num_decodes"]
         tokens = self._tokens(observation, elapsed)
-        self.batch += (1.0 - math.exp(-elapsed / s.batch_memory_s)) * (decodes - self.batch)
+        if elapsed > 0.0:
+            self.rate += (1.0 - math.exp(-elapsed / s.arrival_memory_s)) * (load["arrivals"] / elapsed - self.rate)
         fade = math.exp(-elapsed / LENGTH_MEMORY_S)
         self.finished = self.finished * fade + load["finished"]
         self.finished_tokens = self.finished_tokens * fade + load["finished_tokens"]
@@ -339,7 +351,7 @@ class Reference:
         elif decodes > 0:
             length = (self.finished_tokens + PRIOR_OUTPUT_TOKENS) / (self.finished + 1.0)
             stay = math.exp(-s.guard * s.ttft_target / (length * mu))
-            p = s.prefill_price * (stay + (1.0 - stay) * self.batch / decodes)
+            p = s.prefill_price * (stay + (1.0 - stay) * self.rate * length * mu / decodes)
             tau = self.times.at(0.0, 0.0)[0, -1] / NODES[-1]
             cost = cost - p * tau * effective
             if s.look_ahead:
@@ -417,6 +429,7 @@ def _observations(draw: st.DrawFn) -> Observed:
         free_kv_tokens=draw(st.sampled_from([1e6, 1e6, 1500, 64, 0])),
         free_seqs=draw(st.sampled_from([200, 200, 1, 0])),
         interval_s=draw(st.one_of(st.floats(0.0, 2.0, width=32), st.floats(0.0, 90.0, width=32))),
+        arrivals=draw(st.sampled_from([0, 1, 40])),
         finished=finished,
         finished_tokens=finished * draw(st.integers(1, 400)),
         ttft_target_s=draw(st.sampled_from([0.5, 1.0])),
@@ -522,7 +535,7 @@ def test_what_a_choice_gave_counts_where_depths_say_otherwise() -> None:
     "fields",
     [
         {"ttft_target": 0.0}, {"guard": 0.0}, {"guard": 1.1}, {"longest_iteration": 0.0}, {"prefill_price": -1.0},
-        {"estimate": "guess"}, {"batch_memory_s": 0.0}, {"drain_rate": 1.5}, {"drain_rate": "fast"}, {"gaurd": 0.8},
+        {"estimate": "guess"}, {"arrival_memory_s": 0.0}, {"drain_rate": 1.5}, {"drain_rate": "fast"}, {"gaurd": 0.8},
     ],
     ids=str,
 )  # fmt: skip
