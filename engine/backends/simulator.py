@@ -202,6 +202,7 @@ class Simulator:
             watermark_blocks=self.limits.watermark_blocks,
             max_num_seqs=self.limits.max_num_seqs,
             ttft_target=self._ttft_target,
+            prefill=self.limits.prefill,
         )
         self.run_lengths = np.zeros((engines, positions), dtype=np.uint8)
 
