@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engine.latency.model import LatencyModel
 
-
 Prefill = Literal["chunked", "whole", "first", "turns"]
 """How prompts are scheduled beside decodes; `engine.core.scheduler` says what each means."""
 

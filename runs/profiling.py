@@ -83,7 +83,7 @@ class Profile(BaseModel):
     speculation: SpeculationPrompts = SpeculationPrompts()
 
     @model_validator(mode="after")
-    def _mixes(self) -> "Profile":
+    def _mixes(self) -> Profile:
         if self.engine.prefill != "chunked":
             raise ValueError(
                 f"engine.prefill={self.engine.prefill}: iterations that mix prompts with decodes cannot be measured; "

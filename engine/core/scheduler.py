@@ -11,8 +11,8 @@ OSDI 2024, section 4), except that it counts prompt tokens only. An engine's `pr
 decodes; all but the first are the baselines of that paper:
 
 - chunked: decodes run in every iteration, prompts beside them, cut into chunks that fill n (its stall-free batching).
-- whole: as before, but no prompt is cut (Orca; its "hybrid-batching-only"). A prompt starts in an iteration when it fits
-  what is left of n there; the first one always may.
+- whole: as before, but no prompt is cut (Orca; its "hybrid-batching-only"). A prompt starts in an iteration when it
+  fits what is left of n there; the first one always may.
 - first: whole prompts alone while one can be admitted, decodes alone otherwise (vLLM before chunked prefill).
 - turns: chunks alone and decodes alone, in turns while there are both (its "chunked-prefills-only").
 """

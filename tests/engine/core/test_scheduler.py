@@ -165,7 +165,9 @@ def test_the_running_list_is_in_order_of_arrival_with_decodes_first(case: Case) 
 
 @settings(max_examples=100, deadline=None)
 @given(cases())
-def test_candidates_stay_within_c_and_the_output_limit_and_prompts_within_n_but_for_a_single_whole_one(case: Case) -> None:
+def test_candidates_stay_within_c_and_the_output_limit_and_prompts_within_n_unless_one_is_whole(
+    case: Case,
+) -> None:
     state = case.state()
     engine = state.engines[0]
     for moment, candidates, token_budget in iterate(state, case):
