@@ -18,8 +18,9 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
-from runs.reporting import chunked, claims, envelope, figures, page, palette, tables
+from runs.reporting import chunked, claims, envelope, figures, page, palette, published, tables
 from runs.reporting.collate import Collation, ReportError, collate
+from runs.reporting.published import Published
 from runs.reporting.tables import Table
 
 MOST_PRINTED = 12
@@ -66,6 +67,7 @@ class Report:
     comparison: pd.DataFrame
     envelope: pd.DataFrame
     claims: dict[str, pd.DataFrame]
+    published: Published
     sentences: list[str]
     notes: list[str]
     claim_tables: list[Table]
@@ -86,15 +88,21 @@ def build(collation: Collation, baseline: str | None = None) -> Report:
         "budgets": claims.budget_claim(runs),
         "loads": claims.load_claim(runs),
     }
+    others = published.find(runs)
     followed = envelope.envelope(runs[runs["real"]], claims.panel_budgets(frame))
     return Report(
         collation=collation,
         comparison=frame,
         envelope=followed,
         claims=found,
-        sentences=claims.sentences(found["windows_pooled"], found["budgets"], found["loads"]),
+        published=others,
+        sentences=[*others.sentences, *claims.sentences(found["windows_pooled"], found["budgets"], found["loads"])],
         notes=[*(f"Left out: {reason}" for reason in collation.skipped), *unpaired],
-        claim_tables=[*([envelope.table(followed)] if len(followed) else []), *_claim_tables(found)],
+        claim_tables=[
+            *others.tables,
+            *([envelope.table(followed)] if len(followed) else []),
+            *_claim_tables(found),
+        ],
         comparison_tables=tables.comparison_tables(frame, runs),
     )
 
@@ -102,13 +110,15 @@ def build(collation: Collation, baseline: str | None = None) -> Report:
 def draw(report: Report) -> list[page.Picture]:
     """The figures of a report, as PNG."""
     budgets = claims.panel_budgets(report.comparison)
-    jobs = {"envelope": lambda: envelope.draw(report.envelope)} if len(report.envelope) else {}
+    jobs = dict(report.published.figures)
+    jobs |= {"envelope": lambda: envelope.draw(report.envelope)} if len(report.envelope) else {}
     jobs |= {
         "speculation": lambda: figures.speculation(report.collation.windows, budgets),
         "chunked_prefill": lambda: chunked.chunked_prefill(report.comparison),
         "overview": lambda: figures.overview(report.comparison),
     }
-    return [page.Picture(name, *CAPTIONS[name], palette.png(job())) for name, job in jobs.items()]
+    captions = CAPTIONS | published.CAPTIONS
+    return [page.Picture(name, *captions[name], palette.png(job())) for name, job in jobs.items()]
 
 
 def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
@@ -146,6 +156,8 @@ def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
     if len(report.envelope):
         report.envelope.to_csv(out / "envelope.csv", index=False)
     report.collation.windows.to_csv(out / "windows.csv", index=False)
+    for name, frame in report.published.frames.items():
+        frame.to_csv(out / f"{name}.csv", index=False)
     counted = {name: json.loads(frame.to_json(orient="records")) for name, frame in report.claims.items()}
     content = {"rules": {"best_fixed": claims.BEST_FIXED_RULE, **claims.RULES}, "said": report.sentences, **counted}
     (out / "claims.json").write_text(json.dumps(content, indent=1) + "\n")
