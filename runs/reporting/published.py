@@ -6,6 +6,7 @@ Engines that differ only in how they prefill are compared with each other here, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -101,8 +102,9 @@ CAPTIONS = {
 def find(runs: pd.DataFrame) -> Published:
     """The claims that these runs are about; empty where there are none. `runs` as in `Collation.runs`."""
     found = Published([], [], {}, {})
-    schedulers, ablation = scheduler_values(runs), sarathi_ablation(runs)
+    ablation = sarathi_ablation(runs)
     if len(ablation):
+        schedulers = scheduler_values(runs)
         found.sentences.extend(_ablation_sentences(ablation))
         found.tables.extend(_ablation_tables(schedulers, ablation))
         found.frames.update(sarathi_values=schedulers, sarathi_claims=ablation)
@@ -149,7 +151,9 @@ def sarathi_ablation(runs: pd.DataFrame) -> pd.DataFrame:
 
     Only where whole prompts, chunks in turns, and chunks beside decodes of the same budget were run.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if not runs["engine"].str.contains(_PREFILL).any():
+        return pd.DataFrame(rows)
     for (engine, family, scenario), group in by_scheduler(runs).groupby(["engine", "family", "scenario"], sort=False):
         of = dict(list(group.groupby(["prefill", "budget"])))
         budgets = sorted({budget for prefill, budget in of if prefill == "turns"})
@@ -254,7 +258,7 @@ def _ablation_tables(values: pd.DataFrame, frame: pd.DataFrame) -> list[Table]:
     shown = values.assign(scheduler=values["prefill"].map(SCHEDULERS), budget=values["budget"].replace(0, pd.NA))
     for name in ("ttft", "tbt"):
         shown[name] = [
-            f"{1e3 * mean:,.0f}" + (f" [{1e3 * low:,.0f}, {1e3 * high:,.0f}]" if np.isfinite(low) else "")
+            f"{mean:.3f}" + (f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else "")
             for mean, low, high in zip(*(shown[f"{name}{part}_s"] for part in ("", "_low", "_high")), strict=True)
         ]
     wide = []
@@ -317,8 +321,8 @@ _VALUES = (
     *_PLACE,
     Column("scheduler", "scheduler", text, number=False),
     Column("budget", "budget", whole),
-    Column("ttft", "TTFT p50, ms", text, sort_key="ttft_s"),
-    Column("tbt", "TBT p99, ms", text, sort_key="tbt_s"),
+    Column("ttft", "TTFT p50, s", text, sort_key="ttft_s"),
+    Column("tbt", "TBT p99, s", text, sort_key="tbt_s"),
     Column("seeds", "seeds", whole),
 )
 _SPEEDUPS = (

@@ -31,7 +31,7 @@ def sarathi(frame: pd.DataFrame) -> Figure:
         budgets = sorted(budget for budget in frame["budget"].unique() if budget > 0)
         dashes = dict(zip(budgets, _DASHES, strict=False))
         handles += [
-            Line2D([], [], color=palette.QUIET, lw=1.4, ls=dash, label=f"budget {budget:,}")
+            Line2D([], [], color=palette.ENVELOPE, lw=1.2, ls=dash, label=f"budget {budget:,}")
             for budget, dash in dashes.items()
         ]
         figure, panels = palette.panels(frame, _PANEL_IN, palette.Head(handles), beside_in=0.1, parts=(1, 1))
@@ -39,10 +39,10 @@ def sarathi(frame: pd.DataFrame) -> Figure:
             for axes, name in ((upper, "ttft"), (lower, "tbt")):
                 for (prefill, budget), line in group.groupby(["prefill", "budget"], sort=False):
                     _line(axes, line, f"{name}_s", SCHEDULERS[prefill][1], dashes.get(budget, "-"))
-                palette.scale_axis(axes, 1e3 * group[[f"{name}_low_s", f"{name}_high_s", f"{name}_s"]], "y", ratio=4)
+                palette.scale_axis(axes, group[[f"{name}_low_s", f"{name}_high_s", f"{name}_s"]], "y", ratio=4)
             lower.set_xlabel("requests/s")
-            upper.set_ylabel("TTFT p50, ms" if leftmost else "")
-            lower.set_ylabel("TBT p99, ms" if leftmost else "")
+            upper.set_ylabel("TTFT p50, s" if leftmost else "")
+            lower.set_ylabel("TBT p99, s" if leftmost else "")
         return figure
 
 
@@ -81,6 +81,6 @@ def smartspec(frame: pd.DataFrame) -> Figure:
 
 def _line(axes: Axes, line: pd.DataFrame, key: str, colour: str, dash: str) -> None:
     rates = line["request_rate_rps"]
-    axes.plot(rates, 1e3 * line[key], color=colour, ls=dash, lw=1.7, marker="o", ms=4, zorder=3)
+    axes.plot(rates, line[key], color=colour, ls=dash, lw=1.7, marker="o", ms=4, zorder=3)
     stem = key.removesuffix("_s")
-    axes.vlines(rates, 1e3 * line[f"{stem}_low_s"], 1e3 * line[f"{stem}_high_s"], color=colour, lw=1.1, zorder=2)
+    axes.vlines(rates, line[f"{stem}_low_s"], line[f"{stem}_high_s"], color=colour, lw=1.1, zorder=2)
