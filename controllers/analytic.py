@@ -1,13 +1,19 @@
 """The analytic optimizer made fit for service: guarded deadlines, a price for prefill, and a plan for overload."""
 
 import math
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from controllers.acceptance import learn_acceptance, new_memory
+from controllers.acceptance import (
+    learn_acceptance,
+    learn_by_choice,
+    new_choice_memory,
+    new_memory,
+    tokens_of_requests,
+)
 from controllers.admission import admissible_tokens
 from controllers.compiled import KernelController
 from controllers.controller import Plant, configured
@@ -17,6 +23,9 @@ from engine.core.telemetry import (
     FINISHED_REQUESTS,
     FINISHED_TOKENS,
     INTERVAL_S,
+    ITERATIONS,
+    LAST_CANDIDATES,
+    LAST_NUM_DECODES,
     NO_DEADLINE_S,
     NUM_DECODES,
     TTFT_TARGET_S,
@@ -24,6 +33,7 @@ from engine.core.telemetry import (
 from engine.latency.lookup import LookupGrid, lookup_slice
 
 UNBOUNDED_S = 1e9
+ESTIMATES = ("depths", "requests", "choices")
 LENGTH_MEMORY_S = 60.0
 """Time constant in s of the mean output length of finished requests."""
 PRIOR_OUTPUT_TOKENS = 200.0
@@ -39,21 +49,26 @@ class Settings(NamedTuple):
     prefill_price: float
     batch_memory_s: float
     drain_rate: float
+    estimate: float
+    look_ahead: float
 
 
 class Memory(NamedTuple):
     """What the optimizer keeps between decisions, and its scratch space.
 
-    acceptance: (2, C) counts · tokens: (C + 1,) G by candidate count · usual_batch: (1,) moving average of B over time
-    · finished: (2,) fading sums of finished requests and their output tokens · seconds: (nC, nN + 1) predicted T ·
-    most_seconds: (nN + 1,) longest T that keeps the deadlines, by budget.
+    acceptance: (2, C) counts · choices: (2, C + 2) tokens accepted by c chosen · tokens: (C + 1,) G by candidate count
+    · usual_batch: (1,) moving average of B over time · finished: (2,) fading sums of finished requests and their output
+    tokens · seconds, later: (nC, nN + 1) predicted T of the next iteration and of the one after · most_seconds:
+    (nN + 1,) longest T that keeps the deadlines, by budget.
     """
 
     acceptance: NDArray[np.float64]
+    choices: NDArray[np.float64]
     tokens: NDArray[np.float64]
     usual_batch: NDArray[np.float64]
     finished: NDArray[np.float64]
     seconds: NDArray[np.float64]
+    later: NDArray[np.float64]
     most_seconds: NDArray[np.float64]
 
 
@@ -98,6 +113,15 @@ def _limit_by_deadlines(queue, extra_slack, work, grid, last, settings, memory):
             iterations = math.ceil(cumulative / min(float(grid.prefill_tokens[j]), work))
             most_seconds[j] = min(most_seconds[j], settings.guard * slack / iterations)
     return lost
+
+
+@kernel
+def _shorten(seconds, prefill_tokens, j, work):
+    """Make column j of `seconds` what `work` prompt tokens take, fewer than its budget and more than the one before."""
+    low = prefill_tokens[j - 1]
+    share = (work - low) / (prefill_tokens[j] - low)
+    for c in range(seconds.shape[0]):
+        seconds[c, j] = seconds[c, j - 1] + share * (seconds[c, j] - seconds[c, j - 1])
 
 
 @kernel
@@ -149,7 +173,39 @@ def _least_prefill_rate(work, last, longest, token_value, grid, settings, memory
 
 
 @kernel
-def _choose_budget(num_decodes, work, last, lost, token_value, grid, settings, memory):
+def _cost_after(num_decodes, kv_tokens, queue, work, prefilled, emitted, price, token_value, grid, memory):
+    """Least cost of the iteration after one that prefilled so many prompt tokens, in s per request that decodes now.
+
+    Prompts that were completed decode then; nobody finishes. Each decode costs what the iteration takes beyond what its
+    tokens are worth, less the price of the prompt tokens it prefills.
+    """
+    decodes = num_decodes
+    kv_tokens += num_decodes * emitted
+    left = prefilled
+    for row in range(queue.shape[0] - 1):
+        prompt = queue[row, 0]
+        if prompt <= 0.0 or prompt > left:
+            break
+        left -= prompt
+        decodes += 1.0
+        kv_tokens += prompt
+    lookup_slice(grid, decodes, kv_tokens, memory.later)
+    remaining = work - prefilled
+    best = UNBOUNDED_S
+    for j in range(grid.prefill_tokens.shape[0]):
+        if grid.prefill_tokens[j] > remaining:
+            _shorten(memory.later, grid.prefill_tokens, j, remaining)
+        prompt_tokens = min(float(grid.prefill_tokens[j]), remaining)
+        c = _cheapest_candidates(memory.later, memory.tokens, grid.candidates, j, token_value)
+        cost = memory.later[c, j] - token_value * memory.tokens[grid.candidates[c]] - price * prompt_tokens
+        best = min(best, cost)
+        if prompt_tokens >= remaining:
+            break
+    return best * decodes / num_decodes
+
+
+@kernel
+def _choose_budget(num_decodes, kv_tokens, queue, work, last, lost, token_value, grid, settings, memory):
     """Indices of (c, n) among budgets 1..last; the rules are in `Analytic`'s docstring."""
     seconds = memory.seconds
     widest = grid.prefill_tokens.shape[0] - 1
@@ -179,7 +235,12 @@ def _choose_budget(num_decodes, work, last, lost, token_value, grid, settings, m
             continue
         cost = -prompt_tokens
         if num_decodes > 0.0:
-            cost = spent - token_value * memory.tokens[grid.candidates[c]] - price * prompt_tokens
+            emitted = memory.tokens[grid.candidates[c]]
+            cost = spent - token_value * emitted - price * prompt_tokens
+            if settings.look_ahead == 1.0 and not lost:
+                cost += _cost_after(
+                    num_decodes, kv_tokens, queue, work, prompt_tokens, emitted, price, token_value, grid, memory
+                )
         if cost < best:
             best = cost
             c_best, j_best = c, j
@@ -206,6 +267,16 @@ def _choose(observation, e, grid, settings, memory):
     learn_acceptance(
         memory.acceptance, observation.drafted[e], observation.accepted[e], load[e, INTERVAL_S], memory.tokens
     )
+    if settings.estimate == 1.0:
+        tokens_of_requests(observation.rates[e], memory.tokens)
+    elif settings.estimate == 2.0:
+        accepted = 0.0
+        for depth in range(observation.accepted.shape[1]):
+            accepted += observation.accepted[e, depth]
+        decodes = load[e, LAST_NUM_DECODES] * load[e, ITERATIONS]
+        learn_by_choice(
+            memory.choices, int(load[e, LAST_CANDIDATES]), decodes, accepted, load[e, INTERVAL_S], memory.tokens
+        )
     seconds = memory.seconds
     lookup_slice(grid, num_decodes, load[e, DECODE_KV_TOKENS], seconds)
     token_value = UNBOUNDED_S
@@ -225,13 +296,12 @@ def _choose(observation, e, grid, settings, memory):
     while last > 1 and grid.prefill_tokens[last - 1] >= work:
         last -= 1
     if work < grid.prefill_tokens[last]:
-        low = grid.prefill_tokens[last - 1]
-        share = (work - low) / (grid.prefill_tokens[last] - low)
-        for c in range(grid.candidates.shape[0]):
-            seconds[c, last] = seconds[c, last - 1] + share * (seconds[c, last] - seconds[c, last - 1])
+        _shorten(seconds, grid.prefill_tokens, last, work)
     extra_slack = settings.ttft_target - load[e, TTFT_TARGET_S]
     lost = _limit_by_deadlines(observation.queue[e], extra_slack, work, grid, last, settings, memory)
-    return _choose_budget(num_decodes, work, last, lost, token_value, grid, settings, memory)
+    kv_tokens = load[e, DECODE_KV_TOKENS]
+    prompts = observation.queue[e]
+    return _choose_budget(num_decodes, kv_tokens, prompts, work, last, lost, token_value, grid, settings, memory)
 
 
 @configured
@@ -278,6 +348,11 @@ class Analytic(KernelController):
         prefill_price: factor on p; 0 prefills as late as the deadlines allow.
         batch_memory_s: time constant in s of B_usual.
         drain_rate: share of the highest prefill rate kept while a request is past saving; 0 turns the rule off.
+        estimate: what G(c) is learnt from. `depths`: how often candidates at each draft depth are accepted, over all
+            requests. `requests`: the acceptance rates of the very requests that decode now. `choices`: what each c
+            that was chosen gave, which also holds where candidates are shared out globally or form trees.
+        look_ahead: add the cost of the best iteration after next to each choice of n, at the batch and the queue that
+            the choice leaves.
     """
 
     decision_s = 20e-6
@@ -289,6 +364,8 @@ class Analytic(KernelController):
     prefill_price: Annotated[float, Field(ge=0.0)] = 1.0
     batch_memory_s: Annotated[float, Field(gt=0.0)] = 2.0
     drain_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
+    estimate: Literal["depths", "requests", "choices"] = "depths"
+    look_ahead: bool = False
 
     def reset(self, plant: Plant) -> None:
         """Forget the measured acceptance and begin on `plant`."""
@@ -297,13 +374,16 @@ class Analytic(KernelController):
         acceptance = new_memory(int(grid.candidates.max()))
         memory = Memory(
             acceptance=acceptance,
+            choices=new_choice_memory(acceptance.shape[1]),
             tokens=np.ones(acceptance.shape[1] + 1),
             usual_batch=np.zeros(1),
             finished=np.zeros(2),
             seconds=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
+            later=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
             most_seconds=np.zeros(len(grid.prefill_tokens)),
         )
-        settings = Settings(**{name: float(getattr(self, name)) for name in Settings._fields})
+        plain = {name: float(getattr(self, name)) for name in Settings._fields if name != "estimate"}
+        settings = Settings(estimate=float(ESTIMATES.index(self.estimate)), **plain)
         self._rules = Rules(grid, settings, memory)
 
     @property

@@ -18,12 +18,12 @@ Decide = Callable[..., tuple[int, int]]
 """A kernel `decide(observation, e, rules) -> (c, n)` in tokens; `rules` is a tuple that holds settings and memory."""
 
 
-def _governed(state, tables, run_lengths, observation, rules, decision_s, max_iterations, log):
+def _governed(state, tables, draws, observation, rules, decision_s, max_iterations, log):
     recording = len(log) > 0
     for row in range(max_iterations):
         observe(state, 0, observation)
         candidates, token_budget = decide(observation, 0, rules)  # type: ignore[name-defined]  # noqa: F821
-        more = run_iteration(state, 0, tables, run_lengths, candidates, token_budget, decision_s)
+        more = run_iteration(state, 0, tables, draws, candidates, token_budget, decision_s)
         if recording:
             log_iteration(state, 0, log, row)
         if not more:
@@ -74,7 +74,7 @@ class KernelController(CompiledController):
             more: tuple[int, bool] = run(
                 simulator.state,
                 simulator.latency.tables,
-                simulator.run_lengths,
+                simulator.draws,
                 observation,
                 self.rules,
                 decision_s,

@@ -15,6 +15,7 @@ from engine.backends.simulator import CompiledLoop, Simulator
 from engine.core.action import ActionGrid
 from engine.core.telemetry import Observation
 from engine.latency.lookup import LookupTable
+from engine.speculation.allocation import Speculation
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Controller(ABC):
     """Whether it sees what no controller can see; reports label such a one as a bound."""
 
     _plant: Plant | None = None
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """How the engine must share candidates out under this controller; None: as the engine is configured."""
+        return None
 
     def reset(self, plant: Plant) -> None:
         """Forget everything and begin a run on `plant`."""
@@ -92,6 +98,7 @@ def batched(observation: Mapping[str, NDArray[np.float32]]) -> Observation:
         queue=observation["queue"][None],
         drafted=observation["drafted"][None],
         accepted=observation["accepted"][None],
+        rates=observation["rates"][None],
     )
 
 

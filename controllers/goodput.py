@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from controllers.acceptance import PRIOR_COUNT
+from controllers.acceptance import PRIOR_COUNT, expected_tokens, tokens_by_marginal_gain
 from controllers.admission import admissible_tokens
 from controllers.compiled import KernelController
 from controllers.controller import Plant, configured
@@ -21,7 +21,9 @@ from engine.core.telemetry import (
     LAST_NUM_DECODES,
     LAST_PREFILL_TOKENS,
     NUM_DECODES,
+    RATE_BANDS,
 )
+from engine.speculation.allocation import Speculation
 
 FEATURES = 4
 PRIOR_VARIANCE = 1.0
@@ -30,9 +32,9 @@ PRIOR_VARIANCE = 1.0
 
 class Rules(NamedTuple):
     """candidates: (K,) choices of c · acceptance: (1,) a · verified: (2,) fading counts of candidates verified and of
-    those accepted · weights: (4,) T per scaled feature · covariance: (4, 4) ·
-    features, gain: (4,) scratch · scale: (4,) what features are divided by · current: (2,) index of c, iterations until
-    the next choice · the rest as in `Goodput`.
+    those accepted · weights: (4,) T per scaled feature · covariance: (4, 4) · features, gain: (4,) scratch · tokens:
+    (C + 1,) l by k · scratch: (2, bands) · scale: (4,) what features are divided by · current: (2,) index of c,
+    iterations until the next choice · the rest as in `Goodput`.
     """
 
     candidates: NDArray[np.int64]
@@ -44,6 +46,8 @@ class Rules(NamedTuple):
     gain: NDArray[np.float64]
     scale: NDArray[np.float64]
     current: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    scratch: NDArray[np.float64]
     token_budget: int
     initial_acceptance: float
     weight: float
@@ -51,14 +55,7 @@ class Rules(NamedTuple):
     every: int
     stop_at_decrease: bool
     zero_bonus: float
-
-
-@kernel
-def expected_tokens(acceptance, candidates):
-    """l(a, k) = (1 - a^(k + 1)) / (1 - a), tokens a request emits with k candidates of acceptance a (equation 5)."""
-    if acceptance >= 1.0:
-        return candidates + 1.0
-    return (1.0 - acceptance ** (candidates + 1)) / (1.0 - acceptance)
+    per_request: bool
 
 
 @kernel
@@ -125,6 +122,10 @@ def _choose(observation, e, rules):
     load = observation.load
     num_decodes = load[e, NUM_DECODES]
     prefill = min(admissible_tokens(observation, e), rules.token_budget)
+    for k in range(rules.tokens.shape[0]):
+        rules.tokens[k] = expected_tokens(rules.acceptance[0], k)
+    if rules.per_request:
+        tokens_by_marginal_gain(observation.rates[e], rules.tokens, rules.scratch)
     best = -1.0
     chosen = 0
     for i in range(rules.candidates.shape[0]):
@@ -133,7 +134,7 @@ def _choose(observation, e, rules):
         seconds = 0.0
         for j in range(FEATURES):
             seconds += rules.weights[j] * rules.features[j]
-        goodput = num_decodes * expected_tokens(rules.acceptance[0], k) / max(seconds, 1e-6)
+        goodput = num_decodes * rules.tokens[k] / max(seconds, 1e-6)
         if k == 0:
             goodput *= rules.zero_bonus
         if goodput > best:
@@ -180,6 +181,8 @@ class Goodput(KernelController):
         every: iterations between two choices of k.
         stop_at_decrease: do not look past the first k that is worse than the one before.
         zero_bonus: factor on the goodput of k = 0.
+        per_request: choose k x B candidates and let the engine give them to the requests that gain the most, the j-th
+            of request i a_i^j; a_i is then measured request by request.
     """
 
     decision_s = 10e-6
@@ -192,6 +195,12 @@ class Goodput(KernelController):
     every: Annotated[int, Field(ge=1)] = 1
     stop_at_decrease: bool = False
     zero_bonus: Annotated[float, Field(ge=1.0)] = 1.0
+    per_request: bool = False
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """Candidates by marginal gain, of each request's own acceptance rate, when lengths are per request."""
+        return Speculation("global", score="acceptance") if self.per_request else None
 
     def reset(self, plant: Plant) -> None:
         """Fit the coefficients to the plant's predictions and forget the acceptance."""
@@ -215,6 +224,8 @@ class Goodput(KernelController):
             gain=np.zeros(FEATURES),
             scale=scale,
             current=np.zeros(2),
+            tokens=np.ones(int(plant.grid.candidates.max()) + 1),
+            scratch=np.zeros((2, RATE_BANDS)),
             token_budget=self.token_budget,
             initial_acceptance=self.initial_acceptance,
             weight=self.weight,
@@ -222,6 +233,7 @@ class Goodput(KernelController):
             every=self.every,
             stop_at_decrease=self.stop_at_decrease,
             zero_bonus=self.zero_bonus,
+            per_request=self.per_request,
         )
 
     @property
@@ -231,4 +243,4 @@ class Goodput(KernelController):
 
     def label(self) -> str:
         """For example `goodput n=512`."""
-        return f"goodput n={self.token_budget}"
+        return f"goodput{' per request' if self.per_request else ''} n={self.token_budget}"

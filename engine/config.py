@@ -1,12 +1,14 @@
 """What a serving engine is configured with, validated."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from engine.core.state import MAX_CANDIDATES
 from engine.latency.model import LatencyModel
+from engine.speculation.allocation import CHAINS, Allocation, Score, Speculation
 
 Prefill = Literal["chunked", "whole", "first", "turns"]
 """How prompts are scheduled beside decodes; `engine.core.scheduler` says what each means."""
@@ -41,6 +43,8 @@ class EngineConfig(BaseModel):
             Controllers that predict iteration times predict those of `chunked`.
         measured: the iterations that `runs.profile` measured of a real engine, a `.parquet`; controllers then predict
             from these, as they would on that engine, and not from samples of the latency table.
+        allocation, branching, draft_depth, score, cost_aware, tpot_target: how an action's candidates are shared out
+            (`Speculation`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,6 +59,26 @@ class EngineConfig(BaseModel):
     num_kv_blocks: Annotated[int, Field(ge=0)] = 0
     prefill: Prefill = "chunked"
     measured: Path | None = None
+    allocation: Allocation = CHAINS.allocation
+    branching: Annotated[int, Field(ge=1, le=32)] = CHAINS.branching
+    draft_depth: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] | None = CHAINS.draft_depth
+    score: Score = CHAINS.score
+    cost_aware: bool = CHAINS.cost_aware
+    tpot_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = CHAINS.tpot_target
+
+    @model_validator(mode="after")
+    def _speculates(self) -> Self:
+        self.speculation  # noqa: B018 - refuses what does not go together
+        return self
+
+    @property
+    def speculation(self) -> Speculation:
+        """How the candidates of an action are shared out."""
+        return Speculation(**{field.name: getattr(self, field.name) for field in fields(Speculation)})
+
+    def governed_by(self, speculation: Speculation | None) -> Self:
+        """The same engine sharing candidates as a controller asks for; None: as it is configured."""
+        return self if speculation is None else self.model_copy(update=asdict(speculation))
 
     @property
     def variant(self) -> str:

@@ -36,9 +36,7 @@ def default_workload() -> WorkloadSource:
 
 
 @kernel
-def _step_all(
-    state, tables, run_lengths, candidates, budgets, decision_s, decide_every, prices, observation, costs, drained
-):
+def _step_all(state, tables, draws, candidates, budgets, decision_s, decide_every, prices, observation, costs, drained):
     """One decision in every engine: up to `decide_every` iterations, what they cost, then the telemetry."""
     for e in range(candidates.shape[0]):
         engine = state.engines[e]
@@ -48,7 +46,7 @@ def _step_all(
         more = True
         for iteration in range(decide_every):
             charge = decision_s if iteration == 0 else 0.0
-            more = run_iteration(state, e, tables, run_lengths, candidates[e], budgets[e], charge)
+            more = run_iteration(state, e, tables, draws, candidates[e], budgets[e], charge)
             if not more:
                 break
         costs[e, 0] = (engine.tpot_cost - tpot_cost) * prices[0]
@@ -213,7 +211,7 @@ class ServingBatch:
         _step_all(
             simulator.state,
             simulator.latency.tables,
-            simulator.run_lengths,
+            simulator.draws,
             self.grid.candidates[actions[:, 0]],
             self.grid.budgets[actions[:, 1]],
             self.decision_s,

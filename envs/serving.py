@@ -70,6 +70,7 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
     | | [M, :] | the waiting requests after the first M: sum of tokens, smallest slack | | |
     | drafted | d | new candidates at depth d + 1 verified after all before them were accepted | tokens | 1e6 |
     | accepted | d | of these, accepted | tokens | 1e6 |
+    | rates | b | decoding requests whose own acceptance rate so far is from b / 8 to (b + 1) / 8 | requests | 1e6 |
 
     ## Reward
 

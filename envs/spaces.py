@@ -4,7 +4,7 @@ import numpy as np
 from gymnasium import spaces
 
 from engine.core.action import ActionGrid
-from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S
+from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S, RATE_BANDS
 
 MOST_REQUESTS = 1e6
 MOST_TOKENS = 1e9
@@ -52,6 +52,7 @@ def observation_space(queue_rows: int, max_candidates: int) -> spaces.Dict:
             "queue": spaces.Box(queue_low, queue_high, dtype=np.float32),
             "drafted": spaces.Box(0.0, MOST_REQUESTS, shape=(depth,), dtype=np.float32),
             "accepted": spaces.Box(0.0, MOST_REQUESTS, shape=(depth,), dtype=np.float32),
+            "rates": spaces.Box(0.0, MOST_REQUESTS, shape=(RATE_BANDS,), dtype=np.float32),
         }
     )
 

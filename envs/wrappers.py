@@ -69,7 +69,7 @@ class FlatObservation(gymnasium.ObservationWrapper[NDArray[np.float32], Any, Any
         self._target = LOAD_FIELDS.index("ttft_target_s")
 
     def observation(self, observation: Any) -> NDArray[np.float32]:
-        """The flat vector: load, queue tokens, queue slack, drafted counts, shares accepted."""
+        """The flat vector: load, queue tokens, queue slack, drafted counts, shares accepted, rates."""
         load = observation["load"]
         tokens, slack = observation["queue"][:, 0], observation["queue"][:, 1]
         squashed = np.where(slack >= NO_DEADLINE_S, 1.0, np.tanh(slack / load[self._target]))
@@ -80,5 +80,6 @@ class FlatObservation(gymnasium.ObservationWrapper[NDArray[np.float32], Any, Any
             squashed,
             np.log1p(observation["drafted"]),
             share,
+            np.log1p(observation["rates"]),
         ]
         return np.concatenate(parts).astype(np.float32)

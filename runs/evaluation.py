@@ -129,6 +129,7 @@ class Evaluation(BaseModel):
 
     def _run_simulated(self, config: EngineConfig, on_progress: Progress | None) -> "Result":
         workload = self._draw()
+        config = config.governed_by(self.controller.speculation)
         simulator = Simulator(
             config, [workload], latency=load_latency(config.latency), ttft_target=self.slo.ttft_target
         )
@@ -141,6 +142,7 @@ class Evaluation(BaseModel):
 
     def _run_live(self, config: TorchEngineConfig, on_progress: Progress | None) -> "Result":
         predicted = self._profile(config)
+        config = config.governed_by(self.controller.speculation)
         tokenizer = config.tokenizer()
         prompts = self._prompts(tokenizer, config.limits)
         engine = config.build(ttft_target=self.slo.ttft_target)
@@ -198,6 +200,8 @@ class Evaluation(BaseModel):
             if len(grid.budget_choices) == 1:
                 token_budget = grid.budget_choices[0]
                 label += f" n={token_budget}"
+        if isinstance(self.engine, EngineConfig) and self.controller.speculation is None:
+            label = f"{label} {self.engine.speculation.variant}".rstrip()
         return {
             "engine": engine,
             "workload": workload.name,

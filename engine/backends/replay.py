@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from engine.config import EngineLimits
 from engine.core import state as core
-from engine.core.live import append, cancel, redistribute, stop_after
+from engine.core.live import append, cancel, stop_after
+from engine.core.redistribute import redistribute
 from engine.core.scheduler import advance_clock, commit, plan, release
 from engine.core.state import State
 

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.backends.drafting import CHAINS, accept_chains, accept_shared, grown, new_draws, share_candidates
+from engine.backends.timing import batch_time, reading_time
 from engine.compiled import kernel
 from engine.config import EngineConfig
 from engine.core import state as core
 from engine.core.scheduler import advance_clock, commit, has_work, plan, release
 from engine.core.telemetry import Observation, allocate_observation, observe
-from engine.latency.model import LatencyModel, iteration_time, prefill_attention_time, unread_time
+from engine.latency.model import LatencyModel
 from engine.workload.workload import Workload
 
 ITERATION = np.dtype(
@@ -55,61 +57,7 @@ def settle(state, e):
 
 
 @kernel
-def batch_time(state, e, tables):
-    """Seconds the planned batch of engine `e` takes under the latency tables."""
-    engine = state.engines[e]
-    attention = 0.0
-    for i in range(engine.num_decodes, engine.num_decodes + engine.num_prefills):
-        computed = state.requests[e, state.batch_request[e, i]].computed
-        attention += prefill_attention_time(tables, state.batch_tokens[e, i], computed)
-    kv_tokens = engine.decode_kv_tokens
-    if tables.padding > 0.0:
-        longest = 0
-        for i in range(engine.num_decodes):
-            longest = max(longest, state.requests[e, state.batch_request[e, i]].computed)
-        kv_tokens += tables.padding * (engine.num_decodes * longest - kv_tokens)
-    return iteration_time(
-        tables,
-        engine.num_decodes,
-        engine.decode_tokens,
-        engine.candidate_steps,
-        kv_tokens,
-        engine.num_prefills,
-        engine.prefill_tokens,
-        attention,
-        engine.decode_tokens + engine.prompts_completed,
-    )
-
-
-@kernel
-def reading_time(state, e, tables):
-    """Seconds that the drafter takes in the planned iteration to read what was cached since it last drafted.
-
-    Which requests these tokens belong to is not kept: they are at most what the decoding requests hold.
-    """
-    engine = state.engines[e]
-    seconds = 0.0
-    if engine.candidate_steps > 0 and engine.num_decodes > 0:
-        seconds = unread_time(tables, min(engine.unread_tokens, engine.decode_kv_tokens))
-        engine.unread_tokens = 0
-    else:
-        engine.unread_tokens += engine.num_decodes
-    engine.unread_tokens += engine.prefill_tokens
-    return seconds
-
-
-@kernel
-def accept_candidates(state, e, run_lengths):
-    """Greedy chain acceptance: min(c_i, run of agreements that starts at the request's next output position)."""
-    engine = state.engines[e]
-    for i in range(engine.num_decodes):
-        request = state.requests[e, state.batch_request[e, i]]
-        run = run_lengths[e, request.first_position + request.generated]
-        state.accepted[e, i] = min(state.batch_tokens[e, i] - 1, run)
-
-
-@kernel
-def run_iteration(state, e, tables, run_lengths, candidates, token_budget, decision_s):
+def run_iteration(state, e, tables, draws, candidates, token_budget, decision_s):
     """Decide, plan, run and commit one iteration of an engine that has work, then settle.
 
     `decision_s` is charged to the clock first, and requests that arrive meanwhile can join the batch. Returns False
@@ -119,7 +67,11 @@ def run_iteration(state, e, tables, run_lengths, candidates, token_budget, decis
         advance_clock(state, e, state.engines[e].now + decision_s)
         release(state, e)
     plan(state, e, candidates, token_budget)
-    accept_candidates(state, e, run_lengths)
+    if draws.kind == CHAINS:
+        accept_chains(state, e, draws)
+    else:
+        share_candidates(state, e, draws, tables)
+        accept_shared(state, e, draws)
     commit(state, e, batch_time(state, e, tables) + reading_time(state, e, tables))
     return settle(state, e)
 
@@ -143,14 +95,14 @@ def log_iteration(state, e, log, row):
 
 
 @kernel
-def run_constant(state, tables, run_lengths, candidates, token_budget, decision_s, max_iterations, log):
+def run_constant(state, tables, draws, candidates, token_budget, decision_s, max_iterations, log):
     """Run engine 0 with one action for at most `max_iterations`; returns (iterations run, whether any work is left).
 
     An empty `log` records nothing.
     """
     recording = len(log) > 0
     for row in range(max_iterations):
-        more = run_iteration(state, 0, tables, run_lengths, candidates, token_budget, decision_s)
+        more = run_iteration(state, 0, tables, draws, candidates, token_budget, decision_s)
         if recording:
             log_iteration(state, 0, log, row)
         if not more:
@@ -204,28 +156,30 @@ class Simulator:
             ttft_target=self._ttft_target,
             prefill=self.limits.prefill,
         )
-        self.run_lengths = np.zeros((engines, positions), dtype=np.uint8)
+        self.draws = new_draws(self.config.speculation, engines, positions, self.limits.max_num_seqs)
 
     def load(self, e: int, workload: Workload) -> None:
         """Put a fresh workload into engine `e` and settle it at its first arrival."""
         workload.check_fits(self.limits.max_model_len, self.limits.total_blocks * self.limits.block_size)
         self._grow(len(workload.arrival), len(workload.run_length))
         self.workloads[e] = workload
-        self.run_lengths[e, : len(workload.run_length)] = workload.run_length
+        self.draws.run_lengths[e, : len(workload.run_length)] = workload.run_length
+        if self.draws.kind != CHAINS:
+            self.draws.rank[e, : len(workload.rank)] = workload.rank
+            self.draws.confidence[e, : len(workload.confidence)] = workload.confidence
         core.load(self.state, e, workload.arrival, workload.prompt_tokens, workload.output_tokens, workload.offset[:-1])
         settle(self.state, e)
 
     def _grow(self, requests: int, positions: int) -> None:
         """Widen the per-engine arrays when a workload needs more room than any before it."""
-        have_requests, have_positions = self.state.requests.shape[1], self.run_lengths.shape[1]
+        have_requests = self.state.requests.shape[1]
         if requests > have_requests:
             extra = requests - have_requests
             self.state = self.state._replace(
                 requests=np.pad(self.state.requests, ((0, 0), (0, extra))),
                 preempted=np.pad(self.state.preempted, ((0, 0), (0, extra))),
             )
-        if positions > have_positions:
-            self.run_lengths = np.pad(self.run_lengths, ((0, 0), (0, positions - have_positions)))
+        self.draws = grown(self.draws, positions)
 
     def new_observation(self) -> Observation:
         """Fresh zeroed observation arrays of this simulator's shapes."""
@@ -237,9 +191,7 @@ class Simulator:
 
     def step(self, e: int, candidates: int, token_budget: int, decision_s: float = 0.0) -> bool:
         """Run one iteration of engine `e`; returns False when its last request has finished."""
-        return bool(
-            run_iteration(self.state, e, self.latency.tables, self.run_lengths, candidates, token_budget, decision_s)
-        )
+        return bool(run_iteration(self.state, e, self.latency.tables, self.draws, candidates, token_budget, decision_s))
 
     def constant_loop(self, candidates: int, token_budget: int, decision_s: float = 0.0) -> CompiledLoop:
         """The fast path for one action: a loop for `run_to_end`."""
@@ -248,7 +200,7 @@ class Simulator:
             return run_constant(
                 self.state,
                 self.latency.tables,
-                self.run_lengths,
+                self.draws,
                 candidates,
                 token_budget,
                 decision_s,

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from engine.compiled import kernel
-from engine.core.blocks import blocks_for, give_back, take
+from engine.core.blocks import give_back
 from engine.core.scheduler import drop_finished, skip_cancelled
 from engine.core.state import CANCELLED, DECODING, FINISHED, NOT_ADMITTED, PREEMPTED, PREFILLING, State
 
@@ -55,6 +55,7 @@ def append(state, e, arrival, prompt, output):
     request.preemptions = np.int32(0)
     request.drafted = np.int32(0)
     request.accepted = np.int32(0)
+    request.rejections = np.int32(0)
     engine.num_requests += 1
     return r
 
@@ -104,36 +105,6 @@ def cancel(state, e, r):
         engine.cancelled_waiting += 1
         skip_cancelled(state, e)
     return True
-
-
-@kernel
-def redistribute(state, e, tokens):
-    """Give the planned decodes `tokens[i]` >= 1 instead, as their drafter proposed and allocation left it.
-
-    To be called between `plan` and `commit`. A decode that gets more than planned takes KV blocks where they are free
-    and is cut where there are none: nobody is preempted, and `state.batch_tokens` says what it got. One that gets less
-    keeps the blocks it took. Tokens of one decode must not exceed its output limit.
-    """
-    engine = state.engines[e]
-    block_size = engine.block_size
-    decode_tokens = 0
-    steps = 0
-    for i in range(engine.num_decodes):
-        got = tokens[i]
-        if got > state.batch_tokens[e, i]:
-            request = state.requests[e, state.batch_request[e, i]]
-            missing = blocks_for(request.computed + got, block_size) - request.blocks
-            if missing > 0:
-                if missing > engine.free_blocks:
-                    missing = engine.free_blocks
-                    got = (request.blocks + missing) * block_size - request.computed
-                take(engine, request, missing)
-        state.batch_tokens[e, i] = got
-        state.reach[e, i] = got - 1
-        decode_tokens += got
-        steps = max(steps, got - 1)
-    engine.decode_tokens = decode_tokens
-    engine.candidate_steps = steps
 
 
 @kernel

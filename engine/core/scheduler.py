@@ -320,6 +320,7 @@ def _commit_decodes(state, e, previous_end):
         depth = min(accepted, MAX_CANDIDATES)
         if accepted < state.reach[e, i]:
             state.stopped[e, depth] += 1
+            request.rejections = np.int32(request.rejections + 1)
         else:
             state.exhausted[e, depth] += 1
         emitted = accepted + 1

@@ -50,6 +50,7 @@ REQUEST = np.dtype(
         ("preemptions", np.int32),
         ("drafted", np.int32),  # candidate tokens verified for it
         ("accepted", np.int32),  # candidate tokens accepted for it
+        ("rejections", np.int32),  # verifications that ended at a rejected candidate
     ],
     align=True,
 )

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.compiled import kernel
+from engine.core.acceptance import own_acceptance
 from engine.core.state import CANCELLED, MAX_CANDIDATES
 
 LOAD_FIELDS = (
@@ -66,19 +67,26 @@ NO_DEADLINE_S = 1e6
 """Slack of a queued request whose first token is already out (it was preempted): no TTFT deadline binds it."""
 
 
+RATE_BANDS = 8
+"""Equal parts of [0, 1] that requests' own acceptance rates are counted by."""
+
+
 class Observation(NamedTuple):
     """Telemetry of N engines, each array indexed by engine first, float32.
 
     load: (N, len(LOAD_FIELDS)) · queue: (N, M + 1, 2) rows of (prompt tokens remaining, slack to the TTFT deadline in
     s) for the first M requests whose prompt is not done, in order of service, then one row that sums the rest (total
     tokens, smallest slack); unused rows are zero · drafted, accepted: (N, C) how often, since the last observation, a
-    candidate at draft depth 1..C was verified after all before it were accepted, and how often it was accepted too.
+    candidate at draft depth 1..C was verified after all before it were accepted, and how often it was accepted too ·
+    rates: (N, RATE_BANDS) how many of the decoding requests have an acceptance rate of their own (`own_acceptance`)
+    in each eighth of [0, 1].
     """
 
     load: NDArray[np.float32]
     queue: NDArray[np.float32]
     drafted: NDArray[np.float32]
     accepted: NDArray[np.float32]
+    rates: NDArray[np.float32]
 
 
 def allocate_observation(num_engines: int, queue_rows: int, max_candidates: int) -> Observation:
@@ -89,6 +97,7 @@ def allocate_observation(num_engines: int, queue_rows: int, max_candidates: int)
         queue=np.zeros((num_engines, queue_rows + 1, 2), dtype=np.float32),
         drafted=np.zeros((num_engines, depth), dtype=np.float32),
         accepted=np.zeros((num_engines, depth), dtype=np.float32),
+        rates=np.zeros((num_engines, RATE_BANDS), dtype=np.float32),
     )
 
 
@@ -158,6 +167,11 @@ def observe(state, e, observation):
     load = observation.load
     waiting = _observe_queue(state, e, observation.queue)
     _observe_acceptance(state, e, observation.drafted, observation.accepted)
+    for band in range(RATE_BANDS):
+        observation.rates[e, band] = 0.0
+    for i in range(engine.num_decoding):
+        rate = own_acceptance(state.requests[e, state.running[e, i]])
+        observation.rates[e, min(int(rate * RATE_BANDS), RATE_BANDS - 1)] += 1.0
     prefilling_tokens = 0
     for i in range(engine.num_decoding, engine.num_running):
         request = state.requests[e, state.running[e, i]]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.compiled import kernel
 from engine.speculation.tree import Drafts
+
+Allocation = Literal["uniform", "local", "global", "slo"]
+Score = Literal["confidence", "acceptance"]
 
 TREE_DEPTH = 8
 """Most drafter steps of a tree, and of chains under global allocation, unless `draft_depth` says otherwise."""
@@ -22,19 +25,34 @@ class Speculation:
     Args:
         allocation: `uniform`: c_i each, in a shape that is fixed before tokens are known. `local`: each request keeps
             its own c_i candidates of the highest path probability (EAGLE-2, Li et al., 2024, section 4). `global`: the
-            candidates of the highest path probability over the whole batch, as many as the budget.
+            candidates of the highest path probability over the whole batch, as many as the budget (TETRIS, Wu et al.,
+            2025). `slo`: first those that each request needs to meet the TPOT target, then the best of the batch
+            (AdaServe, Li et al., 2025).
         branching: most children of a node; 1 drafts chains.
         draft_depth: most drafter steps in an iteration; None: c for chains that get c each, otherwise 8, but under
-            `global` no more than 2 c. Every step runs for the batch, whatever is kept of it.
+            `global` and `slo` no more than 2 c. Every step runs for the batch, whatever is kept of it.
+        score: what a candidate's probability is taken from: the drafter's `confidence`, or the share of the request's
+            own candidates accepted so far (`acceptance`; SmartSpec, X. Liu et al., 2024, section 4).
+        cost_aware: with `global`, keep no more candidates than give the highest (expected tokens) / T.
+        tpot_target: s per token; read with `slo` only.
     """
 
-    allocation: Literal["uniform", "local", "global"] = "uniform"
+    allocation: Allocation = "uniform"
     branching: int = 1
     draft_depth: int | None = None
+    score: Score = "confidence"
+    cost_aware: bool = False
+    tpot_target: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.allocation not in ("uniform", "local", "global"):
-            raise ValueError(f"allocation={self.allocation!r} must be uniform, local or global")
+        if self.allocation not in get_args(Allocation):
+            raise ValueError(f"allocation={self.allocation!r} must be one of {', '.join(get_args(Allocation))}")
+        if self.score not in get_args(Score):
+            raise ValueError(f"score={self.score!r} must be one of {', '.join(get_args(Score))}")
+        if self.cost_aware and self.allocation != "global":
+            raise ValueError(f"cost_aware=true needs allocation=global, not {self.allocation}")
+        if not self.tpot_target > 0.0:
+            raise ValueError(f"tpot_target={self.tpot_target} must be a number of seconds above 0")
         if self.branching < 1:
             raise ValueError(f"branching={self.branching} must be at least 1 (chains)")
         if self.draft_depth is not None and self.draft_depth < 1:
@@ -49,9 +67,19 @@ class Speculation:
         """Most drafter steps when the largest c_i is `candidates`."""
         if self.draft_depth is not None:
             return self.draft_depth
-        if self.branching == 1 and self.allocation != "global":
-            return candidates
-        return min(2 * candidates, max(candidates, TREE_DEPTH)) if self.branching == 1 else min(candidates, TREE_DEPTH)
+        if self.allocation in ("global", "slo"):
+            return min(2 * candidates, max(candidates, TREE_DEPTH))
+        return candidates if self.branching == 1 else min(candidates, TREE_DEPTH)
+
+    @property
+    def variant(self) -> str:
+        """How reports call it beside a controller; empty for chains of c each."""
+        parts: list[str] = [] if self.allocation == "uniform" and self.branching == 1 else [self.allocation]
+        parts += ["by acceptance"] if self.score == "acceptance" else []
+        parts += ["cost-aware"] if self.cost_aware else []
+        parts += [f"top {self.branching}"] if self.branching > 1 else []
+        parts += [f"depth {self.draft_depth}"] if self.draft_depth is not None else []
+        return " ".join(parts)
 
 
 CHAINS = Speculation()
@@ -59,7 +87,7 @@ CHAINS = Speculation()
 
 
 @kernel
-def _sink(heap, size, position, value):
+def sink(heap, size, position, value):
     """Let the entry at `position` sink until no child is greater; ties go to the request that came first."""
     entry = heap[position]
     while True:
@@ -97,7 +125,7 @@ def share_globally(paths, limits, budget, heap, value, kept):
             heap[size] = i
             size += 1
     for position in range(size // 2 - 1, -1, -1):
-        _sink(heap, size, position, value)
+        sink(heap, size, position, value)
     while budget > 0 and size > 0:
         best = heap[0]
         kept[best] += 1
@@ -108,7 +136,7 @@ def share_globally(paths, limits, budget, heap, value, kept):
             size -= 1
             heap[0] = heap[size]
         if size > 0:
-            _sink(heap, size, 0, value)
+            sink(heap, size, 0, value)
 
 
 def best_nodes(

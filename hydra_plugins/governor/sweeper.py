@@ -122,8 +122,13 @@ def _text(override: Any) -> str:
 def _texts(settings: Mapping[str, Any]) -> Settings:
     """A list is a sweep over its entries."""
     return {
-        str(key): ",".join(map(str, value))
+        str(key): ",".join(map(_written, value))
         if isinstance(value, Sequence) and not isinstance(value, str)
-        else str(value)
+        else _written(value)
         for key, value in settings.items()
     }
+
+
+def _written(value: Any) -> str:
+    """A value as Hydra's command line reads it."""
+    return "null" if value is None else str(value)

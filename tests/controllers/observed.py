@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from controllers.controller import Plant
 from engine.core.action import ActionGrid
-from engine.core.telemetry import LOAD_FIELDS
+from engine.core.telemetry import LOAD_FIELDS, RATE_BANDS
 from engine.latency.lookup import LookupGrid, LookupTable
 
 QUEUE_ROWS = 4
@@ -20,20 +20,23 @@ def observation(
     queue: tuple[tuple[float, float], ...] = (),
     drafted: tuple[float, ...] = (),
     accepted: tuple[float, ...] = (),
+    rates: tuple[float, ...] = (),
     **load: float,
 ) -> dict[str, NDArray[np.float32]]:
-    """Telemetry with these fields of `load`, (tokens, slack) rows and counts by depth; everything else is 0."""
+    """Telemetry with these fields of `load`, (tokens, slack) rows, counts by depth and by rate; all else is 0."""
     fields = {"ttft_target_s": 1.0} | load
     made: dict[str, Any] = {
         "load": np.array([fields.pop(name, 0.0) for name in LOAD_FIELDS], dtype=np.float32),
         "queue": np.zeros((QUEUE_ROWS + 1, 2), dtype=np.float32),
         "drafted": np.zeros(DEPTH, dtype=np.float32),
         "accepted": np.zeros(DEPTH, dtype=np.float32),
+        "rates": np.zeros(RATE_BANDS, dtype=np.float32),
     }
     assert not fields, f"no such telemetry: {fields}"
     made["queue"][: len(queue)] = np.array(queue, dtype=np.float32).reshape(-1, 2)
     made["drafted"][: len(drafted)] = drafted
     made["accepted"][: len(accepted)] = accepted
+    made["rates"][: len(rates)] = rates
     return made
 
 

@@ -26,7 +26,7 @@ from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.core.metrics import request_table, summarize
 from engine.core.objective import Prices
-from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S
+from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S, RATE_BANDS
 from engine.latency.lookup import LookupGrid, LookupTable
 from engine.workload.source import WorkloadSource
 from engine.workload.workload import Workload
@@ -76,6 +76,7 @@ def _observe(queue: list[tuple[float, float]] = (), **load: float) -> Observed: 
     rows = np.zeros((QUEUE_ROWS + 1, 2), dtype=np.float32)
     rows[: len(queue)] = np.array(queue, dtype=np.float32).reshape(-1, 2)
     counts = {"drafted": np.zeros(DEPTH, np.float32), "accepted": np.zeros(DEPTH, np.float32)}
+    counts["rates"] = np.zeros(RATE_BANDS, np.float32)
     return {"load": columns, "queue": rows, **counts}
 
 
@@ -264,6 +265,33 @@ class Reference:
             work, kv, seqs = work + tokens, kv - tokens, seqs - 1
         return work
 
+    def _after(
+        self,
+        load: dict[str, float],
+        queue: NDArray[np.float64],
+        work: float,
+        done: float,
+        emitted: float,
+        price: float,
+        mu: float,
+        tokens: NDArray[np.float64],
+    ) -> float:
+        """Cost of the best iteration after one that prefilled `done` prompt tokens."""
+        decodes, kv, left = load["num_decodes"], load["decode_kv_tokens"], done
+        kv += decodes * emitted
+        for prompt in queue[:-1, 0]:
+            if not 0.0 < prompt <= left:
+                break
+            decodes, kv, left = decodes + 1, kv + prompt, left - prompt
+        table = self.times.at(decodes, kv)
+        useful = [n for n in range(len(NODES)) if n == 0 or NODES[n - 1] < work - done]
+        costs = []
+        for n in useful:
+            prompt_tokens = min(NODES[n], work - done)
+            seconds = np.array([np.interp(prompt_tokens, NODES, row) for row in table])
+            costs.append((seconds - mu * tokens).min() - price * prompt_tokens)
+        return float(min(costs) * decodes / load["num_decodes"])
+
     def pairs(self, observation: Observed) -> tuple[NDArray[np.float64], list[dict[str, Any]]]:
         """T - mu G of every (c, n), and for every n with its best c: cost, lateness, whether other rules allow it."""
         s = self.settings
@@ -314,6 +342,13 @@ class Reference:
             p = s.prefill_price * (stay + (1.0 - stay) * self.batch / decodes)
             tau = self.times.at(0.0, 0.0)[0, -1] / NODES[-1]
             cost = cost - p * tau * effective
+            if s.look_ahead:
+                cost = cost + np.array(
+                    [
+                        self._after(load, queue, work, done, tokens[c], p * tau, mu, tokens)
+                        for done, c in zip(effective, chosen, strict=True)
+                    ]
+                )
         if decodes == 0:
             cost = -effective
         return excess, [
@@ -402,6 +437,7 @@ def _observations(draw: st.DrawFn) -> Observed:
         longest_iteration=st.sampled_from([0.01, 0.1, 0.5]),
         prefill_price=st.sampled_from([0.0, 0.5, 1.0]),
         drain_rate=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+        look_ahead=st.booleans(),
     ),
 )
 @settings(max_examples=200, deadline=None)
@@ -456,11 +492,37 @@ def test_an_engine_whose_candidates_fail_stops_speculating_and_tries_again_later
     assert after[-1] == 2
 
 
+def test_the_acceptance_of_those_who_decode_now_can_choose_c() -> None:
+    """Three requests that accept 15 of 16 candidates, or 1 of 16, whatever all others did before."""
+    for band, candidates in (7, 5), (0, 0):
+        seen = _observe(num_decodes=3)
+        seen["rates"][band] = 3.0
+        rate = (band + 0.5) / RATE_BANDS
+        per_token = {
+            c: (0.010 + 0.002 * c + 4e-4 * 3 * c) / sum(rate**j for j in range(c + 1)) for c in (0, 1, 2, 3, 5)
+        }
+        assert min(per_token, key=per_token.__getitem__) == candidates
+        assert _decide(seen, estimate="requests")[0] == candidates
+        assert _decide(seen)[0] == 1
+
+
+def test_what_a_choice_gave_counts_where_depths_say_otherwise() -> None:
+    """Under c = 2 three requests had all of five depths accepted: by depth G(2) is at most 3, it was 6."""
+    controller = Analytic(estimate="choices")
+    controller.reset(_simple_times().plant())
+    for _ in range(100):
+        seen = _observe(num_decodes=3, last_candidates=2, last_num_decodes=3, iterations=1, interval_s=0.01)
+        seen["drafted"][:] = 3.0
+        seen["accepted"][:] = 3.0
+        assert controller.choose(seen)[0] > 0
+    assert controller.rules.memory.tokens[2] == pytest.approx(6.0, rel=0.1)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
         {"ttft_target": 0.0}, {"guard": 0.0}, {"guard": 1.1}, {"longest_iteration": 0.0}, {"prefill_price": -1.0},
-        {"batch_memory_s": 0.0}, {"drain_rate": 1.5}, {"drain_rate": "fast"}, {"gaurd": 0.8},
+        {"estimate": "guess"}, {"batch_memory_s": 0.0}, {"drain_rate": 1.5}, {"drain_rate": "fast"}, {"gaurd": 0.8},
     ],
     ids=str,
 )  # fmt: skip

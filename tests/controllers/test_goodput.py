@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from controllers.goodput import Goodput, expected_tokens
+from controllers.acceptance import expected_tokens
+from controllers.goodput import Goodput
 from tests.controllers.observed import linear_plant, observation, verified
 
 BASE_S, ROW_S, KV_S, STEP_S = 0.010, 1e-4, 1e-8, 1e-3
@@ -23,12 +22,6 @@ def _controller(**fields: Any) -> Goodput:
 
 def _seconds(decodes: int, candidates: int, kv: float, prefill: float) -> float:
     return BASE_S + ROW_S * (decodes * (1 + candidates) + prefill) + KV_S * kv + STEP_S * candidates
-
-
-@given(st.floats(0.0, 0.99), st.integers(0, 8))
-def test_expected_tokens_are_the_geometric_sum(acceptance: float, candidates: int) -> None:
-    assert expected_tokens(acceptance, candidates) == pytest.approx(sum(acceptance**i for i in range(candidates + 1)))
-    assert expected_tokens(1.0, candidates) == candidates + 1
 
 
 @pytest.mark.parametrize("decodes", [1, 4, 16, 64])
@@ -114,3 +107,25 @@ def test_the_bonus_of_no_speculation_tips_a_close_decision() -> None:
     assert 1.0 < max(gain) / gain[0] < 1.1
     assert _controller(initial_acceptance=0.25).choose(seen)[0] > 0
     assert _controller(initial_acceptance=0.25, zero_bonus=1.1).choose(seen)[0] == 0
+
+
+def test_a_length_per_request_counts_what_the_gainers_gain() -> None:
+    """Four requests accept 15 of 16, four 1 of 16: with candidates by gain the first four get nearly all of them."""
+    rates = (4.0, 0, 0, 0, 0, 0, 0, 4.0)
+    decodes, high, low = 8, 15 / 16, 1 / 16
+    controller = _controller(per_request=True, token_budget=64)
+    goodput = []
+    for k in range(9):
+        gains = sorted([high**j for j in range(1, 17)] * 4 + [low**j for j in range(1, 17)] * 4, reverse=True)
+        goodput.append((decodes + sum(gains[: k * decodes])) / _seconds(decodes, k, 100, 0))
+    chosen, _ = controller.choose(observation(num_decodes=decodes, decode_kv_tokens=100, rates=rates))
+    assert chosen == int(np.argmax(goodput))
+    alike = _controller(initial_acceptance=0.5, token_budget=64)
+    assert alike.choose(observation(num_decodes=decodes, decode_kv_tokens=100, rates=rates))[0] < chosen
+
+
+def test_lengths_per_request_need_an_engine_that_shares_by_acceptance() -> None:
+    assert _controller().speculation is None
+    wanted = _controller(per_request=True).speculation
+    assert wanted is not None
+    assert (wanted.allocation, wanted.score) == ("global", "acceptance")

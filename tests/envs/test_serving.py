@@ -492,7 +492,9 @@ def test_the_flat_vector_holds_the_whole_observation() -> None:
     queue = np.array([[300.0, 0.2], [100.0, -0.4], [0.0, NO_DEADLINE_S]], dtype=np.float32)
     drafted = np.array([8, 4, 2, 0, 0, 0, 0, 0], dtype=np.float32)
     accepted = np.array([4, 2, 2, 0, 0, 0, 0, 0], dtype=np.float32)
-    flat = env.observation({"load": load, "queue": queue, "drafted": drafted, "accepted": accepted})
+    rates = np.array([0, 0, 3, 0, 0, 0, 0, 5], dtype=np.float32)
+    seen = {"load": load, "queue": queue, "drafted": drafted, "accepted": accepted, "rates": rates}
+    flat = env.observation(seen)
     assert flat.shape == env.observation_space.shape
     assert env.observation_space.contains(flat)
     count = len(LOAD_FIELDS)
@@ -501,7 +503,8 @@ def test_the_flat_vector_holds_the_whole_observation() -> None:
     np.testing.assert_allclose(flat[count : count + 3], np.log1p([3.0, 1.0, 0.0]), rtol=1e-6)
     np.testing.assert_allclose(flat[count + 3 : count + 6], [np.tanh(0.4), np.tanh(-0.8), 1.0], rtol=1e-6)
     np.testing.assert_allclose(flat[count + 6 : count + 14], np.log1p(drafted), rtol=1e-6)
-    np.testing.assert_allclose(flat[count + 14 :], [0.5, 0.5, 1.0, 0, 0, 0, 0, 0])
+    np.testing.assert_allclose(flat[count + 14 : count + 22], [0.5, 0.5, 1.0, 0, 0, 0, 0, 0])
+    np.testing.assert_allclose(flat[count + 22 :], np.log1p(rates), rtol=1e-6)
 
 
 def test_the_class_docstring_lists_the_load_fields_and_choices_that_there_are() -> None:

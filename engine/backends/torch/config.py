@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from threadpoolctl import threadpool_limits
 
 from engine.backends.clock import Clock
 from engine.config import EngineLimits, Prefill
+from engine.speculation.allocation import CHAINS, Speculation
 
 if TYPE_CHECKING:
     # Loading torch takes seconds, which a simulated run has no use for: it is imported where a model is.
@@ -91,6 +93,22 @@ class TorchEngineConfig(BaseModel):
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
         return " ".join([self.name, *(f"{key}={value}" for key, value in settings.items() if value != defaults[key])])
 
+    def governed_by(self, speculation: Speculation | None) -> Self:
+        """The same engine sharing candidates as a controller asks for; None: as it is configured.
+
+        Raises ValueError for what the real engine cannot do.
+        """
+        if speculation is None:
+            return self
+        wanted, known = asdict(speculation), {"allocation", "branching", "draft_depth"}
+        simulated = [name for name in wanted.keys() - known if wanted[name] != getattr(CHAINS, name)]
+        if wanted["allocation"] not in get_args(type(self).model_fields["allocation"].annotation) or simulated:
+            raise ValueError(
+                f"this controller needs candidates shared out by {speculation.variant!r}, which only simulated engines "
+                "do; choose another controller, or a simulated engine (engine=vicuna_7b_a100, or a profile of this one)"
+            )
+        return self.model_copy(update={name: wanted[name] for name in known})
+
     @property
     def limits(self) -> EngineLimits:
         """What the scheduler knows of the cache."""
@@ -130,7 +148,6 @@ class TorchEngineConfig(BaseModel):
 
         from engine.backends.torch.engine import TorchEngine
         from engine.models.load import deepen, load_target
-        from engine.speculation.allocation import Speculation
 
         torch.set_num_threads(self.threads)
         limits = self.limits

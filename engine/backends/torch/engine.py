@@ -17,7 +17,8 @@ from engine.backends.torch.model import PagedModel
 from engine.backends.torch.table import CacheTable
 from engine.config import EngineLimits
 from engine.core import state as core
-from engine.core.live import append, cancel, grown, redistribute, stop_after
+from engine.core.live import append, cancel, grown, stop_after
+from engine.core.redistribute import redistribute
 from engine.core.scheduler import advance_clock, commit, has_work, plan, release
 from engine.core.state import FINISHED
 from engine.core.telemetry import Observation, allocate_observation, observe

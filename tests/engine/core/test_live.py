@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.core import state as core
-from engine.core.live import append, cancel, grown, redistribute, stop_after
+from engine.core.live import append, cancel, grown, stop_after
+from engine.core.redistribute import redistribute
 from engine.core.scheduler import advance_clock, commit, has_work, plan, release
 from engine.core.state import CANCELLED, DECODING, FINISHED, NOT_ADMITTED, PREEMPTED, PREFILLING, State
 from engine.core.telemetry import LOAD_FIELDS, allocate_observation, observe

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.core import state as core
+from engine.core.acceptance import PRIOR_COUNT, PRIOR_RATE
 from engine.core.scheduler import commit, plan
 from engine.core.state import DECODING, FINISHED, NOT_ADMITTED, PREEMPTED, PREFILLING, State
 from engine.core.telemetry import (
@@ -36,6 +37,7 @@ from engine.core.telemetry import (
     OVERDUE,
     PREEMPTIONS,
     PREFILLING_TOKENS,
+    RATE_BANDS,
     TTFT_TARGET_S,
     WAITING_TOKENS,
     Observation,
@@ -269,6 +271,25 @@ def test_drafted_and_accepted_by_depth_equal_a_count_one_by_one(case: Case, ever
             assert np.array_equal(observation.drafted[0], drafted)
             assert np.array_equal(observation.accepted[0], accepted)
             drafted[:], accepted[:] = 0.0, 0.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_rates_count_the_decoding_requests_by_their_own_acceptance(case: Case) -> None:
+    state = case.state()
+    right = np.zeros(len(state.requests[0]))
+    wrong = np.zeros(len(state.requests[0]))
+    for moment, *_ in iterate(state, case):
+        if moment == "committed":
+            decodes = batch(state)[: state.engines["num_decodes"][0]]
+            for (request, tokens), accepted in zip(decodes, state.accepted[0].tolist(), strict=False):
+                right[request] += accepted
+                wrong[request] += accepted < tokens - 1
+        elif moment == "begin":
+            decoding = state.running[0, : state.engines["num_decoding"][0]]
+            rates = (right[decoding] + PRIOR_RATE * PRIOR_COUNT) / (right[decoding] + wrong[decoding] + PRIOR_COUNT)
+            expected = np.histogram(np.floor(rates * RATE_BANDS), np.arange(RATE_BANDS + 1))[0]
+            assert np.array_equal(_look(state).rates[0], expected)
 
 
 @settings(max_examples=150, deadline=None)
