@@ -4,9 +4,10 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
 OUT := runs/outputs/compare
+SUITE := runs/outputs/bench
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test lint bench compare clean
+.PHONY: install test lint bench bench-suite compare clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +35,12 @@ compare: install
 	$(RUN) -m runs.evaluate -m experiment=quick hydra.sweep.dir=$(OUT)/runs
 	$(RUN) -m runs.report $(OUT)/runs --out $(OUT)/report
 	@echo "Open $(CURDIR)/$(OUT)/report/report.html"
+
+# Goes on after a kill: runs of the same configuration and code are kept.
+bench-suite: install
+	$(RUN) -m runs.evaluate -m experiment=bench hydra.sweep.dir=$(SUITE)/runs
+	$(RUN) -m runs.bench $(SUITE)/runs --out runs/results/bench.md
+	$(RUN) -m runs.report $(SUITE)/runs --latest --out $(SUITE)/report
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ Composes the configuration (conf/evaluate.yaml), checks it, serves the workload,
 the run has finished.
 """
 
+import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from runs import folder, mistakes
+from runs.code import code_digest
 from runs.evaluation import Evaluation, Result
 from runs.progress import progress
 
@@ -39,6 +41,16 @@ def evaluate(config: DictConfig, out: Path, choices: dict[str, str]) -> Result:
         out, {str(key): value for key, value in plain.items()}, result.summary, result.requests, result.iterations
     )
     return result
+
+
+def _is_there(config: DictConfig, out: Path) -> bool:
+    """Whether the folder holds a finished run of this configuration, made with the code as it is."""
+    try:
+        settings = (out / folder.CONFIG).read_text(encoding="utf-8")
+        made = json.loads((out / folder.SUMMARY).read_text(encoding="utf-8"))["run"].get("code")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+    return bool(made == code_digest() and settings == OmegaConf.to_yaml(config, resolve=True))
 
 
 def _warn(evaluation: Evaluation) -> None:
@@ -73,6 +85,9 @@ def job(config: DictConfig) -> None:
     """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
     out = Path(HydraConfig.get().runtime.output_dir)
     with mistakes.ending(log, "interrupted: nothing was written"):
+        if config.resume and _is_there(config, out):
+            log.info("already in %s", out)
+            return
         _say(evaluate(config, out, dict(HydraConfig.get().runtime.choices)), out)
 
 

@@ -28,6 +28,7 @@ from engine.workload.prompts import Prompts, PromptSource, prompts_for
 from engine.workload.source import WorkloadSource
 from engine.workload.workload import Workload
 from runs import live, simulated
+from runs.code import code_digest
 from runs.serving import Progress, Served
 from runs.simulated import Charge
 from runs.tracking import Tracking
@@ -100,6 +101,8 @@ class Evaluation(BaseModel):
             this says.
         record_iterations: keep one row per engine iteration.
         label: how tables and figures call the controller; None: as it calls itself.
+        scenario: how they call the workload; None: as it calls itself. Runs are paired by it.
+        resume: leave alone what the run folder already holds of the same configuration and code.
         logger: Weights & Biases.
     """
 
@@ -115,6 +118,8 @@ class Evaluation(BaseModel):
     charge_decisions: Charge = "constant"
     record_iterations: bool = False
     label: Annotated[str, Field(min_length=1)] | None = None
+    scenario: Annotated[str, Field(min_length=1)] | None = None
+    resume: bool = False
     logger: Tracking = Tracking()
 
     def run(self, on_progress: Progress | None = None) -> "Result":
@@ -180,6 +185,7 @@ class Evaluation(BaseModel):
         decisions = served.decision_s
         summary |= {
             "decision_time_mean_s": float(decisions.mean()) if decisions.size else float("nan"),
+            "decision_time_p50_s": float(np.percentile(decisions, 50)) if decisions.size else float("nan"),
             "decision_time_p99_s": float(np.percentile(decisions, 99)) if decisions.size else float("nan"),
         }
         summary["run"] = self._identity(workload, engine, grid, summary["request_rate_rps"])
@@ -200,15 +206,18 @@ class Evaluation(BaseModel):
             if len(grid.budget_choices) == 1:
                 token_budget = grid.budget_choices[0]
                 label += f" n={token_budget}"
+        sharing = (self.controller.speculation or self.engine.speculation).variant
         if isinstance(self.engine, EngineConfig) and self.controller.speculation is None:
-            label = f"{label} {self.engine.speculation.variant}".rstrip()
+            label = f"{label} {sharing}".rstrip()
         return {
             "engine": engine,
             "workload": workload.name,
-            "scenario": self.workload.scenario,
+            "scenario": self.scenario or self.workload.scenario,
             "workload_digest": workload.digest,
             "controller": type(self.controller).__name__.lower(),
             "label": self.label or label,
+            "peeks": self.controller.peeks,
+            "speculation": sharing or "chains",
             "candidates": candidates,
             "token_budget": token_budget,
             "seed": self.seed,
@@ -216,6 +225,7 @@ class Evaluation(BaseModel):
             "rate_scale": self.workload.rate_scale,
             "ttft_target_s": self.slo.ttft_target,
             "tpot_target_s": self.slo.tpot_target,
+            "code": code_digest(),
         }
 
 

@@ -2,7 +2,8 @@
 
 Reads the files that `runs.evaluate` left and nothing else; writes `report.html` (one self-contained page), the figures
 as PNG, `runs.csv`, `comparison.csv`, `windows.csv` and `claims.json`, and prints the claims in brief (`--full`: all
-their tables and the main rows of every load).
+their tables and the main rows of every load). Runs of several scenarios are also scored (`scores.csv`), and where a
+bound was run there is the regret to it (`regrets.csv`).
 """
 
 import argparse
@@ -18,7 +19,21 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
-from runs.reporting import chunked, claims, envelope, figures, page, palette, published, tables
+from runs.reporting import (
+    across,
+    allocation,
+    chunked,
+    claims,
+    envelope,
+    figures,
+    page,
+    palette,
+    profiles,
+    published,
+    scores,
+    tables,
+)
+from runs.reporting.across import Across
 from runs.reporting.collate import Collation, ReportError, collate
 from runs.reporting.published import Published
 from runs.reporting.tables import Table
@@ -26,7 +41,20 @@ from runs.reporting.tables import Table
 MOST_PRINTED = 12
 PRINTED_WIDTH = 110
 FULL_WIDTH = 150
+MOST_SINGLE_LOADS = 9
 CAPTIONS = {
+    "profiles": (
+        "All scenarios: how many runs reach a score",
+        "Up and right is better: the height at tau is the share of runs, over all scenarios and seeds, whose score is "
+        "at least tau; where a line lies above another throughout, it is better in any aggregate. Bands are 95 % "
+        "stratified-bootstrap intervals. Dotted bounds see the future and are no controllers.",
+    ),
+    "allocation": (
+        "Who gets the candidates: uniform, local and global allocation at equal budget",
+        "Above 1 in the upper row: more tokens per iteration than chains of c for every request; below 1 in the lower "
+        "row: a lower TPOT, drafting included. Drafting deeper costs every request of the batch a drafter step. Bands "
+        "are 95 % bootstrap intervals over seeds.",
+    ),
     "envelope": (
         "Real runs: TPOT against request rate",
         "Measured on the engine itself, not simulated. Above, where the lines of fixed c cross: candidates pay while "
@@ -61,11 +89,17 @@ CAPTIONS = {
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report holds, before it is written. `envelope` is of the real engines' runs."""
+    """Everything a report holds, before it is written.
+
+    `envelope` is of the real engines' runs; `across` is None where there are no scores over several scenarios.
+    """
 
     collation: Collation
     comparison: pd.DataFrame
     envelope: pd.DataFrame
+    allocation: pd.DataFrame
+    across: Across | None
+    regrets: pd.DataFrame
     claims: dict[str, pd.DataFrame]
     published: Published
     sentences: list[str]
@@ -89,18 +123,28 @@ def build(collation: Collation, baseline: str | None = None) -> Report:
         "loads": claims.load_claim(runs),
     }
     others = published.find(runs)
+    over_scenarios = across.across(runs)
     followed = envelope.envelope(runs[runs["real"]], claims.panel_budgets(frame))
+    shared = allocation.allocations(runs)
     return Report(
         collation=collation,
         comparison=frame,
         envelope=followed,
+        allocation=shared,
+        across=over_scenarios,
+        regrets=scores.regrets(runs),
         claims=found,
         published=others,
         sentences=[*others.sentences, *claims.sentences(found["windows_pooled"], found["budgets"], found["loads"])],
-        notes=[*(f"Left out: {reason}" for reason in collation.skipped), *unpaired],
+        notes=[
+            *(f"Left out: {reason}" for reason in collation.skipped),
+            *unpaired,
+            *(over_scenarios.notes if over_scenarios else ()),
+        ],
         claim_tables=[
             *others.tables,
             *([envelope.table(followed)] if len(followed) else []),
+            *([allocation.table(shared)] if len(shared) else []),
             *_claim_tables(found),
         ],
         comparison_tables=tables.comparison_tables(frame, runs),
@@ -111,14 +155,29 @@ def draw(report: Report) -> list[page.Picture]:
     """The figures of a report, as PNG."""
     budgets = claims.panel_budgets(report.comparison)
     jobs = dict(report.published.figures)
-    jobs |= {"envelope": lambda: envelope.draw(report.envelope)} if len(report.envelope) else {}
-    jobs |= {
-        "speculation": lambda: figures.speculation(report.collation.windows, budgets),
-        "chunked_prefill": lambda: chunked.chunked_prefill(report.comparison),
-        "overview": lambda: figures.overview(report.comparison),
-    }
+    if len(report.envelope):
+        jobs["envelope"] = lambda: envelope.draw(report.envelope)
+    if len(report.allocation):
+        jobs["allocation"] = lambda: allocation.draw(report.allocation)
+    over_scenarios = report.across
+    if over_scenarios is not None:
+        jobs["profiles"] = lambda: profiles.profiles(over_scenarios.scored.frame, over_scenarios.aggregates)
+    settings, windows = (_with_loads(frame) for frame in (report.comparison, report.collation.windows))
+    if len(settings):
+        jobs |= {
+            "speculation": lambda: figures.speculation(windows, budgets),
+            "chunked_prefill": lambda: chunked.chunked_prefill(settings),
+            "overview": lambda: figures.overview(settings),
+        }
     captions = CAPTIONS | published.CAPTIONS
     return [page.Picture(name, *captions[name], palette.png(job())) for name, job in jobs.items()]
+
+
+def _with_loads(frame: pd.DataFrame) -> pd.DataFrame:
+    """What is drawn against load: of very many workloads only those that ran at several loads."""
+    loads = frame.groupby(["engine", "family"])["scenario"].transform("nunique")
+    families = len(frame.drop_duplicates(["engine", "family"]))
+    return frame[loads > 1] if families > MOST_SINGLE_LOADS else frame
 
 
 def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
@@ -128,7 +187,8 @@ def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
         facts=describe(runs),
         verdicts=report.sentences,
         pictures=pictures,
-        claims=report.claim_tables,
+        across=across.tables(report.across) if report.across is not None else [],
+        claims=[*report.claim_tables, *([across.regret_table(report.regrets)] if len(report.regrets) else [])],
         comparisons=report.comparison_tables,
         ran=[
             Table("Scenarios", tables.IDENTITY, tables.identity(runs)),
@@ -153,8 +213,14 @@ def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
         (out / f"{picture.name}.png").write_bytes(picture.png)
     runs.drop(columns="written").to_csv(out / "runs.csv", index=False)
     report.comparison.to_csv(out / "comparison.csv", index=False)
+    if report.across is not None:
+        report.across.aggregates.to_csv(out / "scores.csv", index=False)
+    if len(report.regrets):
+        report.regrets.to_csv(out / "regrets.csv", index=False)
     if len(report.envelope):
         report.envelope.to_csv(out / "envelope.csv", index=False)
+    if len(report.allocation):
+        report.allocation.to_csv(out / "allocation.csv", index=False)
     report.collation.windows.to_csv(out / "windows.csv", index=False)
     for name, frame in report.published.frames.items():
         frame.to_csv(out / f"{name}.csv", index=False)

@@ -318,9 +318,9 @@ def _commit_decodes(state, e, previous_end):
         drafted = state.batch_tokens[e, i] - 1
         accepted = state.accepted[e, i]
         depth = min(accepted, MAX_CANDIDATES)
-        if accepted < state.reach[e, i]:
+        rejected = accepted < state.reach[e, i]
+        if rejected:
             state.stopped[e, depth] += 1
-            request.rejections = np.int32(request.rejections + 1)
         else:
             state.exhausted[e, depth] += 1
         emitted = accepted + 1
@@ -328,6 +328,7 @@ def _commit_decodes(state, e, previous_end):
         request.computed = np.int32(request.computed + emitted)
         request.drafted = np.int32(request.drafted + drafted)
         request.accepted = np.int32(request.accepted + accepted)
+        request.rejections = np.int32(request.rejections + rejected)
         if request.last_token == previous_end:
             usual += 1
             gap = usual_gap

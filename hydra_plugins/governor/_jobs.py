@@ -64,7 +64,11 @@ class Jobs:
         plain = [override for override, is_plain in values if shared and is_plain]
         rest = tuple(str(override.input_line) for override, is_plain in values if not (shared and is_plain))
         if rest not in self.bases:
-            self.bases[rest] = self.context.config_loader.load_sweep_config(self.config, list(rest))
+            base = self.context.config_loader.load_sweep_config(self.config, list(rest))
+            # A job is one entry of the sweep; a long list of all of them would be copied with each.
+            if "alternatives" in (base.hydra.get("sweeper") or {}):
+                base.hydra.sweeper.alternatives = {}
+            self.bases[rest] = base
         config = copy.deepcopy(self.bases[rest])
         for override in plain:
             OmegaConf.update(config, override.key_or_group, override.value(), merge=True)

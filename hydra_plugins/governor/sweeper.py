@@ -120,12 +120,14 @@ def _text(override: Any) -> str:
 
 
 def _texts(settings: Mapping[str, Any]) -> Settings:
-    """A list is a sweep over its entries."""
+    """A list is a sweep over its entries; an escaped `\\${slo.ttft_target}` is the job's own, not the preset's."""
+    plain = OmegaConf.to_container(settings, resolve=False) if isinstance(settings, DictConfig) else settings
+    assert isinstance(plain, Mapping)
     return {
         str(key): ",".join(map(_written, value))
         if isinstance(value, Sequence) and not isinstance(value, str)
         else _written(value)
-        for key, value in settings.items()
+        for key, value in plain.items()
     }
 
 

@@ -1,6 +1,7 @@
 """The report's figure of chunked prefill: TPOT against TTFT attainment, one panel a load."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -75,6 +76,9 @@ def _legend(settings: pd.DataFrame, colours: Mapping[str, str]) -> list[Line2D]:
     handles = [palette.handle(label, colours[label], ls="none") for label in palette.shown(settings)]
     handles.append(Line2D([], [], color=FIXED_LINE, marker="o", ms=3.5, lw=1.1, label="fixed n at the best c"))
     handles.append(Line2D([], [], color=palette.FAINT, marker="o", ms=3.5, ls="none", label="other fixed (c, n)"))
+    if (settings["role"] == "bound").any():
+        look: dict[str, Any] = {"marker": "*", "ms": 7, "mfc": "white", "ls": "none"}
+        handles.append(Line2D([], [], color=palette.BOUND, label="bound: sees the future", **look))
     return handles
 
 
@@ -96,6 +100,8 @@ def _draw_load(axes: Axes, settings: pd.DataFrame, colours: Mapping[str, str]) -
         axes.plot(others["x"], others["y"], color=palette.FAINT, marker="o", ms=2.5, ls="none", zorder=1)
         axes.plot(line["x"], line["y"], color=FIXED_LINE, marker="o", ms=3.5, lw=1.1, zorder=2)
         _name_points(axes, line, drawn[drawn["role"] != "fixed"])
+    bounds = drawn[drawn["role"] == "bound"]
+    axes.plot(bounds["x"], bounds["y"], color=palette.BOUND, marker="*", ms=7, mfc="white", ls="none", zorder=4)
     for label in palette.shown(drawn):
         own = drawn[drawn["label"] == label]
         controller = own["controller"].iloc[0]

@@ -39,6 +39,8 @@ METRICS = (
     "requests_total",
     "duration_s",
 )
+BOUND_SUFFIX = " (bound)"
+"""Ends the label of a run that no controller could have made, wherever it is shown."""
 REQUEST_COLUMNS = ("arrival_s", "finish_s", "ttft_s", "tpot_s")
 WINDOW_IDENTITY = (
     "engine",
@@ -66,10 +68,10 @@ class Collation:
     """The runs of one report.
 
     `runs` has one row a run: what was run (`engine`, `family`, `scenario`, `label`, `controller`, `role`, `candidates`,
-    `token_budget`, `seed`, `workload_digest`, `config_digest`, targets, `request_rate_rps`, whether the engine was
-    `real`) and every number of its summary. `windows` has one row a run and time window: `window`, `start_s`,
-    `request_rate_rps`, `arrivals`, `measured` (finished requests with a TPOT), `tpot_s` (their mean),
-    `ttft_attainment`. `skipped` says which folders were left out, and why.
+    `token_budget`, `seed`, `workload_digest`, `config_digest`, `code`, `speculation`, targets, `request_rate_rps`,
+    whether the engine was `real`) and every number of its summary. `windows` has one row a run and time window:
+    `window`, `start_s`, `request_rate_rps`, `arrivals`, `measured` (finished requests with a TPOT), `tpot_s` (their
+    mean), `ttft_attainment`. `skipped` says which folders were left out, and why.
     """
 
     runs: pd.DataFrame
@@ -82,8 +84,13 @@ def family_of(scenario: str) -> str:
     return _LOAD_SUFFIX.sub("", scenario)
 
 
-def role_of(controller: str) -> str:
-    """What a controller is in the comparison: `fixed`, `sarathi`, or `optimizer` for everything that decides."""
+def role_of(controller: str, peeks: bool = False) -> str:
+    """What a controller is in the comparison: `fixed`, `sarathi`, or `optimizer` for everything that decides.
+
+    One that sees what no controller can see is none: a `bound`.
+    """
+    if peeks:
+        return "bound"
     return controller if controller in ("fixed", "sarathi") else "optimizer"
 
 
@@ -149,7 +156,9 @@ def collate(
         raise ReportError("\n".join([*broken, "No complete run is left to report."]))
     types = {"candidates": "Int64", "token_budget": "Int64", "seed": "int64"}
     # Plain objects: picking rows, which is most of a report's work, is slow in Arrow's strings.
-    types |= dict.fromkeys((*IDENTITY_TEXT, "family", "role", "config_digest", "folder"), "object")
+    types |= dict.fromkeys(
+        (*IDENTITY_TEXT, "family", "role", "config_digest", "code", "speculation", "folder"), "object"
+    )
     runs = pd.DataFrame(rows).astype(types)
     runs = _without_duplicates(runs, latest)
     _check_equal_requests(runs)
@@ -241,7 +250,14 @@ def _read_summary(path: Path) -> dict[str, Any]:
     # A run of a real engine says on what it ran.
     row["real"] = isinstance(run.get("backend"), dict)
     row["family"] = family_of(row["scenario"])
-    row["role"] = role_of(row["controller"])
+    peeks = run.get("peeks", False)
+    if not isinstance(peeks, bool):
+        raise ReportError(f"{path}: key 'run.peeks' should be true or false, found {peeks!r}")
+    row["role"] = role_of(row["controller"], peeks)
+    if peeks:
+        row["label"] += BOUND_SUFFIX
+    row["code"] = str(run.get("code") or "")
+    row["speculation"] = str(run.get("speculation") or "")
     for key in METRICS:
         if key not in summary:
             raise ReportError(f"{path}: key '{key}' is missing")

@@ -61,7 +61,8 @@ def overview(settings: pd.DataFrame) -> Figure:
     """
     with mpl.rc_context(palette.STYLE):
         colours = palette.colours_of(settings)
-        figure, panels = palette.panels(settings, 3.5, palette.Head(_overview_legend()), beside_in=0.78, parts=(1.3, 1))
+        head = palette.Head(_overview_legend(bool((settings["role"] == "bound").any())))
+        figure, panels = palette.panels(settings, 3.5, head, beside_in=0.78, parts=(1.3, 1))
         for _, _, group, (upper, lower), leftmost in panels:
             group = group.sort_values("request_rate_rps")
             fixed = group[group["role"] == "fixed"]
@@ -77,6 +78,8 @@ def overview(settings: pd.DataFrame) -> Figure:
             palette.scale_axis(lower, group["request_rate_rps"], "x", ratio=8)
             _shade_overload((upper, lower), fixed)
             highest = fixed.groupby("scenario")["ttft_attainment"].max()
+            for _, line in group[group["role"] == "bound"].groupby("label"):
+                _line(upper, lower, line, palette.BOUND, zorder=3, lw=1.3, linestyle=palette.BOUND_LINE)
             for label in labels:
                 mine = group[group["label"] == label]
                 _draw_controller(upper, lower, mine, mine["scenario"].map(highest), colours[label])
@@ -94,7 +97,8 @@ def overview(settings: pd.DataFrame) -> Figure:
         return figure
 
 
-def _overview_legend() -> list[Artist]:
+def _overview_legend(bounded: bool) -> list[Artist]:
+    bound = Line2D([], [], color=palette.BOUND, lw=1.3, linestyle=palette.BOUND_LINE, label="bound: sees the future")
     return [
         Line2D(
             [], [], color=palette.ENVELOPE, lw=1.2, linestyle=ENVELOPE_DASH, label="best fixed at each load (hindsight)"
@@ -104,6 +108,7 @@ def _overview_legend() -> list[Artist]:
         ),
         Line2D([], [], color=palette.FAINT, lw=1.2, label="each fixed (c, n)"),
         Patch(color=OVERLOAD, label="no fixed pair attains 95 %"),
+        *([bound] if bounded else []),
     ]
 
 

@@ -71,15 +71,19 @@ def render(
     facts: str,
     verdicts: Sequence[str],
     pictures: Sequence[Picture],
+    across: Sequence[Table],
     claims: Sequence[Table],
     comparisons: Sequence[Table],
     ran: Sequence[Table],
     rules: Mapping[str, str],
     notes: Sequence[str],
 ) -> str:
-    """The whole page as text. `claims`, `comparisons` and `ran` are tables in the order they appear."""
+    """The whole page as text. `across`, `claims`, `comparisons` and `ran` are tables in the order they appear."""
     body = ["<h2 id='figures'>Figures</h2>"]
     body += [figure(picture) for picture in pictures]
+    if across:
+        body.append("<h2 id='across'>All scenarios</h2>")
+        body += [noted(table) for table in across]
     body.append("<h2 id='claims'>The claims, counted</h2>")
     body += [noted(table) for table in claims]
     body.append("<h2 id='loads'>Every load</h2>" + _LOADS_NOTE)
@@ -91,6 +95,7 @@ def render(
     body += [folded(table) for table in ran[1:]]
     links = {
         "figures": "Figures",
+        **({"across": "All scenarios"} if across else {}),
         "claims": "Claims",
         "loads": "Every load",
         "rules": "Rules",

@@ -33,6 +33,8 @@ ENVELOPE = "#222222"
 # Okabe & Ito's colours, which people with any common colour vision deficiency tell apart.
 OPTIMIZER_COLOURS = {"analytic": "#D55E00", "poster": "#0072B2"}
 SARATHI_COLOUR = "#009E73"
+BOUND = "#555a61"
+BOUND_LINE = (0, (1, 1.5))
 _SPARE_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
 MARKERS = {"analytic": "o", "poster": "D", "sarathi": "s"}
 STYLE: Any = {
@@ -61,10 +63,11 @@ STYLE: Any = {
 
 
 def colours_of(settings: pd.DataFrame) -> dict[str, str]:
-    """A colour for each label that is not a fixed setting; `analytic` and `poster` always have their own."""
+    """A colour for each label that is no fixed setting; `analytic`, `poster` and bounds always have their own."""
     chosen: dict[str, str] = {}
     spare = list(_SPARE_COLOURS)
-    rest = settings[settings["role"] != "fixed"].drop_duplicates("label")
+    rest = settings[~settings["role"].isin(["fixed", "bound"])].drop_duplicates("label")
+    chosen |= dict.fromkeys(settings.loc[settings["role"] == "bound", "label"], BOUND)
     for label, controller in sorted(zip(rest["label"], rest["controller"], strict=True)):
         if controller in OPTIMIZER_COLOURS and OPTIMIZER_COLOURS[controller] not in chosen.values():
             chosen[label] = OPTIMIZER_COLOURS[controller]

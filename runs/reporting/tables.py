@@ -181,7 +181,7 @@ def comparison(runs: pd.DataFrame, baseline: str | None = None) -> tuple[pd.Data
                         difference_low_s=paired.low,
                         difference_high_s=paired.high,
                         paired_seeds=len(paired.seeds),
-                        verdict=paired.verdict,
+                        verdict="bound" if row["role"] == "bound" else paired.verdict,
                     )
             elif row["is_baseline"]:
                 cells["verdict"] = "baseline"
@@ -195,8 +195,8 @@ def comparison(runs: pd.DataFrame, baseline: str | None = None) -> tuple[pd.Data
 
 
 def comparison_tables(frame: pd.DataFrame, runs: pd.DataFrame) -> list[Table]:
-    """One table per engine and load, lightest load first, the controllers that decide above the fixed settings."""
-    order = {"optimizer": 0, "sarathi": 1, "fixed": 2}
+    """One table per engine and load, lightest load first: controllers that decide, fixed settings, then bounds."""
+    order = {"optimizer": 0, "sarathi": 1, "fixed": 2, "bound": 3}
     tables = []
     for (engine, scenario), group in frame.groupby(["engine", "scenario"], sort=False):
         rank = pd.DataFrame({"role": group["role"].map(order), "minor": group["minor"], "tpot": group["tpot_mean_s"]})

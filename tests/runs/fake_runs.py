@@ -6,7 +6,7 @@ of these numbers were measured or simulated.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,13 @@ def write_run(
     digest: str | None = None,
     ttft_target_s: float = TTFT_TARGET_S,
     output_tokens: int = 101,
+    identity: Mapping[str, Any] | None = None,
+    figures: Mapping[str, float] | None = None,
 ) -> Path:
-    """Writes one run folder and returns it. `label` says what ran: `fixed c=3 n=512`, `analytic`, `sarathi 512`, ..."""
+    """Writes one run folder and returns it. `label` says what ran: `fixed c=3 n=512`, `analytic`, `sarathi 512`, ...
+
+    `identity` adds to the summary's `run` section, `figures` to the summary.
+    """
     controller = label.split()[0]
     setting = dict(part.split("=") for part in label.split()[1:] if "=" in part)
     finish = arrival_s + ttft_s + np.nan_to_num(tpot_s) * (output_tokens - 1)
@@ -81,7 +86,9 @@ def write_run(
             "rate_scale": None,
             "ttft_target_s": ttft_target_s,
             "tpot_target_s": TPOT_TARGET_S,
+            **(identity or {}),
         },
+        **(figures or {}),
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder

@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.latency.model import available_tables
 from hydra_plugins.governor.sweeper import combine
 from runs.evaluation import Evaluation
+from runs.reporting.scores import ZERO
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 EVALUATE_GROUPS = ("engine", "workload", "controller", "actions", "logger", "experiment")
@@ -100,7 +101,7 @@ def test_a_controller_file_lists_every_setting_with_its_default(name: str) -> No
         assert getattr(made, name) == getattr(default, name), name
 
 
-@pytest.mark.parametrize("name", ["quick", "poster_speculation", "poster_chunked_prefill"])
+@pytest.mark.parametrize("name", ["quick", "poster_speculation", "poster_chunked_prefill", "bench"])
 def test_the_jobs_of_an_experiment_are_different_runs(name: str) -> None:
     jobs = jobs_of(name)
     assert len({tuple(job) for job in jobs}) == len(jobs)
@@ -110,6 +111,33 @@ def test_the_jobs_of_an_experiment_are_different_runs(name: str) -> None:
     # One job of every controller is enough to know that its keys exist.
     for controller in ("fixed", "poster", "analytic"):
         evaluation(*next(job for job in jobs if f"controller={controller}" in job))
+
+
+def test_the_suite_has_eighteen_scenarios_of_one_name_one_engine_and_one_pair_of_targets() -> None:
+    jobs = [dict(text.split("=", 1) for text in job) for job in jobs_of("bench")]
+    scenarios = {job["scenario"] for job in jobs}
+    kinds = ("idle", "near-saturation", "diurnal", "bursts", "long-prompts", "code")
+    assert scenarios == {f"{size}/{kind}" for size in ("7b", "13b", "33b") for kind in kinds}
+    fixed = ("engine", "workload", "workload.rate_scale", "slo.ttft_target", "slo.tpot_target")
+    assert len({tuple(job[key] for key in ("scenario", *fixed)) for job in jobs}) == len(scenarios)
+    for job in jobs:
+        size, kind = job["scenario"].split("/")
+        assert job["engine"] == f"vicuna_{size}_a100"
+        assert job["workload"] == f"bench_{kind.replace('-', '_')}"
+    assert {job["seed"] for job in jobs} == set("01234")
+
+
+def test_every_run_of_a_scenario_in_the_suite_has_its_own_name_and_the_scenarios_targets() -> None:
+    jobs = [job for job in jobs_of("bench", "seed=0") if "scenario=13b/code" in job]
+    assert sum("controller=fixed" in job for job in jobs) == 25
+    named = [{f"controller.candidates={c}", f"controller.token_budget={n}"} for c, n in ((0, 512), (3, 256))]
+    jobs = [job for job in jobs if "controller=fixed" not in job or any(pair <= set(job) for pair in named)]
+    made = [evaluation(*(text.replace("\\{", "{").replace("\\}", "}") for text in job)) for job in jobs]
+    labels = [one.label or one.controller.label() for one in made]
+    assert len(set(labels)) == len(labels)
+    assert {ZERO, "fixed c=3 n=256", "sarathi 512", "sarathi 2048", "analytic", "goodput n=512"} <= set(labels)
+    assert {one.slo.ttft_target for one in made} == {3.0}
+    assert {getattr(one.controller, "ttft_target", 3.0) for one in made} == {3.0}
 
 
 def test_the_command_line_narrows_an_experiment() -> None:

@@ -14,7 +14,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from controllers.fixed import Fixed
 from runs import evaluate, folder
+from runs.code import code_digest
 from runs.reporting.collate import collate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -270,6 +272,44 @@ def test_a_second_run_into_the_same_folder_replaces_the_first(run: Run, tmp_path
     assert run(*arguments, "seed=5") == 0
     assert summary_of(tmp_path)["run"]["seed"] == 5
     assert not (tmp_path / folder.ITERATIONS).exists()
+
+
+def test_a_resumed_run_is_left_alone_unless_configuration_or_code_changed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written() -> int:
+        return (tmp_path / folder.SUMMARY).stat().st_mtime_ns
+
+    arguments = (*TINY, "controller=fixed", "resume=true", f"hydra.run.dir={tmp_path}")
+    assert run(*arguments) == 0
+    first = written()
+    assert run(*arguments) == 0
+    assert written() == first
+    assert run(*arguments, "seed=5") == 0
+    assert summary_of(tmp_path)["run"]["seed"] == 5
+    second = written()
+    monkeypatch.setattr(evaluate, "code_digest", lambda: "another")
+    assert run(*arguments, "seed=5") == 0
+    assert written() > second
+    # What was killed before its summary was there is run.
+    (tmp_path / folder.SUMMARY).unlink()
+    monkeypatch.undo()
+    assert run(*arguments, "seed=5") == 0
+    assert summary_of(tmp_path)["requests_finished"] == 60
+
+
+def test_a_run_says_which_scenario_and_code_it_is_of_and_whether_its_controller_peeks(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(*TINY, "controller=fixed", "scenario=7b/tiny", f"hydra.run.dir={tmp_path / 'a'}") == 0
+    summary = summary_of(tmp_path / "a")
+    identity = summary["run"]
+    assert (identity["scenario"], identity["peeks"], identity["code"]) == ("7b/tiny", False, code_digest())
+    assert 0 < summary["decision_time_p50_s"] <= summary["decision_time_p99_s"]
+    monkeypatch.setattr(Fixed, "peeks", True)
+    assert run(*TINY, "controller=fixed", f"hydra.run.dir={tmp_path / 'b'}") == 0
+    assert summary_of(tmp_path / "b")["run"]["peeks"] is True
+    assert collate([tmp_path]).runs["role"].tolist() == ["fixed", "bound"]
 
 
 def test_offline_logging_stays_in_the_run_folder(

@@ -385,7 +385,7 @@ def test_the_command_writes_a_page_that_stands_alone(
     page = (tmp_path / "out" / "report.html").read_text()
     assert not re.search(r"https?://", page)
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=['\"](?!data:)", page)
-    assert page.count("src='data:image/png;base64,") == 3
+    assert page.count("src='data:image/png;base64,") == 4
     assert "azure2023_conv x0.25" in page
     printed = capsys.readouterr().out
     assert "Load windows: analytic is within 1 %" in printed

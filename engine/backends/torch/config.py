@@ -93,6 +93,11 @@ class TorchEngineConfig(BaseModel):
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
         return " ".join([self.name, *(f"{key}={value}" for key, value in settings.items() if value != defaults[key])])
 
+    @property
+    def speculation(self) -> Speculation:
+        """How the candidates of an action are shared out."""
+        return Speculation(self.allocation, self.branching, self.draft_depth)
+
     def governed_by(self, speculation: Speculation | None) -> Self:
         """The same engine sharing candidates as a controller asks for; None: as it is configured.
 
@@ -161,7 +166,7 @@ class TorchEngineConfig(BaseModel):
             model,
             limits,
             self._drafter(model, limits),
-            Speculation(self.allocation, self.branching, self.draft_depth),
+            self.speculation,
             ttft_target=ttft_target,
             clock=clock,
             record=record,
