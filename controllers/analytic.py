@@ -14,6 +14,7 @@ from controllers.acceptance import (
     new_memory,
     tokens_of_requests,
 )
+from controllers.admission import admissible_tokens
 from controllers.compiled import KernelController
 from controllers.controller import Plant, configured
 from engine.compiled import kernel
@@ -22,15 +23,12 @@ from engine.core.telemetry import (
     DECODE_KV_TOKENS,
     FINISHED_REQUESTS,
     FINISHED_TOKENS,
-    FREE_KV_TOKENS,
-    FREE_SEQS,
     INTERVAL_S,
     ITERATIONS,
     LAST_CANDIDATES,
     LAST_NUM_DECODES,
     NO_DEADLINE_S,
     NUM_DECODES,
-    PREFILLING_TOKENS,
     TTFT_TARGET_S,
 )
 from engine.latency.lookup import LookupGrid, lookup_slice
@@ -81,28 +79,6 @@ class Rules(NamedTuple):
     grid: LookupGrid
     settings: Settings
     memory: Memory
-
-
-@kernel
-def _admissible_tokens(observation, e):
-    """Prompt tokens that the next iteration could prefill: the prompt in progress and what fits behind it.
-
-    With the KV cache or the batch full the answer is little or nothing however long the queue is, and a budget chosen
-    for the queue would be spent on nobody.
-    """
-    load = observation.load
-    tokens = load[e, PREFILLING_TOKENS]
-    free_kv = load[e, FREE_KV_TOKENS]
-    free_seqs = load[e, FREE_SEQS]
-    engine_empty = load[e, NUM_DECODES] <= 0.0 and tokens <= 0.0
-    for row in range(1 if tokens > 0.0 else 0, observation.queue.shape[1] - 1):
-        prompt = observation.queue[e, row, 0]
-        if prompt <= 0.0 or free_seqs <= 0.0 or (prompt > free_kv and not (engine_empty and row == 0)):
-            break
-        tokens += prompt
-        free_kv -= prompt
-        free_seqs -= 1.0
-    return tokens
 
 
 @kernel
@@ -313,7 +289,7 @@ def _choose(observation, e, grid, settings, memory):
         if ratio < token_value:
             token_value = ratio
             alone = c
-    work = _admissible_tokens(observation, e)
+    work = admissible_tokens(observation, e)
     _remember_load(observation, e, settings, memory)
     last = grid.prefill_tokens.shape[0] - 1
     if work <= 0.0:

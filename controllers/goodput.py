@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from controllers.acceptance import expected_tokens, tokens_by_marginal_gain
+from controllers.acceptance import PRIOR_COUNT, expected_tokens, tokens_by_marginal_gain
+from controllers.admission import admissible_tokens
 from controllers.compiled import KernelController
 from controllers.controller import Plant, configured
 from engine.compiled import kernel
@@ -21,7 +22,6 @@ from engine.core.telemetry import (
     LAST_PREFILL_TOKENS,
     NUM_DECODES,
     RATE_BANDS,
-    WAITING_TOKENS,
 )
 from engine.speculation.allocation import Speculation
 
@@ -31,13 +31,15 @@ PRIOR_VARIANCE = 1.0
 
 
 class Rules(NamedTuple):
-    """candidates: (K,) choices of c · acceptance: (1,) a · weights: (4,) T per scaled feature · covariance: (4, 4) ·
-    features, gain: (4,) scratch · tokens: (C + 1,) l by k · scratch: (2, bands) · scale: (4,) what features are divided
-    by · current: (2,) index of c, iterations until the next choice · the rest as in `Goodput`.
+    """candidates: (K,) choices of c · acceptance: (1,) a · verified: (2,) fading counts of candidates verified and of
+    those accepted · weights: (4,) T per scaled feature · covariance: (4, 4) · features, gain: (4,) scratch · tokens:
+    (C + 1,) l by k · scratch: (2, bands) · scale: (4,) what features are divided by · current: (2,) index of c,
+    iterations until the next choice · the rest as in `Goodput`.
     """
 
     candidates: NDArray[np.int64]
     acceptance: NDArray[np.float64]
+    verified: NDArray[np.float64]
     weights: NDArray[np.float64]
     covariance: NDArray[np.float64]
     features: NDArray[np.float64]
@@ -47,6 +49,7 @@ class Rules(NamedTuple):
     tokens: NDArray[np.float64]
     scratch: NDArray[np.float64]
     token_budget: int
+    initial_acceptance: float
     weight: float
     forgetting: float
     every: int
@@ -89,13 +92,14 @@ def _learn(observation, e, rules):
     load = observation.load
     if load[e, ITERATIONS] <= 0.0:
         return
-    drafted = 0.0
-    accepted = 0.0
+    verified = rules.verified
+    verified[0] *= rules.forgetting
+    verified[1] *= rules.forgetting
     for depth in range(observation.drafted.shape[1]):
-        drafted += observation.drafted[e, depth]
-        accepted += observation.accepted[e, depth]
-    if drafted > 0.0:
-        rules.acceptance[0] += rules.weight * (accepted / drafted - rules.acceptance[0])
+        verified[0] += observation.drafted[e, depth]
+        verified[1] += observation.accepted[e, depth]
+    rate = (verified[1] + PRIOR_COUNT * rules.initial_acceptance) / (verified[0] + PRIOR_COUNT)
+    rules.acceptance[0] += rules.weight * (rate - rules.acceptance[0])
     _set_features(
         rules.features,
         rules.scale,
@@ -117,7 +121,7 @@ def _choose(observation, e, rules):
     """Index of the c of the highest goodput."""
     load = observation.load
     num_decodes = load[e, NUM_DECODES]
-    prefill = min(load[e, WAITING_TOKENS], rules.token_budget)
+    prefill = min(admissible_tokens(observation, e), rules.token_budget)
     for k in range(rules.tokens.shape[0]):
         rules.tokens[k] = expected_tokens(rules.acceptance[0], k)
     if rules.per_request:
@@ -159,7 +163,11 @@ class Goodput(KernelController):
     T(k) = alpha x context tokens + gamma x batched tokens + beta x k + delta: the target's time is the paper's linear
     model, and the drafter's k steps, which its T_batch adds, are the third term. The coefficients start from a least
     squares fit to the predicted times of the plant, as the released code profiles offline, and follow the measured
-    ones by recursive least squares. The token acceptance rate a is a moving average over iterations.
+    ones by recursive least squares. The token acceptance rate a is a moving average of the share of candidates accepted
+    so far, as in the released code. Averaging the share of each single iteration instead, a handful of candidates with
+    few requests running, is noisy enough to reach k = 0, where nothing is drafted and so nothing is learnt again. For
+    the same reason what was seen fades: an engine that stopped speculating comes back to `initial_acceptance`, and
+    tries.
 
     X. Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput" (arXiv 2406.14066,
     section 4; later TurboSpec). The released code chooses anew every 20 steps, stops searching k at the first decrease
@@ -168,8 +176,8 @@ class Goodput(KernelController):
     Args:
         token_budget: n; SmartSpec does not choose it.
         initial_acceptance: a before the first verification.
-        weight: of the latest iteration in a.
-        forgetting: factor per iteration on the weight of older times.
+        weight: of the latest share in a.
+        forgetting: factor per iteration on the weight of older times and acceptances.
         every: iterations between two choices of k.
         stop_at_decrease: do not look past the first k that is worse than the one before.
         zero_bonus: factor on the goodput of k = 0.
@@ -209,6 +217,7 @@ class Goodput(KernelController):
         self._rules = Rules(
             candidates=plant.grid.candidates,
             acceptance=np.array([self.initial_acceptance]),
+            verified=np.zeros(2),
             weights=weights,
             covariance=np.eye(FEATURES) * PRIOR_VARIANCE,
             features=np.zeros(FEATURES),
@@ -218,6 +227,7 @@ class Goodput(KernelController):
             tokens=np.ones(int(plant.grid.candidates.max()) + 1),
             scratch=np.zeros((2, RATE_BANDS)),
             token_budget=self.token_budget,
+            initial_acceptance=self.initial_acceptance,
             weight=self.weight,
             forgetting=self.forgetting,
             every=self.every,

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,16 +10,20 @@ from engine.core.state import MAX_CANDIDATES
 from engine.latency.model import LatencyModel
 from engine.speculation.allocation import CHAINS, Allocation, Score, Speculation
 
+Prefill = Literal["chunked", "whole", "first", "turns"]
+"""How prompts are scheduled beside decodes; `engine.core.scheduler` says what each means."""
+
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What the scheduler needs to know about memory: KV blocks, batch slots, context."""
+    """What the scheduler needs to know: KV blocks, batch slots, context, and how prompts are scheduled."""
 
     total_blocks: int
     block_size: int
     watermark_blocks: int
     max_num_seqs: int
     max_model_len: int
+    prefill: Prefill = "chunked"
 
 
 class EngineConfig(BaseModel):
@@ -34,6 +38,9 @@ class EngineConfig(BaseModel):
         watermark: share of KV blocks kept free when a new request is admitted.
         gpu_memory_utilization: share of GPU memory for weights, activations and KV cache.
         num_kv_blocks: KV blocks; 0 derives them from GPU memory and weights.
+        prefill: how prompts meet decodes: `chunked` beside them (Sarathi-Serve), `whole` beside them (Orca), `first`
+            and alone (vLLM before chunked prefill), or chunks in `turns` with them (see `engine.core.scheduler`).
+            Controllers that predict iteration times predict those of `chunked`.
         measured: the iterations that `runs.profile` measured of a real engine, a `.parquet`; controllers then predict
             from these, as they would on that engine, and not from samples of the latency table.
         allocation, branching, draft_depth, score, cost_aware, tpot_target: how an action's candidates are shared out
@@ -50,6 +57,7 @@ class EngineConfig(BaseModel):
     watermark: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     num_kv_blocks: Annotated[int, Field(ge=0)] = 0
+    prefill: Prefill = "chunked"
     measured: Path | None = None
     allocation: Allocation = CHAINS.allocation
     branching: Annotated[int, Field(ge=1, le=32)] = CHAINS.branching
@@ -72,6 +80,11 @@ class EngineConfig(BaseModel):
         """The same engine sharing candidates as a controller asks for; None: as it is configured."""
         return self if speculation is None else self.model_copy(update=asdict(speculation))
 
+    @property
+    def variant(self) -> str:
+        """`name`, and how it prefills where that is not chunked: two runs are of one engine only if these are equal."""
+        return self.name if self.prefill == "chunked" else f"{self.name} prefill={self.prefill}"
+
     def limits(self, latency: LatencyModel) -> EngineLimits:
         """Scheduler limits on the hardware that `latency` describes.
 
@@ -92,4 +105,5 @@ class EngineConfig(BaseModel):
             watermark_blocks=int(self.watermark * blocks),
             max_num_seqs=self.max_num_seqs,
             max_model_len=self.max_model_len,
+            prefill=self.prefill,
         )

@@ -121,7 +121,7 @@ class Calibration(BaseModel):
             ValueError: engine, profile or workload are impossible; the message names the key.
         """
         assert self.engine.profile is not None
-        profiled = load_profile(self.engine.profile)
+        profiled = load_profile(self.engine.profile).model_copy(update={"prefill": self.engine.prefill})
         learned = agreement_model(self.engine.profile.parent / AGREEMENT)
         tokenizer = self.engine.tokenizer()
         levels = self._levels(profiled, tokenizer, learned)

@@ -142,7 +142,7 @@ class Evaluation(BaseModel):
         served = simulated.serve(
             simulator, workload, self.controller, plant, self.charge_decisions, self._recording, on_progress
         )
-        result = self._result(served, workload, config.name, self.actions)
+        result = self._result(served, workload, config.variant, self.actions)
         return replace(result, summary=result.summary | {"sim_wall_s": served.wall_s})
 
     def _run_live(self, config: TorchEngineConfig, on_progress: Progress | None) -> "Result":

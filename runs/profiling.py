@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.backends.torch.acceptance import agreement, speculate
 from engine.backends.torch.config import TorchEngineConfig
@@ -81,6 +81,15 @@ class Profile(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
     predictor: Forest = MEASURED_FOREST
     speculation: SpeculationPrompts = SpeculationPrompts()
+
+    @model_validator(mode="after")
+    def _mixes(self) -> Profile:
+        if self.engine.prefill != "chunked":
+            raise ValueError(
+                f"engine.prefill={self.engine.prefill}: iterations that mix prompts with decodes cannot be measured; "
+                "profile with engine.prefill=chunked, the profile holds for every other"
+            )
+        return self
 
     def run(self, out: Path, progress: Callable[[str], Any]) -> Result:
         """Measure what is still missing in the folder `out`, and write everything else anew.

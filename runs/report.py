@@ -29,11 +29,13 @@ from runs.reporting import (
     page,
     palette,
     profiles,
+    published,
     scores,
     tables,
 )
 from runs.reporting.across import Across
 from runs.reporting.collate import Collation, ReportError, collate
+from runs.reporting.published import Published
 from runs.reporting.tables import Table
 
 MOST_PRINTED = 12
@@ -99,6 +101,7 @@ class Report:
     across: Across | None
     regrets: pd.DataFrame
     claims: dict[str, pd.DataFrame]
+    published: Published
     sentences: list[str]
     notes: list[str]
     claim_tables: list[Table]
@@ -119,6 +122,7 @@ def build(collation: Collation, baseline: str | None = None) -> Report:
         "budgets": claims.budget_claim(runs),
         "loads": claims.load_claim(runs),
     }
+    others = published.find(runs)
     over_scenarios = across.across(runs)
     followed = envelope.envelope(runs[runs["real"]], claims.panel_budgets(frame))
     shared = allocation.allocations(runs)
@@ -130,13 +134,15 @@ def build(collation: Collation, baseline: str | None = None) -> Report:
         across=over_scenarios,
         regrets=scores.regrets(runs),
         claims=found,
-        sentences=claims.sentences(found["windows_pooled"], found["budgets"], found["loads"]),
+        published=others,
+        sentences=[*others.sentences, *claims.sentences(found["windows_pooled"], found["budgets"], found["loads"])],
         notes=[
             *(f"Left out: {reason}" for reason in collation.skipped),
             *unpaired,
             *(over_scenarios.notes if over_scenarios else ()),
         ],
         claim_tables=[
+            *others.tables,
             *([envelope.table(followed)] if len(followed) else []),
             *([allocation.table(shared)] if len(shared) else []),
             *_claim_tables(found),
@@ -148,7 +154,9 @@ def build(collation: Collation, baseline: str | None = None) -> Report:
 def draw(report: Report) -> list[page.Picture]:
     """The figures of a report, as PNG."""
     budgets = claims.panel_budgets(report.comparison)
-    jobs = {"envelope": lambda: envelope.draw(report.envelope)} if len(report.envelope) else {}
+    jobs = dict(report.published.figures)
+    if len(report.envelope):
+        jobs["envelope"] = lambda: envelope.draw(report.envelope)
     if len(report.allocation):
         jobs["allocation"] = lambda: allocation.draw(report.allocation)
     over_scenarios = report.across
@@ -161,7 +169,8 @@ def draw(report: Report) -> list[page.Picture]:
             "chunked_prefill": lambda: chunked.chunked_prefill(settings),
             "overview": lambda: figures.overview(settings),
         }
-    return [page.Picture(name, *CAPTIONS[name], palette.png(job())) for name, job in jobs.items()]
+    captions = CAPTIONS | published.CAPTIONS
+    return [page.Picture(name, *captions[name], palette.png(job())) for name, job in jobs.items()]
 
 
 def _with_loads(frame: pd.DataFrame) -> pd.DataFrame:
@@ -213,6 +222,8 @@ def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
     if len(report.allocation):
         report.allocation.to_csv(out / "allocation.csv", index=False)
     report.collation.windows.to_csv(out / "windows.csv", index=False)
+    for name, frame in report.published.frames.items():
+        frame.to_csv(out / f"{name}.csv", index=False)
     counted = {name: json.loads(frame.to_json(orient="records")) for name, frame in report.claims.items()}
     content = {"rules": {"best_fixed": claims.BEST_FIXED_RULE, **claims.RULES}, "said": report.sentences, **counted}
     (out / "claims.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -98,6 +98,7 @@ def replay(
         watermark_blocks=limits.watermark_blocks,
         max_num_seqs=limits.max_num_seqs,
         ttft_target=ttft_target,
+        prefill=limits.prefill,
     )
     for arrival, prompt, output in recording.requests:
         append(state, 0, arrival, prompt, output)

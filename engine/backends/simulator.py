@@ -154,6 +154,7 @@ class Simulator:
             watermark_blocks=self.limits.watermark_blocks,
             max_num_seqs=self.limits.max_num_seqs,
             ttft_target=self._ttft_target,
+            prefill=self.limits.prefill,
         )
         self.draws = new_draws(self.config.speculation, engines, positions, self.limits.max_num_seqs)
 

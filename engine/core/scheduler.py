@@ -7,7 +7,14 @@ most its last request is in the middle of its prompt when an iteration begins.
 
 Order of service, admission of whole prompts against a watermark, and preemption of the latest arrival by recompute
 follow vLLM (Kwon et al., SOSP 2023, section 4.5); the prompt-token budget follows Sarathi-Serve (Agrawal et al.,
-OSDI 2024, section 4), except that it counts prompt tokens only.
+OSDI 2024, section 4), except that it counts prompt tokens only. An engine's `prefill` says how n prompt tokens meet the
+decodes; all but the first are the baselines of that paper:
+
+- chunked: decodes run in every iteration, prompts beside them, cut into chunks that fill n (its stall-free batching).
+- whole: as before, but no prompt is cut (Orca; its "hybrid-batching-only"). A prompt starts in an iteration when it
+  fits what is left of n there; the first one always may.
+- first: whole prompts alone while one can be admitted, decodes alone otherwise (vLLM before chunked prefill).
+- turns: chunks alone and decodes alone, in turns while there are both (its "chunked-prefills-only").
 """
 
 import math
@@ -20,13 +27,18 @@ from engine.core.state import (
     CANCELLED,
     DECODING,
     FINISHED,
+    FIRST,
     ITL_BINS,
     ITL_BINS_PER_E,
     ITL_LOWEST_S,
     MAX_CANDIDATES,
     PREEMPTED,
     PREFILLING,
+    TURNS,
+    WHOLE,
 )
+
+NOBODY = np.int32(-1)
 
 
 @kernel
@@ -162,52 +174,73 @@ def _plan_decodes(state, e, candidates):
 
 
 @kernel
-def _admit_next(state, e):
-    """Admit the head of the queue if it fits (whole context, watermark kept free); returns whether it did."""
+def _leave_decodes_out(engine):
+    """Plan no decode."""
+    engine.num_decodes = 0
+    engine.decode_tokens = 0
+    engine.decode_kv_tokens = 0
+    engine.candidate_steps = 0
+
+
+@kernel
+def _next_to_admit(state, e):
+    """The request at the head of the queue if it fits (whole context, watermark kept free), else NOBODY."""
     engine = state.engines[e]
     if engine.num_running >= engine.max_num_seqs:
-        return False
-    from_preempted = engine.num_preempted > 0
-    if from_preempted:
+        return NOBODY
+    if engine.num_preempted > 0:
         r = state.preempted[e, engine.num_preempted - 1]
     else:
         if engine.next_new >= engine.released:
-            return False
+            return NOBODY
         r = np.int32(engine.next_new)
-    request = state.requests[e, r]
-    need = blocks_for(request.context, engine.block_size)
     reserve = engine.watermark_blocks if engine.num_running > 0 else 0
-    if need + reserve > engine.free_blocks:
-        return False
-    if from_preempted:
+    if blocks_for(state.requests[e, r].context, engine.block_size) + reserve > engine.free_blocks:
+        return NOBODY
+    return r
+
+
+@kernel
+def _admit(state, e, r):
+    """Let request `r`, the head of the queue, in: it gets the blocks of its whole context."""
+    engine = state.engines[e]
+    request = state.requests[e, r]
+    if engine.num_preempted > 0:
         engine.num_preempted -= 1
     else:
         engine.next_new += 1
         request.admitted = engine.now
         if engine.cancelled_waiting > 0:
             skip_cancelled(state, e)
-    take(engine, request, need)
+    take(engine, request, blocks_for(request.context, engine.block_size))
     request.phase = np.int32(PREFILLING)
     state.running[e, engine.num_running] = r
     engine.num_running += 1
-    return True
 
 
 @kernel
 def _plan_prefills(state, e, token_budget, may_admit):
     """Share `token_budget` prompt tokens, first come first served; new requests enter while they fit."""
     engine = state.engines[e]
+    whole = engine.prefill in (WHOLE, FIRST)
     slot = engine.num_decodes
     position = engine.num_decoding
     left = token_budget
     completed = 0
     while left > 0:
-        if position == engine.num_running and not (may_admit and _admit_next(state, e)):
-            break
+        if position == engine.num_running:
+            if not may_admit:
+                break
+            head = _next_to_admit(state, e)
+            if head == NOBODY:
+                break
+            if whole and slot > engine.num_decodes and state.requests[e, head].context > left:
+                break
+            _admit(state, e, head)
         r = state.running[e, position]
         request = state.requests[e, r]
         remaining = request.context - request.computed
-        chunk = min(left, remaining)
+        chunk = remaining if whole else min(left, remaining)
         state.batch_request[e, slot] = r
         state.batch_tokens[e, slot] = chunk
         completed += chunk == remaining
@@ -220,6 +253,17 @@ def _plan_prefills(state, e, token_budget, may_admit):
 
 
 @kernel
+def _prompts_alone(state, e, token_budget):
+    """Whether the next batch of an engine that keeps prompts and decodes apart is one of prompts."""
+    engine = state.engines[e]
+    if token_budget <= 0:
+        return False
+    if engine.prefill == TURNS and engine.num_prefills > 0 and engine.num_decoding > 0:
+        return False
+    return engine.num_running > engine.num_decoding or _next_to_admit(state, e) != NOBODY
+
+
+@kernel
 def plan(state, e, candidates, token_budget):
     """Choose the next batch of engine `e` and write it to `batch_request` / `batch_tokens`, decodes first.
 
@@ -228,8 +272,14 @@ def plan(state, e, candidates, token_budget):
     """
     engine = state.engines[e]
     preemptions = engine.preemptions
-    _plan_decodes(state, e, candidates)
-    _plan_prefills(state, e, token_budget, engine.preemptions == preemptions)
+    prompt_tokens = token_budget
+    if engine.prefill >= FIRST and _prompts_alone(state, e, token_budget):
+        _leave_decodes_out(engine)
+    else:
+        _plan_decodes(state, e, candidates)
+        if engine.prefill >= FIRST:
+            prompt_tokens = 0
+    _plan_prefills(state, e, prompt_tokens, engine.preemptions == preemptions)
     engine.last_candidates = candidates
     engine.last_budget = token_budget
     return engine.num_decodes + engine.num_prefills > 0

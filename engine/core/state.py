@@ -17,6 +17,13 @@ FINISHED = 3
 PREEMPTED = 4
 CANCELLED = 5
 
+CHUNKED = 0
+WHOLE = 1
+FIRST = 2
+TURNS = 3
+PREFILL_ORDERS = ("chunked", "whole", "first", "turns")
+"""How prompts are scheduled beside decodes (see `engine.core.scheduler`), by the numbers above."""
+
 MAX_CANDIDATES = 32
 """Largest c the core's per-depth acceptance counters hold, in candidate tokens per request."""
 
@@ -56,6 +63,7 @@ ENGINE = np.dtype(
         ("total_blocks", np.int64),
         ("watermark_blocks", np.int64),  # kept free when a new request is admitted
         ("max_num_seqs", np.int64),
+        ("prefill", np.int64),  # one of CHUNKED, WHOLE, FIRST, TURNS
         # clock and queues
         ("now", np.float64),  # s
         ("last_end", np.float64),  # s, end of the latest iteration
@@ -148,6 +156,7 @@ def allocate(
     watermark_blocks: int,
     max_num_seqs: int,
     ttft_target: float,
+    prefill: str = PREFILL_ORDERS[CHUNKED],
 ) -> State:
     """Memory for `num_engines` empty engines with room for `num_requests` requests each."""
     engines = np.zeros(num_engines, dtype=ENGINE)
@@ -156,6 +165,7 @@ def allocate(
     engines["total_blocks"] = total_blocks
     engines["watermark_blocks"] = watermark_blocks
     engines["max_num_seqs"] = max_num_seqs
+    engines["prefill"] = PREFILL_ORDERS.index(prefill)
     state = State(
         requests=np.zeros((num_engines, num_requests), dtype=REQUEST),
         engines=engines,
@@ -174,7 +184,7 @@ def allocate(
     return state
 
 
-_LIMITS = ("ttft_target", "block_size", "total_blocks", "watermark_blocks", "max_num_seqs")
+_LIMITS = ("ttft_target", "block_size", "total_blocks", "watermark_blocks", "max_num_seqs", "prefill")
 
 
 def clear(state: State, e: int) -> None:
@@ -205,7 +215,8 @@ def load(
     clear(state, e)
     count = len(arrival)
     rows = state.requests[e]
-    rows[:count] = np.zeros((), dtype=REQUEST)
+    # Padding included: assigning a record leaves it as it was, and tables are compared byte by byte.
+    rows[:count].view(np.uint8)[:] = 0
     rows["arrival"][:count] = arrival
     rows["prompt"][:count] = prompt
     rows["context"][:count] = prompt

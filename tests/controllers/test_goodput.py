@@ -33,13 +33,43 @@ def test_k_has_the_highest_goodput_of_all(decodes: int, acceptance: float) -> No
     assert chosen == (int(np.argmax(goodput)), 512)
 
 
-def test_the_acceptance_rate_is_a_moving_average_from_nine_tenths() -> None:
-    """2 of 3 drafted tokens verified, then nothing drafted: 0.75 x 0.9 + 0.25 x 2/3, then unchanged."""
-    controller = _controller()
+def test_the_acceptance_rate_is_a_moving_average_from_nine_tenths_of_the_share_accepted_so_far() -> None:
+    """2 of 3 candidates of 5 requests are accepted, then nothing is drafted; 20 candidates' worth of belief in 0.9."""
+    controller = _controller(forgetting=1.0)
+    share = (5 * 2 + 20 * 0.9) / (5 * 3 + 20)
     controller.choose(verified(5, 2, 3, last_iteration_s=0.02))
-    assert controller.rules.acceptance[0] == pytest.approx(0.75 * 0.9 + 0.25 * 2 / 3)
+    once = 0.9 + 0.25 * (share - 0.9)
+    assert controller.rules.acceptance[0] == pytest.approx(once)
     controller.choose(observation(num_decodes=5, iterations=1.0, last_num_decodes=5, last_iteration_s=0.02))
-    assert controller.rules.acceptance[0] == pytest.approx(0.75 * 0.9 + 0.25 * 2 / 3)
+    assert controller.rules.acceptance[0] == pytest.approx(once + 0.25 * (share - once))
+
+
+def test_bad_luck_with_one_request_running_does_not_end_speculation() -> None:
+    """Seven rejections in a row, one in 400 at 0.58: averaged one by one they would bring a to 0.12, and k to 0."""
+    controller = _controller(initial_acceptance=0.58)
+    for _ in range(7):
+        chosen, _ = controller.choose(verified(1, 0, 1, last_iteration_s=0.0112))
+    assert 0.58 * 0.75**7 < 0.12
+    assert chosen > 0
+
+
+def test_an_engine_that_stopped_speculating_tries_again() -> None:
+    controller = _controller()
+    for _ in range(400):
+        controller.choose(verified(4, 0, 3, last_iteration_s=_seconds(4, 3, 0, 0)))
+    silent = observation(num_decodes=4, iterations=1.0, last_num_decodes=4, last_iteration_s=_seconds(4, 0, 0, 0))
+    assert controller.choose(silent)[0] == 0
+    waited = next(count for count in range(20_000) if controller.choose(silent)[0] > 0)
+    assert waited > 1000
+
+
+def test_prompts_that_cannot_be_admitted_do_not_make_candidates_cheap() -> None:
+    """With the cache full the next iteration prefills nothing, however long the queue is."""
+    busy = {"num_decodes": 48, "free_seqs": 100, "queue": [(4000, 0.5)] * 3, "waiting_tokens": 12_000}
+    controller = _controller(initial_acceptance=0.3, token_budget=4096)
+    alone = controller.choose(observation(num_decodes=48))[0]
+    assert controller.choose(observation(**busy, free_kv_tokens=100))[0] == alone
+    assert controller.choose(observation(**busy, free_kv_tokens=60_000))[0] > alone
 
 
 def test_the_fit_follows_an_engine_that_is_not_as_predicted() -> None:

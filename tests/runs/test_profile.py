@@ -115,3 +115,9 @@ def test_the_configuration_lists_every_setting_with_its_default() -> None:
     assert isinstance(made, Profile)
     assert made == Profile(engine=made.engine)
     assert set(Profile.model_fields) - {"engine", "actions"} <= raw.keys()
+
+
+@pytest.mark.parametrize("prefill", ["whole", "first", "turns"])
+def test_an_engine_that_mixes_prompts_and_decodes_otherwise_is_not_profiled(prefill: str) -> None:
+    with pytest.raises(ValueError, match=f"engine.prefill={prefill}.*profile with engine.prefill=chunked"):
+        Profile(engine=SMALL.model_copy(update={"prefill": prefill}))

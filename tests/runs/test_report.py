@@ -476,6 +476,7 @@ def test_every_optimizer_and_every_fixed_pair_is_within_its_panel(tmp_path: Path
 def test_engines_are_named_for_people() -> None:
     assert engine_name("vicuna_7b_a100") == "Vicuna-7B · A100"
     assert engine_name("llama3_8b_rtx4090") == "Llama-3-8B · RTX4090"
+    assert engine_name("vicuna_7b_a100 prefill=first") == "Vicuna-7B · A100, prefill=first"
     assert engine_name("my own engine") == "my own engine"
 
 

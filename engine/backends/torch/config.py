@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from threadpoolctl import threadpool_limits
 
 from engine.backends.clock import Clock
-from engine.config import EngineLimits
+from engine.config import EngineLimits, Prefill
 from engine.speculation.allocation import CHAINS, Speculation
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class TorchEngineConfig(BaseModel):
         block_size: tokens per KV block.
         watermark: share of KV blocks kept free when a new request is admitted.
         num_kv_blocks: KV blocks; 0: enough for `max_num_seqs` requests of `max_model_len` tokens.
+        prefill: how prompts meet decodes: `chunked`, `whole`, `first` or `turns`, as in `engine.config.EngineConfig`.
         profile: the engine yaml that `runs.profile` wrote for this engine on this machine, from which controllers
             predict iteration times; None: there is none, and controllers that predict are refused.
     """
@@ -79,6 +80,7 @@ class TorchEngineConfig(BaseModel):
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16
     watermark: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
     num_kv_blocks: Annotated[int, Field(ge=0)] = 0
+    prefill: Prefill = "chunked"
     profile: Path | None = None
 
     @property
@@ -117,7 +119,7 @@ class TorchEngineConfig(BaseModel):
         """What the scheduler knows of the cache."""
         blocks = self.num_kv_blocks or self.max_num_seqs * -(-self.max_model_len // self.block_size)
         return EngineLimits(
-            blocks, self.block_size, int(self.watermark * blocks), self.max_num_seqs, self.max_model_len
+            blocks, self.block_size, int(self.watermark * blocks), self.max_num_seqs, self.max_model_len, self.prefill
         )
 
     @property

@@ -103,6 +103,7 @@ class TorchEngine:
             watermark_blocks=limits.watermark_blocks,
             max_num_seqs=limits.max_num_seqs,
             ttft_target=ttft_target,
+            prefill=limits.prefill,
         )
         self.clock: Clock = WallClock() if clock is None else clock
         self.recording = Recording() if record else None

@@ -15,9 +15,9 @@ from controllers.controller import CompiledController, Plant
 from controllers.fixed import Fixed
 from controllers.sarathi import Sarathi
 from engine.backends.simulator import ITERATION, Simulator
-from engine.config import EngineConfig
+from engine.config import EngineConfig, Prefill
 from engine.core.action import ActionGrid
-from engine.core.state import FINISHED
+from engine.core.state import FINISHED, PREFILL_ORDERS
 from engine.latency.lookup import LookupTable
 from engine.latency.model import LatencyModel
 from engine.workload.agreement import IidAgreement
@@ -124,6 +124,21 @@ def test_every_request_finishes_exactly_once_with_its_exact_tokens(
     _assert_conserved(simulator, log)
     _assert_never_idle_with_work(simulator, log)
     assert (simulator.state.engines["preemptions"][0] > 0) == (config is TIGHT and token_budget > 1)
+
+
+@CONFIGS
+@pytest.mark.parametrize("prefill", PREFILL_ORDERS[1:])
+@pytest.mark.parametrize(("candidates", "token_budget"), [(0, 2048), (3, 64)])
+def test_however_prompts_are_scheduled_every_request_finishes_exactly_once(
+    config: EngineConfig, prefill: Prefill, candidates: int, token_budget: int
+) -> None:
+    config = config.model_copy(update={"prefill": prefill})
+    simulator, log = _run(_workload(0), candidates, token_budget, config)
+    _assert_conserved(simulator, log)
+    _assert_never_idle_with_work(simulator, log)
+    apart = (log["num_decodes"] == 0) | (log["num_prefills"] == 0)
+    assert apart.all() == (prefill in ("first", "turns"))
+    assert np.all(log["kv_tokens"][log["num_decodes"] == 0] == 0)
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
 from engine.core import state as core
 from engine.core.scheduler import advance_clock, commit, has_work, plan, release
-from engine.core.state import State
+from engine.core.state import PREFILL_ORDERS, State
 from tests.engine.core.reference import Engine, Request
 
 TTFT_TARGET_S = 1.0
@@ -28,14 +29,16 @@ class Case:
     max_num_seqs: int
     requests: tuple[tuple[float, int, int, tuple[bool, ...]], ...]
     actions: tuple[tuple[int, int], ...]
+    prefill: str = "chunked"
 
     @property
-    def limits(self) -> dict[str, int]:
+    def limits(self) -> dict[str, Any]:
         return {
             "block_size": self.block_size,
             "total_blocks": self.total_blocks,
             "watermark_blocks": self.watermark_blocks,
             "max_num_seqs": self.max_num_seqs,
+            "prefill": self.prefill,
         }
 
     def reference(self) -> Engine:
@@ -55,7 +58,9 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, most_requests: int = 8, most_seqs: int = 4) -> Case:
+def cases(
+    draw: st.DrawFn, most_requests: int = 8, most_seqs: int = 4, prefill: tuple[str, ...] = PREFILL_ORDERS
+) -> Case:
     """Tight memory, few seats, bursts of arrivals: what makes schedulers fail."""
     block_size = draw(st.integers(1, 4))
     total_blocks = draw(st.integers(3, 12))
@@ -76,6 +81,7 @@ def cases(draw: st.DrawFn, most_requests: int = 8, most_seqs: int = 4) -> Case:
         max_num_seqs=draw(st.integers(1, most_seqs)),
         requests=tuple(requests),
         actions=tuple(actions),
+        prefill=draw(st.sampled_from(prefill)),
     )
 
 

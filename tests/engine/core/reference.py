@@ -42,13 +42,21 @@ class Engine:
     """A serving engine that looks at all requests whenever it needs to know something."""
 
     def __init__(
-        self, requests: list[Request], *, block_size: int, total_blocks: int, watermark_blocks: int, max_num_seqs: int
+        self,
+        requests: list[Request],
+        *,
+        block_size: int,
+        total_blocks: int,
+        watermark_blocks: int,
+        max_num_seqs: int,
+        prefill: str = "chunked",
     ) -> None:
         self.requests = requests
         self.block_size = block_size
         self.total_blocks = total_blocks
         self.watermark_blocks = watermark_blocks
         self.max_num_seqs = max_num_seqs
+        self.prefill = prefill
         self.now = 0.0
         self.decodes: list[tuple[Request, int]] = []
         self.prefills: list[tuple[Request, int]] = []
@@ -82,8 +90,22 @@ class Engine:
 
     def plan(self, candidates: int, token_budget: int) -> list[tuple[int, int]]:
         """The next batch as (request, tokens), decodes first."""
+        prompts_ran = bool(self.prefills)
+        self.decodes, self.prefills = [], []
+        if self.prefill in ("chunked", "whole"):
+            preempted = self._plan_decodes(candidates)
+            self._plan_prompts(token_budget, may_admit=not preempted)
+        else:
+            decodes_turn = prompts_ran and any(request.phase == "decoding" for request in self.running)
+            if self.prefill == "first" or not decodes_turn:
+                self._plan_prompts(token_budget, may_admit=True)
+            if not self.prefills:
+                self._plan_decodes(candidates)
+        return [(request.number, tokens) for request, tokens in self.decodes + self.prefills]
+
+    def _plan_decodes(self, candidates: int) -> bool:
+        """Every decoding request decodes; returns whether one had to be preempted for that."""
         preempted = self._make_room()
-        self.decodes = []
         for request in self.running:
             if request.phase == "decoding":
                 tokens = min(1 + candidates, request.output - request.generated)
@@ -91,21 +113,24 @@ class Engine:
                     tokens -= 1
                 request.slots = max(request.slots, request.cached + tokens)
                 self.decodes.append((request, tokens))
-        self.prefills = []
+        return preempted
+
+    def _plan_prompts(self, token_budget: int, may_admit: bool) -> None:
         for request in self.running:
             if request.phase == "prefilling" and token_budget > 0:
                 token_budget -= self._chunk(request, token_budget)
-        while token_budget > 0 and not preempted and self.queue:
+        while token_budget > 0 and may_admit and self.queue:
             request = self.queue[0]
             reserve = self.watermark_blocks if self.running else 0
             if len(self.running) == self.max_num_seqs or self.blocks(request.context) + reserve > self.free_blocks:
+                break
+            if self.prefill in ("whole", "first") and self.prefills and request.context > token_budget:
                 break
             request.phase = "prefilling"
             request.slots = request.context
             if math.isnan(request.admitted):
                 request.admitted = self.now
             token_budget -= self._chunk(request, token_budget)
-        return [(request.number, tokens) for request, tokens in self.decodes + self.prefills]
 
     def commit(self, elapsed: float) -> None:
         """End the iteration: emit what was accepted plus one, finish who has all of its output."""
@@ -154,7 +179,9 @@ class Engine:
         request.preemptions += 1
 
     def _chunk(self, request: Request, most: int) -> int:
-        tokens = min(most, request.context - request.cached)
+        tokens = request.context - request.cached
+        if self.prefill in ("chunked", "turns"):
+            tokens = min(most, tokens)
         self.prefills.append((request, tokens))
         return tokens
 

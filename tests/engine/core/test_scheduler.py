@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.core.scheduler import commit, plan
 from engine.core.state import (
@@ -18,6 +20,7 @@ from engine.core.state import (
     ITL_LOWEST_S,
     NOT_ADMITTED,
     PREEMPTED,
+    PREFILL_ORDERS,
     PREFILLING,
     State,
 )
@@ -43,10 +46,11 @@ PHASES = {
 }
 
 
-@settings(max_examples=250, deadline=None)
-@given(cases())
-def test_every_iteration_agrees_with_the_reference(case: Case) -> None:
-    _assert_agrees_with_the_reference(case)
+@pytest.mark.parametrize("prefill", PREFILL_ORDERS)
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_every_iteration_agrees_with_the_reference(prefill: str, data: st.DataObject) -> None:
+    _assert_agrees_with_the_reference(data.draw(cases(prefill=(prefill,))))
 
 
 def _assert_agrees_with_the_reference(case: Case) -> State:
@@ -156,12 +160,14 @@ def test_the_running_list_is_in_order_of_arrival_with_decodes_first(case: Case) 
         assert np.all(phases[: engine["num_decoding"]] == DECODING)
         assert np.all(phases[engine["num_decoding"] :] == PREFILLING)
         if moment == "begin":
-            assert len(running) - engine["num_decoding"] <= 1
+            assert len(running) - engine["num_decoding"] <= (case.prefill in ("chunked", "turns"))
 
 
 @settings(max_examples=100, deadline=None)
 @given(cases())
-def test_candidates_stay_within_c_and_the_output_limit_and_prompts_within_n(case: Case) -> None:
+def test_candidates_stay_within_c_and_the_output_limit_and_prompts_within_n_unless_one_is_whole(
+    case: Case,
+) -> None:
     state = case.state()
     engine = state.engines[0]
     for moment, candidates, token_budget in iterate(state, case):
@@ -173,12 +179,54 @@ def test_candidates_stay_within_c_and_the_output_limit_and_prompts_within_n(case
             request = state.requests[0, r]
             assert 1 <= tokens <= 1 + candidates
             assert request["generated"] + tokens <= request["output"]
-        assert sum(tokens for _, tokens in prefills) <= token_budget
+        alone = case.prefill in ("whole", "first") and len(prefills) == 1
+        assert alone or sum(tokens for _, tokens in prefills) <= token_budget
         assert all(tokens >= 1 for _, tokens in prefills)
         assert engine["decode_tokens"] == sum(tokens for _, tokens in decodes)
         assert engine["prefill_tokens"] == sum(tokens for _, tokens in prefills)
         assert engine["candidate_steps"] == max((tokens - 1 for _, tokens in decodes), default=0)
         assert engine["decode_kv_tokens"] == sum(state.requests["computed"][0, r] for r, _ in decodes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(prefill=("whole", "first")))
+def test_a_prompt_that_must_not_be_cut_is_computed_in_one_iteration(case: Case) -> None:
+    state = case.state()
+    for moment, *_ in iterate(state, case):
+        if moment == "planned":
+            decodes = state.engines["num_decodes"][0]
+            assert [tokens for _, tokens in batch(state)[decodes:]] == [
+                state.requests["context"][0, r] for r, _ in batch(state)[decodes:]
+            ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(prefill=("first", "turns")))
+def test_prompts_and_decodes_apart_share_no_iteration_and_neither_waits_without_need(case: Case) -> None:
+    state, prompts_before = case.state(), False
+    engine, requests = state.engines[0], state.requests[0]
+    for moment, *_ in iterate(state, case):
+        if moment == "begin":
+            decoding = bool(engine["num_decoding"])
+            could_run = engine["num_running"] > engine["num_decoding"] or _head_fits(state)
+        if moment == "planned":
+            assert (engine["num_decodes"] == 0) != (engine["num_prefills"] == 0)
+            decodes_turn = case.prefill == "turns" and prompts_before and decoding
+            assert (engine["num_prefills"] > 0) == (could_run and not decodes_turn)
+            assert decoding or engine["num_prefills"] > 0
+            prompts_before = engine["num_prefills"] > 0
+            # Who sits out keeps its cache: only decodes that run can need another's blocks.
+            assert not prompts_before or np.all(requests["blocks"][requests["phase"] == DECODING] > 0)
+
+
+def _head_fits(state: State) -> bool:
+    """Whether the first of the queue could be admitted, by what the tables say."""
+    engine, requests = state.engines[0], state.requests[0]
+    queue = [r for r in range(engine["released"]) if requests["phase"][r] in (NOT_ADMITTED, PREEMPTED)]
+    if not queue or engine["num_running"] == engine["max_num_seqs"]:
+        return False
+    need = -(-int(requests["context"][queue[0]]) // int(engine["block_size"]))
+    return bool(need + (engine["watermark_blocks"] if engine["num_running"] else 0) <= engine["free_blocks"])
 
 
 @settings(max_examples=100, deadline=None)
@@ -281,6 +329,55 @@ def test_two_prompts_share_one_budget() -> None:
     assert state.engines["batched_requests"][0] == 2 + 1 + 1
 
 
+# Decodes of one request while another's prompt of 6 tokens comes, at n = 4.
+INTERRUPTED = ((0.0, 2, 6), (0.5, 6, 2))
+
+
+def test_chunks_beside_decodes_delay_neither() -> None:
+    state = _timeline(INTERRUPTED, c=0, n=4)
+    assert state.requests["first_token"][0].tolist() == [1.0, 3.0]
+    assert state.requests["last_token"][0].tolist() == [6.0, 4.0]
+    assert state.requests["max_itl"][0].tolist() == [1.0, 1.0]
+
+
+def test_a_whole_prompt_beside_decodes_may_exceed_n() -> None:
+    state = _timeline(INTERRUPTED, c=0, n=4, prefill="whole")
+    assert state.requests["first_token"][0].tolist() == [1.0, 2.0]
+    assert state.requests["last_token"][0].tolist() == [6.0, 3.0]
+    assert state.requests["max_itl"][0].tolist() == [1.0, 1.0]
+
+
+def test_prompts_first_let_decodes_wait_for_all_of_them() -> None:
+    state = _timeline((*INTERRUPTED, (0.5, 3, 1)), c=0, n=4, prefill="first")
+    assert state.requests["first_token"][0].tolist() == [1.0, 2.0, 3.0]
+    assert state.requests["last_token"][0].tolist() == [8.0, 4.0, 3.0]
+    assert state.requests["max_itl"][0].tolist() == [3.0, 2.0, 0.0]
+
+
+def test_in_turns_a_decode_follows_every_chunk() -> None:
+    state = _timeline(INTERRUPTED, c=0, n=4, prefill="turns")
+    assert state.requests["first_token"][0].tolist() == [1.0, 5.0]
+    assert state.requests["last_token"][0].tolist() == [8.0, 6.0]
+    assert state.requests["max_itl"][0].tolist() == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("prefill", ["whole", "first"])
+def test_whole_prompts_fill_n_in_order_and_none_overtakes(prefill: str) -> None:
+    state = _timeline(((0.0, 3, 1), (0.0, 1, 1), (0.0, 2, 1)), c=0, n=5, prefill=prefill)
+    assert state.requests["first_token"][0].tolist() == [1.0, 1.0, 2.0]
+    later = _timeline(((0.0, 3, 1), (0.0, 4, 1), (0.0, 1, 1)), c=0, n=5, prefill=prefill)
+    assert later.requests["first_token"][0].tolist() == [1.0, 2.0, 2.0]
+
+
+def test_no_prompt_starts_while_n_is_zero() -> None:
+    for prefill in PREFILL_ORDERS:
+        case = Case(1, 100, 0, 8, ((0.0, 2, 6, (False,) * 6), (0.5, 6, 2, (False,) * 2)), ((0, 4), (0, 0)), prefill)
+        state = case.state()
+        for moment, _, token_budget in iterate(state, case):
+            if moment == "planned" and token_budget == 0:
+                assert state.engines["num_prefills"][0] == 0 < state.engines["num_decodes"][0]
+
+
 def test_perfect_drafts_emit_one_plus_c_tokens_an_iteration() -> None:
     state = _timeline(((0.0, 2, 8),), c=3, n=8, agrees=True)
     assert state.requests["last_token"][0, 0] == 3.0
@@ -330,7 +427,7 @@ def test_the_watermark_delays_the_second_request_but_never_the_first() -> None:
     assert state.requests["admitted"][0].tolist() == [0.0, 1.0]
 
 
-def _timeline(requests: tuple, *, c: int, n: int, agrees: bool = False, **limits: int) -> State:
+def _timeline(requests: tuple, *, c: int, n: int, agrees: bool = False, **limits: Any) -> State:
     """Run (arrival, prompt, output) requests with blocks of one token and iterations of one second."""
     rows = tuple((arrival, prompt, output, (agrees,) * output) for arrival, prompt, output in requests)
     sizes = {"total_blocks": 100, "watermark_blocks": 0, "max_num_seqs": 8, **limits}

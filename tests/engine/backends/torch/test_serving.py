@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from engine.backends.replay import Recording, ReplayError, replay
 from engine.backends.torch.engine import RequestError, TorchEngine
+from engine.config import Prefill
 from engine.core.metrics import request_table
 from engine.core.state import CANCELLED, FINISHED, State
 from engine.speculation.allocation import CHAINS, Speculation
@@ -82,6 +84,16 @@ def _assert_same_rows(again: State, served: TorchEngine, count: int) -> None:
     for name in again.requests.dtype.names:
         rows = (state.requests[name][0, :count] for state in (again, served.state))
         np.testing.assert_array_equal(*rows, err_msg=name)
+
+
+@pytest.mark.parametrize("prefill", ["whole", "first", "turns"])
+def test_however_prompts_are_scheduled_a_storm_loses_nothing_and_replays(prefill: Prefill) -> None:
+    bounds = replace(limits(total_blocks=26, max_num_seqs=6), prefill=prefill)
+    served = engine("llama", "near", bounds, record=True, clock=ManualClock(), ttft_target=TTFT_TARGET_S)
+    asked = _storm(served, 30, seed=5)
+    assert served.recording is not None
+    assert served.state.engines["preemptions"][0] > 0
+    _assert_same_rows(replay(served.recording, bounds, TTFT_TARGET_S), served, len(asked))
 
 
 @pytest.mark.parametrize(("draft_with", "how"), [*((name, CHAINS) for name in ("none", "ngram", "copy")), *TREES])
