@@ -5,7 +5,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from controllers.acceptance import learn_acceptance, new_memory
 from controllers.compiled import KernelController
@@ -27,7 +27,7 @@ from engine.core.telemetry import (
     PREFILLING_TOKENS,
     TTFT_TARGET_S,
 )
-from engine.latency.lookup import LookupGrid, lookup_slice, lookup_time
+from engine.latency.lookup import LookupGrid, lookup_choice, lookup_slice
 
 UNBOUNDED = 1e30
 LENGTH_MEMORY_S = 60.0
@@ -35,8 +35,16 @@ LENGTH_MEMORY_S = 60.0
 PRIOR_OUTPUT_TOKENS = 200.0
 """Output length believed before the first request finishes; it counts as one finished request."""
 PRIOR_PROMPT_TOKENS = 500.0
+"""Prompt length believed before the first arrival; it counts as one."""
+PRIOR_SECONDS = 1.0
+"""Seconds without an arrival believed to have gone before the first observation."""
 MOST_ARRIVALS = 16
 """Arrivals predicted at most."""
+MOST_ROWS = 4096
+"""Rows of the line; an observation that lists more requests is read up to there."""
+NEAR = 1
+COARSE = 2
+"""First budgets tried before a tail: those at most so many choices from it, and every so many-th beyond."""
 FADE = 0.25
 """Most of the batch that may finish in one step of the model, as a share."""
 
@@ -51,9 +59,9 @@ class Settings(NamedTuple):
     horizon_s: float
     switch_s: float
     guard: float
+    prefill_price: float
     batch_memory_s: float
     rate_memory_s: float
-    mix: float
 
 
 class Line(NamedTuple):
@@ -71,14 +79,18 @@ class Line(NamedTuple):
 class Memory(NamedTuple):
     """What is learnt, and scratch space.
 
-    acceptance: (2, C) counts · tokens: (C + 1,) G · learnt: (7,) finished requests and their tokens, arrivals, their
-    tokens, arrivals by rate and the seconds they took, all fading, and the usual batch · seconds: (nC, nN + 1)
-    predicted T · cheapest: (nN + 1,) index of c by budget · line: see `Line`.
+    acceptance: (2, C) counts · tokens: (C + 1,) G · finished: (2,) fading sums of finished requests and their tokens ·
+    arrived: (2,) of arrivals and their tokens · rate: (2,) of arrivals and seconds, fading faster · usual_batch: (1,)
+    moving average of B over time · seconds: (nC, nN + 1) predicted T · cheapest: (nN + 1,) index of c by budget, 0 for
+    an iteration without prefill · line: see `Line`.
     """
 
     acceptance: NDArray[np.float64]
     tokens: NDArray[np.float64]
-    learnt: NDArray[np.float64]
+    finished: NDArray[np.float64]
+    arrived: NDArray[np.float64]
+    rate: NDArray[np.float64]
+    usual_batch: NDArray[np.float64]
     seconds: NDArray[np.float64]
     cheapest: NDArray[np.int64]
     line: Line
@@ -117,17 +129,17 @@ class Now(NamedTuple):
 def _learn(observation, e, settings, memory):
     """Update lengths, rate and usual batch."""
     load = observation.load
-    learnt = memory.learnt
     elapsed = load[e, INTERVAL_S]
     keep = math.exp(-elapsed / LENGTH_MEMORY_S)
-    learnt[0] = learnt[0] * keep + load[e, FINISHED_REQUESTS]
-    learnt[1] = learnt[1] * keep + load[e, FINISHED_TOKENS]
-    learnt[2] = learnt[2] * keep + load[e, ARRIVALS]
-    learnt[3] = learnt[3] * keep + load[e, ARRIVED_TOKENS]
+    memory.finished[0] = memory.finished[0] * keep + load[e, FINISHED_REQUESTS]
+    memory.finished[1] = memory.finished[1] * keep + load[e, FINISHED_TOKENS]
+    memory.arrived[0] = memory.arrived[0] * keep + load[e, ARRIVALS]
+    memory.arrived[1] = memory.arrived[1] * keep + load[e, ARRIVED_TOKENS]
     keep = math.exp(-elapsed / settings.rate_memory_s)
-    learnt[4] = learnt[4] * keep + load[e, ARRIVALS]
-    learnt[5] = learnt[5] * keep + elapsed
-    learnt[6] += (1.0 - math.exp(-elapsed / settings.batch_memory_s)) * (load[e, NUM_DECODES] - learnt[6])
+    memory.rate[0] = memory.rate[0] * keep + load[e, ARRIVALS]
+    memory.rate[1] = memory.rate[1] * keep + elapsed
+    weight = 1.0 - math.exp(-elapsed / settings.batch_memory_s)
+    memory.usual_batch[0] += weight * (load[e, NUM_DECODES] - memory.usual_batch[0])
 
 
 @kernel
@@ -136,20 +148,22 @@ def _line_up(observation, e, settings, memory):
 
     The requests behind the listed ones are one row. Arrivals are expected evenly, with the mean prompt.
     """
-    load, queue, line, learnt = observation.load, observation.queue, memory.line, memory.learnt
+    load, queue, line = observation.load, observation.queue, memory.line
     extra = settings.ttft_target - load[e, TTFT_TARGET_S]
     rows = 0
     listed = queue.shape[1] - 1
     for row in range(listed + 1):
         if queue[e, row, 0] <= 0.0:
             continue
+        if rows + MOST_ARRIVALS >= line.tokens.shape[0]:
+            break
         line.tokens[rows] = queue[e, row, 0]
         line.slack[rows] = queue[e, row, 1] + extra if queue[e, row, 1] < 0.5 * NO_DEADLINE_S else UNBOUNDED
         line.arrival[rows] = 0.0
         line.count[rows] = 1.0 if row < listed else max(1.0, load[e, NUM_WAITING] - listed)
         rows += 1
-    gap = (learnt[5] + 1.0) / max(learnt[4], 1e-9)
-    prompt = (learnt[3] + PRIOR_PROMPT_TOKENS) / (learnt[2] + 1.0)
+    gap = (memory.rate[1] + PRIOR_SECONDS) / max(memory.rate[0], 1e-9)
+    prompt = (memory.arrived[1] + PRIOR_PROMPT_TOKENS) / (memory.arrived[0] + 1.0)
     for k in range(MOST_ARRIVALS):
         arrival = gap * (k + 1)
         if arrival > settings.horizon_s:
@@ -176,15 +190,15 @@ def _late_cost(line, row, end, settings):
 
 
 @kernel
-def predicted_cost(grid, settings, memory, now, first, tail, switch_s, shift, most):
+def predicted_cost(grid, settings, memory, now, first, tail, switch_s, most):
     """Objective of the next `horizon_s` seconds and an estimate of what is left then, under an action sequence.
 
     Budget `first` (an index) in iterations that begin before `switch_s`, then `tail`; c as `memory.cheapest` has it for
-    the budget, moved by `shift`. Ends early, with a cost that is only known to be larger, past `most`.
+    the
+    budget. Ends early, with a cost that is only known to be larger, past `most`.
     """
     line = memory.line
     candidates = grid.candidates
-    last = candidates.shape[0] - 1
     time = 0.0
     cost = 0.0
     decodes, kv_tokens, free_kv, free_seqs = now.decodes, now.kv_tokens, now.free_kv, now.free_seqs
@@ -218,17 +232,15 @@ def predicted_cost(grid, settings, memory, now, first, tail, switch_s, shift, mo
                 break
             time = line.arrival[row]
             continue
-        c = min(max(memory.cheapest[j] + shift, 0), last)
+        c = memory.cheapest[j]
         gain = memory.tokens[candidates[c]]
-        seconds = lookup_time(grid, decodes, kv_tokens, candidates[c], prompt_tokens)
+        seconds = lookup_choice(grid, decodes, kv_tokens, c, prompt_tokens)
         times = 1.0
         if row == begun:
             # Nothing changes but that time passes: several iterations are one step.
             until = switch_s if time < switch_s else horizon_s
             if prompt_tokens > 0.0:
-                times += math.floor(rest / budget) if left <= 0.0 else 0.0
-                if times * budget >= rest + prompt_tokens:
-                    times = max(1.0, times - 1.0)
+                times = math.ceil(rest / budget)
             else:
                 if row < now.rows and line.arrival[row] > time:
                     until = min(until, line.arrival[row])
@@ -281,22 +293,17 @@ def _cheapest_candidates(seconds, tokens, candidates, j, token_value):
 @kernel
 def _look_ahead(observation, e, grid, settings, memory):
     """Value tokens and prompts as they will be behind the horizon; fill `cheapest`; returns `Now`."""
-    load, learnt, seconds = observation.load, memory.learnt, memory.seconds
+    load, seconds = observation.load, memory.seconds
     decodes, kv_tokens = load[e, NUM_DECODES], load[e, DECODE_KV_TOKENS]
-    length = max(2.0, (learnt[1] + PRIOR_OUTPUT_TOKENS) / (learnt[0] + 1.0))
-    usual = max(learnt[6], 1.0) * settings.mix + (1.0 - settings.mix) * max(decodes, 1.0)
-    usual_kv = usual * (kv_tokens / decodes if decodes > 0.0 else PRIOR_PROMPT_TOKENS)
-    lookup_slice(grid, usual, usual_kv, seconds)
+    length = max(2.0, (memory.finished[1] + PRIOR_OUTPUT_TOKENS) / (memory.finished[0] + 1.0))
+    lookup_slice(grid, max(decodes, 1.0), kv_tokens if decodes > 0.0 else PRIOR_PROMPT_TOKENS, seconds)
     token_s = UNBOUNDED
     for c in range(grid.candidates.shape[0]):
-        ratio = seconds[c, 0] / memory.tokens[grid.candidates[c]]
-        if ratio < token_s:
-            token_s = ratio
+        token_s = min(token_s, seconds[c, 0] / memory.tokens[grid.candidates[c]])
     widest = grid.prefill_tokens.shape[0] - 1
     drain_s = UNBOUNDED
     for j in range(1, widest + 1):
         drain_s = min(drain_s, seconds[0, j] / grid.prefill_tokens[j])
-    lookup_slice(grid, decodes, kv_tokens, seconds)
     for j in range(widest + 1):
         memory.cheapest[j] = _cheapest_candidates(seconds, memory.tokens, grid.candidates, j, token_s)
     decode_cost = 1.0 / ((length - 1.0) * settings.tpot_target)
@@ -312,7 +319,7 @@ def _look_ahead(observation, e, grid, settings, memory):
         length,
         decode_cost,
         decode_cost * length * token_s,
-        decode_cost * usual * bulk_s,
+        settings.prefill_price * decode_cost * memory.usual_batch[0] * bulk_s,
         drain_s,
     )
 
@@ -327,42 +334,74 @@ def decide(observation, e, rules):
     )
     _learn(observation, e, settings, memory)
     now = _look_ahead(observation, e, grid, settings, memory)
-    work = 0.0
+    waiting, expected = 0.0, 0.0
     for row in range(now.rows):
+        expected += memory.line.tokens[row]
         if memory.line.arrival[row] <= 0.0:
-            work += memory.line.tokens[row]
+            waiting += memory.line.tokens[row]
     widest = grid.prefill_tokens.shape[0] - 1
-    useful = 1
-    while useful < widest and grid.prefill_tokens[useful] < work:
-        useful += 1
+    if waiting <= 0.0:
+        return grid.candidates[memory.cheapest[0]], grid.prefill_tokens[widest]
     best = UNBOUNDED
-    first = tail = widest if work <= 0.0 else 1
-    shift = 0
-    chosen, held, moved = first, first, 0
-    for sequence in range(2 * widest + 2 if work > 0.0 else 0):
+    chosen, held = widest, widest
+    for sequence in range(2 * widest):
         if sequence < widest:
             first = tail = sequence + 1
-        elif sequence < 2 * widest:
-            first, tail = sequence - widest + 1, held
-            if first > useful or first == tail:
-                continue
+            tokens = expected
         else:
-            first, tail = chosen, held
-            shift = 1 if sequence == 2 * widest else -1
-        cost = predicted_cost(grid, settings, memory, now, first, tail, settings.switch_s, shift, best)
+            first, tail = sequence - widest + 1, held
+            tokens = waiting
+        # A budget is no different from a smaller one that holds everything.
+        if first > 1 and grid.prefill_tokens[first - 1] >= tokens:
+            continue
+        apart = abs(first - tail)
+        if sequence >= widest and (apart == 0 or (first > 1 and apart > NEAR and apart % COARSE > 0)):
+            continue
+        cost = predicted_cost(grid, settings, memory, now, first, tail, settings.switch_s, best)
         if cost < best:
             best = cost
-            chosen, moved = first, shift
-            held = tail
-    chosen = chosen if work > 0.0 else widest
-    j = chosen if work > 0.0 else 0
-    c = min(max(memory.cheapest[j] + moved, 0), grid.candidates.shape[0] - 1)
-    return grid.candidates[c], grid.prefill_tokens[chosen]
+            chosen, held = first, tail
+    return grid.candidates[memory.cheapest[chosen]], grid.prefill_tokens[chosen]
 
 
 @configured
 class Mpc(KernelController):
-    """TODO"""
+    """Chooses (c, n) by rolling a model of the engine forward under several sequences of actions; it does not peek.
+
+    **What is predicted**, from telemetry alone: iteration times by the lookup table; G(c) from measured acceptance
+    (`controllers.acceptance`); mean prompt, mean output and arrival rate from fading counts; arrivals evenly spaced.
+
+    **The model** is a fluid where the engine is not. Decoding requests are a number B that share their cached tokens
+    evenly; their remaining outputs are exponential with the mean output length L, so an iteration leaves B exp(-G / L)
+    of them. Prompts are rows in order of service, admitted whole while cache and batch have room, and prefilled in
+    whole iterations as the scheduler does. Iterations in which nobody joins are one step. Not in the model: the rest of
+    a block, preemption, the watermark, growth of B within a step, differences between requests in acceptance and
+    length; requests behind the listed ones are one row that is served last.
+
+    **Sequences.** For every n, c minimises T(c, n) - mu G(c), mu = min_c T(c, 0) / G(c), as in `controllers.analytic`.
+    Each n is held over the horizon; then other n are held for `switch_s` before the best of these. Of the cheapest
+    sequence the first action is taken, and before the next iteration all begins anew (receding horizon control;
+    Rawlings, Mayne, Diehl, Model Predictive Control, 2nd ed. 2017, section 1.2). With nobody waiting all n are the same
+    and the largest is taken, for prompts that arrive meanwhile.
+
+    **Cost** is the objective (`engine.core.objective`) over the horizon: a decoding request pays 1 / ((L - 1)
+    tpot_target) per second. A deadline costs nothing up to `guard` of its slack and rises linearly to `violation` at
+    all of it, because predictions err and batches grow. What is unfinished at the horizon is charged L mu of decoding
+    per request, lateness in a queue drained at the highest rate, and `prefill_price` times the delay that the prompt
+    tokens left will cause to the usual batch.
+
+    Args:
+        ttft_target: l in s.
+        tpot_target: TPOT in s that costs 1 per request.
+        violation: cost of a missed TTFT deadline.
+        lateness: cost of being late by one more `ttft_target`.
+        horizon_s: how far the model is rolled forward, in s.
+        switch_s: how long the first of two budgets is held, in s; below `horizon_s`. 0 tries no second one.
+        guard: share of a request's slack that is free of risk.
+        prefill_price: factor on the price of prompt tokens left; above 1, as they also delay prompts behind them.
+        batch_memory_s: time constant in s of the usual batch.
+        rate_memory_s: time constant in s of the arrival rate.
+    """
 
     decision_s = 50e-6
     decide = staticmethod(decide)
@@ -373,24 +412,32 @@ class Mpc(KernelController):
     lateness: Price = Prices().lateness
     horizon_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
     switch_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.1
-    guard: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
-    batch_memory_s: Annotated[float, Field(gt=0.0)] = 2.0
-    rate_memory_s: Annotated[float, Field(gt=0.0)] = 20.0
-    mix: float = 1.0
+    guard: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
+    prefill_price: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1.5
+    batch_memory_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 2.0
+    rate_memory_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 20.0
+
+    @model_validator(mode="after")
+    def _switch_within_horizon(self) -> "Mpc":
+        if self.switch_s >= self.horizon_s:
+            raise ValueError(f"switch_s={self.switch_s} must be below horizon_s={self.horizon_s} s")
+        return self
 
     def reset(self, plant: Plant) -> None:
         """Forget what was learnt and begin on `plant`."""
         super().reset(plant)
         grid = plant.lookup.grid
         acceptance = new_memory(int(grid.candidates.max()))
-        rows = 4096 + MOST_ARRIVALS
         memory = Memory(
             acceptance=acceptance,
             tokens=np.ones(acceptance.shape[1] + 1),
-            learnt=np.zeros(7),
+            finished=np.zeros(2),
+            arrived=np.zeros(2),
+            rate=np.zeros(2),
+            usual_batch=np.zeros(1),
             seconds=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
             cheapest=np.zeros(len(grid.prefill_tokens), dtype=np.int64),
-            line=Line(*(np.zeros(rows) for _ in Line._fields)),
+            line=Line(*(np.zeros(MOST_ROWS) for _ in Line._fields)),
         )
         settings = Settings(**{name: float(getattr(self, name)) for name in Settings._fields})
         self._rules = Rules(grid, settings, memory)

@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from controllers.controller import configured
-from controllers.oracle_grid import best_fixed_pair
+from controllers.oracle_grid import FixedPair, best_fixed_pair
 from controllers.peeking import PeekingController, check_unserved
 from controllers.rollout import (
+    FORESEEN,
     UNBOUNDED,
     Outlook,
     Plan,
@@ -31,6 +32,7 @@ CHUNK_ITERATIONS = 2_000
 """Iterations planned between two returns to Python, where an interrupt is taken."""
 WORTH_STEPS = (0.5, 0.7, 0.85, 1.2, 1.45, 2.0)
 """Factors on what a token is worth that are tried beside the incumbent's."""
+LEAST_WORTH, MOST_WORTH = 0.25, 4.0
 TOKEN_MEMORY = 0.1
 """Weight of the latest rollout in the time a token takes."""
 
@@ -38,14 +40,15 @@ TOKEN_MEMORY = 0.1
 class Rules(NamedTuple):
     """What planning reads and keeps.
 
-    scratch: see `Scratch` · horizon_s, every: settings · pair: (2,) c and n of the best fixed pair · prices: (3,) per
-    s of TPOT, violation, s of lateness · plan: (4,) the incumbent `Plan` · memory: (2,) s per token, and
-    when to choose again (s).
+    scratch: see `Scratch` · horizon_s, every_s: settings · decision_s: charged before every iteration · pair: (2,) c
+    and n of the best fixed pair · prices: (3,) per s of TPOT, violation, s of lateness · plan: (4,) the incumbent
+    `Plan` · memory: (2,) s per token, and when to choose again (s).
     """
 
     scratch: Scratch
     horizon_s: float
     every_s: float
+    decision_s: float
     pair: NDArray[np.int64]
     prices: NDArray[np.float64]
     plan: NDArray[np.float64]
@@ -79,41 +82,36 @@ def _choose_plan(state, tables, draws, rules):
     useful = 1
     while useful < budgets.shape[0] and budgets[useful - 1] < work:
         useful += 1
-    # 0: the incumbent, from which the outlook is taken · then every n held · every n first · every worth · the pair.
-    n, w = useful, len(WORTH_STEPS)
     outlook = Outlook(memory[0], prefill_s, 0.0, second, violation, lateness)
     best = UNBOUNDED
-    tail, worth = int(plan[1]), plan[2]
-    first, fixed = tail, -1
-    b_first, b_tail, b_worth, b_fixed = tail, tail, worth, -1
-    for trial in range(2 + 2 * n + w):
-        if trial == 0:
-            first = tail
-        elif trial <= n:
+    first = tail = b_first = b_tail = int(plan[1])
+    worth = b_worth = plan[2]
+    fixed = b_fixed = FORESEEN
+    held, mixed = useful, 2 * useful
+    for trial in range(mixed + len(WORTH_STEPS) + 2):
+        # 0 is the incumbent, by which the time behind the horizon is judged.
+        if 1 <= trial <= held:
             first = tail = budgets[trial - 1]
-        elif trial <= 2 * n:
-            first, tail = budgets[trial - n - 1], b_tail
-        elif trial <= 2 * n + w:
-            if trial == 2 * n + 1:
-                first, tail = b_first, b_tail
-            worth = plan[2] * WORTH_STEPS[trial - 2 * n - 1]
-        else:
-            fixed = rules.pair[0]
+        elif held < trial <= mixed:
+            first, tail = budgets[trial - held - 1], b_tail
+        elif mixed < trial <= mixed + len(WORTH_STEPS):
+            first, tail, worth = b_first, b_tail, plan[2] * WORTH_STEPS[trial - mixed - 1]
+        elif trial > 0:
             first = tail = rules.pair[1]
-        rolled = roll(
-            scratch, tables, draws, Plan(first, tail, worth, fixed), now + rules.every_s, until, outlook, best
-        )
-        if trial == 0 and rolled.tokens > 0.0 and rolled.seconds > 0.0:
-            memory[0] += TOKEN_MEMORY * (rolled.decoding_s / rolled.tokens - memory[0])
-            interference = second * prefill_s * rolled.weight_s / rolled.seconds
-            outlook = Outlook(memory[0], prefill_s, interference, second, violation, lateness)
-            continue
-        if rolled.cost < best:
+            fixed = rules.pair[0]
+        intended = Plan(first, tail, worth, fixed)
+        rolled = roll(scratch, tables, draws, intended, now + rules.every_s, until, rules.decision_s, outlook, best)
+        if trial == 0:
+            if rolled.tokens > 0.0:
+                memory[0] += TOKEN_MEMORY * (rolled.decoding_s / rolled.tokens - memory[0])
+                interference = second * prefill_s * rolled.tpot_s / rolled.seconds
+                outlook = Outlook(memory[0], prefill_s, interference, second, violation, lateness)
+        elif rolled.cost < best:
             best = rolled.cost
             b_first, b_tail, b_worth, b_fixed = first, tail, worth, fixed
     plan[0], plan[1], plan[3] = b_first, b_tail, b_fixed
-    if b_fixed < 0:
-        plan[2] = min(max(b_worth, 0.25), 4.0)
+    if b_fixed == FORESEEN:
+        plan[2] = min(max(b_worth, LEAST_WORTH), MOST_WORTH)
 
 
 @kernel
@@ -130,22 +128,22 @@ def plan_run(state, tables, draws, rules, max_iterations, actions):
             memory[1] = now + rules.every_s
         budget = int(plan[0])
         candidates = int(plan[3])
-        if candidates < 0:
+        if candidates == FORESEEN:
             candidates = foreseen_candidates(state, 0, tables, draws, rules.scratch, budget, plan[2] * memory[0])
         actions[row, 0] = candidates
         actions[row, 1] = budget
-        if not run_iteration(state, 0, tables, draws, candidates, budget, 0.0):
+        if not run_iteration(state, 0, tables, draws, candidates, budget, rules.decision_s):
             return row + 1, False
     return max_iterations, True
 
 
 @kernel
-def replay_actions(state, tables, draws, actions, begin, max_iterations, log):
+def replay_actions(state, tables, draws, actions, begin, decision_s, max_iterations, log):
     """Run engine 0 with the actions from row `begin` on; returns (iterations run, whether any work is left)."""
     recording = len(log) > 0
     for row in range(max_iterations):
         candidates, token_budget = actions[begin + row, 0], actions[begin + row, 1]
-        more = run_iteration(state, 0, tables, draws, candidates, token_budget, 0.0)
+        more = run_iteration(state, 0, tables, draws, candidates, token_budget, decision_s)
         if recording:
             log_iteration(state, 0, log, row)
         if not more:
@@ -155,51 +153,74 @@ def replay_actions(state, tables, draws, actions, begin, max_iterations, log):
 
 @configured
 class Oracle(PeekingController):
-    """TODO"""
+    """A bound: a policy that sees agreements, output lengths and arrivals, and tries its choices on the engine itself.
 
-    horizon_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.5
-    every_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.05
+    **Candidates.** Before every iteration it knows how many candidates of each request would be accepted. c minimises
+    sum(w) T(c, n) - mu sum(w_i tokens_i(c)), where a second costs request i w_i = 1 / (output - 1) of TPOT, T is the
+    simulator's own, and mu, what a token is worth in s, is `worth` times what tokens have lately cost.
+
+    **Budget.** Every `every` it copies the engine, with its queue and the arrivals of the horizon, and rolls the copy
+    forward with the scheduler that serves (`controllers.rollout`): each budget held over the horizon; each budget until
+    the next choice and then the best held one; the best of these with other values of `worth`; and the best fixed pair
+    in hindsight. A rollout is charged the objective over the horizon and an estimate of what is unfinished then. The
+    cheapest is followed until the next choice: rollout over a finite horizon (Bertsekas, Rollout, Policy Iteration, and
+    Distributed Reinforcement Learning, 2020, chapter 2).
+
+    **What it bounds.** The run is planned once for each of `horizons`, and the cheapest of these runs, or that of
+    `oracle_grid` if none is below it, is the one served, which only hindsight can do. So no fixed pair of the grid is
+    ever cheaper. It is what a policy that peeks achieves, by construction not more than that: the optimum is lower
+    still, and nothing proves that no controller without foresight could be lower as well.
+
+    With draws other than greedy chains the choice of c is a heuristic; rollouts and costs stay exact.
+
+    Args:
+        horizons: lengths of the rollouts, each tried for the whole run, in `ttft_target`s.
+        every: time between two choices of a budget, in `ttft_target`s; at least one iteration.
+    """
+
+    horizons: Annotated[tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...], Field(min_length=1)] = (
+        1.5,
+        3.0,
+    )
+    every: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.1
 
     def loop(self, simulator: Simulator, decision_s: float) -> CompiledLoop:
-        """Plan the whole run, then a loop that replays the plan. ValueError in mid-run."""
+        """Plan the whole run, then a loop that replays the cheapest plan. ValueError in mid-run."""
         check_unserved(simulator)
-        best = best_fixed_pair(simulator, self.plant.grid, self.prices)
-        actions = self._plan(simulator, (best.candidates, best.token_budget))
-        cost = charged(simulator.state, 0, self.prices)
         workload = simulator.workloads[0]
+        pair = best_fixed_pair(simulator, self.plant.grid, self.prices, decision_s)
+        best, chosen = pair.cost, None
+        for horizon in self.horizons:
+            actions = self._plan(simulator, pair, horizon, decision_s)
+            cost = charged(simulator.state, 0, self.prices)
+            simulator.load(0, workload)
+            log.info("horizon of %g targets: objective %.4f", horizon, cost / workload.num_requests)
+            if cost < best:
+                best, chosen = cost, actions
         log.info(
-            "objective %.4f by rollouts, %.4f by the best fixed pair in hindsight, c=%d n=%d",
-            cost / workload.num_requests,
-            best.cost / workload.num_requests,
-            best.candidates,
-            best.token_budget,
+            "best fixed pair in hindsight: c=%d n=%d, objective %.4f%s",
+            pair.candidates,
+            pair.token_budget,
+            pair.cost / workload.num_requests,
+            ", which no rollout improves on" if chosen is None else "",
         )
-        simulator.load(0, workload)
-        if best.cost < cost:
-            return simulator.constant_loop(best.candidates, best.token_budget)
-        done = 0
+        if chosen is None:
+            return simulator.constant_loop(pair.candidates, pair.token_budget, decision_s)
+        return _replay(simulator, chosen, decision_s)
 
-        def loop(max_iterations: int, log: NDArray[np.void]) -> tuple[int, bool]:
-            nonlocal done
-            count, more = replay_actions(
-                simulator.state, simulator.latency.tables, simulator.run_lengths, actions, done, max_iterations, log
-            )
-            done += count
-            return count, more
-
-        return loop
-
-    def _plan(self, simulator: Simulator, pair: tuple[int, int]) -> NDArray[np.int32]:
+    def _plan(self, simulator: Simulator, pair: FixedPair, horizon: float, decision_s: float) -> NDArray[np.int32]:
         """(I, 2) c and n of every iteration; the simulator is left at the end of the run."""
         grid = self.plant.grid
         state, tables = simulator.state, simulator.latency.tables
+        ttft_target = float(state.engines[0]["ttft_target"])
         rules = Rules(
             scratch=new_scratch(simulator, grid.candidates, grid.budgets),
-            horizon_s=self.horizon_s,
-            every_s=self.every_s,
-            pair=np.array(pair, dtype=np.int64),
-            prices=self.prices.per_unit(float(state.engines[0]["ttft_target"])),
-            plan=np.array([pair[1], pair[1], 1.0, -1.0]),
+            horizon_s=horizon * ttft_target,
+            every_s=self.every * ttft_target,
+            decision_s=decision_s,
+            pair=np.array([pair.candidates, pair.token_budget]),
+            prices=self.prices.per_unit(ttft_target),
+            plan=np.array([pair.token_budget, pair.token_budget, 1.0, FORESEEN], dtype=np.float64),
             memory=np.array([tables.fixed_s + tables.linear_s[1], 0.0]),
         )
         parts = []
@@ -213,3 +234,19 @@ class Oracle(PeekingController):
     def label(self) -> str:
         """Says that this is a bound."""
         return "oracle (bound)"
+
+
+def _replay(simulator: Simulator, actions: NDArray[np.int32], decision_s: float) -> CompiledLoop:
+    """A loop that goes through these actions."""
+    done = 0
+
+    def loop(max_iterations: int, log: NDArray[np.void]) -> tuple[int, bool]:
+        nonlocal done
+        tables = simulator.latency.tables
+        count, more = replay_actions(
+            simulator.state, tables, simulator.run_lengths, actions, done, decision_s, max_iterations, log
+        )
+        done += count
+        return count, more
+
+    return loop

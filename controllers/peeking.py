@@ -1,4 +1,4 @@
-"""What the bounds share: they look at the workload, so they run on the simulator alone and are never asked to choose."""
+"""What the bounds share: they look at the workload, so they run on the simulator alone and never choose."""
 
 from collections.abc import Mapping
 from typing import Annotated, NoReturn

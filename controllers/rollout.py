@@ -17,6 +17,8 @@ from engine.core.state import DECODING, State
 from engine.latency.model import iteration_time, prefill_attention_time, unread_time
 
 UNBOUNDED = 1e300
+FORESEEN = -1
+"""In place of a c: chosen before every iteration with the agreements in view."""
 
 
 class Scratch(NamedTuple):
@@ -38,7 +40,7 @@ class Scratch(NamedTuple):
 class Plan(NamedTuple):
     """What a rollout does: n in its first iterations and after; c as `foreseen_candidates` says, or a fixed one.
 
-    `worth` scales what a token counts for when c is chosen; `fixed` is -1 or the c of every iteration.
+    `worth` scales what a token counts for when c is chosen; `fixed` is the c of every iteration, or FORESEEN.
     """
 
     first: int
@@ -64,12 +66,16 @@ class Outlook(NamedTuple):
 
 
 class Rolled(NamedTuple):
-    """What a rollout came to: its cost, s that requests spent decoding, tokens they got, mean TPOT weight, and s."""
+    """What a rollout came to.
+
+    cost: see `roll` · decoding_s: s that requests spent decoding · tokens: that these got · tpot_s: summed TPOT
+    charged · seconds: on the engine's clock.
+    """
 
     cost: float
     decoding_s: float
     tokens: float
-    weight_s: float
+    tpot_s: float
     seconds: float
 
 
@@ -280,11 +286,11 @@ def remaining_cost(state, outlook):
 
 
 @kernel
-def roll(scratch, tables, draws, plan, switch, until, outlook, most):
+def roll(scratch, tables, draws, plan, switch, until, decision_s, outlook, most):
     """Run the copied engine under `plan` until its clock passes `until` (s), and charge it.
 
-    `plan.first` holds for iterations that begin before `switch` (s). A rollout that is charged more than `most` ends there, because what is
-    charged is never paid back; its cost is then only known to be larger.
+    `plan.first` holds for iterations that begin before `switch` (s). A rollout that is charged more than `most` ends
+    there, because what is charged is never paid back; its cost is then only known to be larger.
     """
     trial = scratch.trial
     _copy(scratch.origin, trial)
@@ -297,9 +303,9 @@ def roll(scratch, tables, draws, plan, switch, until, outlook, most):
     while more and engine.now < until and cost <= most:
         budget = plan.first if engine.now < switch else plan.tail
         candidates = plan.fixed
-        if candidates < 0:
+        if candidates == FORESEEN:
             candidates = foreseen_candidates(trial, 0, tables, draws, scratch, budget, plan.worth * outlook.token_s)
-        more = run_iteration(trial, 0, tables, draws, candidates, budget, 0.0)
+        more = run_iteration(trial, 0, tables, draws, candidates, budget, decision_s)
         decoding_s += engine.last_elapsed * engine.num_decodes
         tokens += engine.emitted_tokens - engine.prompts_completed
         cost = (
@@ -308,7 +314,7 @@ def roll(scratch, tables, draws, plan, switch, until, outlook, most):
             + outlook.lateness * engine.lateness
         )
     seconds = engine.now - begin
-    weight_s = engine.tpot_cost
+    tpot_s = engine.tpot_cost
     if cost <= most:
         cost += remaining_cost(trial, outlook)
-    return Rolled(cost, decoding_s, tokens, weight_s, seconds)
+    return Rolled(cost, decoding_s, tokens, tpot_s, seconds)
