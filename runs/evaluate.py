@@ -54,14 +54,16 @@ def _is_there(config: DictConfig, out: Path) -> bool:
 
 
 def _warn(evaluation: Evaluation) -> None:
-    own = getattr(evaluation.controller, "ttft_target", None)
-    if own is not None and own != evaluation.slo.ttft_target:
-        log.warning(
-            "slo.ttft_target=%g s is not the controller's own target, controller.ttft_target=%g s: attainment is "
-            "counted against the former",
-            evaluation.slo.ttft_target,
-            own,
-        )
+    for name, what in (
+        ("ttft_target", "target, %s s: attainment"),
+        ("tpot_target", "target, %s s: the objective"),
+        ("violation", "price, %s: the objective"),
+        ("lateness", "price, %s: the objective"),
+    ):
+        own, reported = getattr(evaluation.controller, name, None), getattr(evaluation.slo, name)
+        if own is not None and own != reported:
+            said = what % f"controller.{name}={own:g}"
+            log.warning("slo.%s=%g is not the controller's own %s is counted against the former", name, reported, said)
 
 
 def _say(result: Result, out: Path) -> None:

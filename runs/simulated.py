@@ -29,18 +29,18 @@ def serve(
     recording: bool = False,
     on_progress: Progress | None = None,
 ) -> Served:
-    """Serve a workload; the controller begins anew.
+    """Serve a workload; the controller begins anew. The decisions of one that peeks are neither timed nor charged.
 
     Raises:
         ActionError: the controller asks for what no engine can run.
     """
     controller.reset(plant)
     charged_s = controller.decision_s if charge == "constant" else 0.0
-    if not isinstance(controller, CompiledController) or charge == "measured":
+    if not isinstance(controller, CompiledController) or (charge == "measured" and not controller.peeks):
         return _serve_stepwise(
             simulator, controller, None if charge == "measured" else charged_s, recording, on_progress
         )
-    decision_s = _time_decisions(simulator, controller, charged_s)
+    decision_s = np.zeros(0) if controller.peeks else _time_decisions(simulator, controller, charged_s)
     simulator.load(0, workload)
     controller.reset(plant)
     loop = controller.loop(simulator, charged_s)

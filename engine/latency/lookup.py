@@ -112,6 +112,25 @@ def lookup_time(grid, num_decodes, kv_tokens, candidates, prefill_tokens):
     return total
 
 
+@kernel
+def lookup_choice(grid, num_decodes, kv_tokens, choice, prefill_tokens):
+    """`lookup_time` of the grid's c with index `choice`, in half the time."""
+    i, x = _cell(grid.batch, float(num_decodes))
+    j, y = _cell(grid.kv_tokens, float(kv_tokens))
+    m, w = _cell(grid.prefill_tokens, float(prefill_tokens))
+    i1 = min(i + 1, grid.batch.shape[0] - 1)
+    j1 = min(j + 1, grid.kv_tokens.shape[0] - 1)
+    m1 = min(m + 1, grid.prefill_tokens.shape[0] - 1)
+    seconds = grid.seconds
+    fewer = seconds[i, j, choice, m] + w * (seconds[i, j, choice, m1] - seconds[i, j, choice, m])
+    more = seconds[i1, j, choice, m] + w * (seconds[i1, j, choice, m1] - seconds[i1, j, choice, m])
+    low = fewer + x * (more - fewer)
+    fewer = seconds[i, j1, choice, m] + w * (seconds[i, j1, choice, m1] - seconds[i, j1, choice, m])
+    more = seconds[i1, j1, choice, m] + w * (seconds[i1, j1, choice, m1] - seconds[i1, j1, choice, m])
+    high = fewer + x * (more - fewer)
+    return low + y * (high - low)
+
+
 @njit(cache=True, error_model="numpy")
 def _true_times(tables, decodes, kv, candidates, chunks, contexts):
     """Noise-free seconds of sampled iterations: decodes, kv, candidates (S,); chunks, contexts (S, P)."""

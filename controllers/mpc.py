@@ -1,0 +1,448 @@
+"""Model predictive control: roll a predicted engine forward under several action sequences, do the best one's first."""
+
+import math
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from controllers.acceptance import learn_acceptance, new_memory
+from controllers.compiled import KernelController
+from controllers.controller import Plant, configured
+from engine.compiled import kernel
+from engine.core.objective import Price, Prices
+from engine.core.telemetry import (
+    ARRIVALS,
+    ARRIVED_TOKENS,
+    DECODE_KV_TOKENS,
+    FINISHED_REQUESTS,
+    FINISHED_TOKENS,
+    FREE_KV_TOKENS,
+    FREE_SEQS,
+    INTERVAL_S,
+    NO_DEADLINE_S,
+    NUM_DECODES,
+    NUM_WAITING,
+    PREFILLING_TOKENS,
+    TTFT_TARGET_S,
+)
+from engine.latency.lookup import LookupGrid, lookup_choice, lookup_slice
+
+UNBOUNDED = 1e30
+LENGTH_MEMORY_S = 60.0
+"""Time constant in s of the mean prompt and output lengths."""
+PRIOR_OUTPUT_TOKENS = 200.0
+"""Output length believed before the first request finishes; it counts as one finished request."""
+PRIOR_PROMPT_TOKENS = 500.0
+"""Prompt length believed before the first arrival; it counts as one."""
+PRIOR_SECONDS = 1.0
+"""Seconds without an arrival believed to have gone before the first observation."""
+MOST_ARRIVALS = 16
+"""Arrivals predicted at most."""
+MOST_ROWS = 4096
+"""Rows of the line; an observation that lists more requests is read up to there."""
+NEAR = 1
+COARSE = 2
+"""First budgets tried before a tail: those at most so many choices from it, and every so many-th beyond."""
+FADE = 0.25
+"""Most of the batch that may finish in one step of the model, as a share."""
+
+
+class Settings(NamedTuple):
+    """`Mpc`'s fields as plain floats, for the kernels."""
+
+    ttft_target: float
+    tpot_target: float
+    violation: float
+    lateness: float
+    horizon_s: float
+    switch_s: float
+    guard: float
+    prefill_price: float
+    batch_memory_s: float
+    rate_memory_s: float
+
+
+class Line(NamedTuple):
+    """Prompts in order of service, waiting ones and then predicted ones.
+
+    tokens, slack (s), arrival (s from now), count (requests that the row stands for), each (Q,).
+    """
+
+    tokens: NDArray[np.float64]
+    slack: NDArray[np.float64]
+    arrival: NDArray[np.float64]
+    count: NDArray[np.float64]
+
+
+class Memory(NamedTuple):
+    """What is learnt, and scratch space.
+
+    acceptance: (2, C) counts · tokens: (C + 1,) G · finished: (2,) fading sums of finished requests and their tokens ·
+    arrived: (2,) of arrivals and their tokens · rate: (2,) of arrivals and seconds, fading faster · usual_batch: (1,)
+    moving average of B over time · seconds: (nC, nN + 1) predicted T · cheapest: (nN + 1,) index of c by budget, 0 for
+    an iteration without prefill · line: see `Line`.
+    """
+
+    acceptance: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    finished: NDArray[np.float64]
+    arrived: NDArray[np.float64]
+    rate: NDArray[np.float64]
+    usual_batch: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    cheapest: NDArray[np.int64]
+    line: Line
+
+
+class Rules(NamedTuple):
+    """What a decision reads: predicted times, settings and memory."""
+
+    grid: LookupGrid
+    settings: Settings
+    memory: Memory
+
+
+class Now(NamedTuple):
+    """The predicted engine when a rollout begins, and the prices behind the horizon.
+
+    decodes, kv_tokens, free_kv, free_seqs: as observed · in_progress: whether the first row has been admitted · rows:
+    of the line · length: mean output tokens · decode_cost: of a request decoding for a second · request_cost: of a
+    request that has all its tokens before it · token_cost: of a prompt token · drain_s: s per prompt token.
+    """
+
+    decodes: float
+    kv_tokens: float
+    free_kv: float
+    free_seqs: float
+    in_progress: bool
+    rows: int
+    length: float
+    decode_cost: float
+    request_cost: float
+    token_cost: float
+    drain_s: float
+
+
+@kernel
+def _learn(observation, e, settings, memory):
+    """Update lengths, rate and usual batch."""
+    load = observation.load
+    elapsed = load[e, INTERVAL_S]
+    keep = math.exp(-elapsed / LENGTH_MEMORY_S)
+    memory.finished[0] = memory.finished[0] * keep + load[e, FINISHED_REQUESTS]
+    memory.finished[1] = memory.finished[1] * keep + load[e, FINISHED_TOKENS]
+    memory.arrived[0] = memory.arrived[0] * keep + load[e, ARRIVALS]
+    memory.arrived[1] = memory.arrived[1] * keep + load[e, ARRIVED_TOKENS]
+    keep = math.exp(-elapsed / settings.rate_memory_s)
+    memory.rate[0] = memory.rate[0] * keep + load[e, ARRIVALS]
+    memory.rate[1] = memory.rate[1] * keep + elapsed
+    weight = 1.0 - math.exp(-elapsed / settings.batch_memory_s)
+    memory.usual_batch[0] += weight * (load[e, NUM_DECODES] - memory.usual_batch[0])
+
+
+@kernel
+def _line_up(observation, e, settings, memory):
+    """Fill the line with who waits and who is expected within the horizon; returns its rows.
+
+    The requests behind the listed ones are one row. Arrivals are expected evenly, with the mean prompt.
+    """
+    load, queue, line = observation.load, observation.queue, memory.line
+    extra = settings.ttft_target - load[e, TTFT_TARGET_S]
+    rows = 0
+    listed = queue.shape[1] - 1
+    for row in range(listed + 1):
+        if queue[e, row, 0] <= 0.0:
+            continue
+        if rows + MOST_ARRIVALS >= line.tokens.shape[0]:
+            break
+        line.tokens[rows] = queue[e, row, 0]
+        line.slack[rows] = queue[e, row, 1] + extra if queue[e, row, 1] < 0.5 * NO_DEADLINE_S else UNBOUNDED
+        line.arrival[rows] = 0.0
+        line.count[rows] = 1.0 if row < listed else max(1.0, load[e, NUM_WAITING] - listed)
+        rows += 1
+    gap = (memory.rate[1] + PRIOR_SECONDS) / max(memory.rate[0], 1e-9)
+    prompt = (memory.arrived[1] + PRIOR_PROMPT_TOKENS) / (memory.arrived[0] + 1.0)
+    for k in range(MOST_ARRIVALS):
+        arrival = gap * (k + 1)
+        if arrival > settings.horizon_s:
+            break
+        line.tokens[rows] = prompt
+        line.slack[rows] = arrival + settings.ttft_target
+        line.arrival[rows] = arrival
+        line.count[rows] = 1.0
+        rows += 1
+    return rows
+
+
+@kernel
+def _late_cost(line, row, end, settings):
+    """Cost of the first token of a row coming `end` s from now."""
+    slack = line.slack[row]
+    cost = 0.0
+    if slack > 0.0:
+        risk = (end - settings.guard * slack) / ((1.0 - settings.guard) * slack + 1e-9)
+        cost = settings.violation * min(max(risk, 0.0), 1.0)
+    if end > slack:
+        cost += settings.lateness * (end - max(slack, 0.0)) / settings.ttft_target
+    return cost * line.count[row]
+
+
+@kernel
+def predicted_cost(grid, settings, memory, now, first, tail, switch_s, most):
+    """Objective of the next `horizon_s` seconds and an estimate of what is left then, under an action sequence.
+
+    Budget `first` (an index) in iterations that begin before `switch_s`, then `tail`; c as `memory.cheapest` has it for
+    the
+    budget. Ends early, with a cost that is only known to be larger, past `most`.
+    """
+    line = memory.line
+    candidates = grid.candidates
+    time = 0.0
+    cost = 0.0
+    decodes, kv_tokens, free_kv, free_seqs = now.decodes, now.kv_tokens, now.free_kv, now.free_seqs
+    row = 0
+    rest = line.tokens[0] if now.in_progress else 0.0
+    horizon_s = settings.horizon_s
+    while time < horizon_s and cost <= most:
+        j = first if time < switch_s else tail
+        budget = float(grid.prefill_tokens[j])
+        left = budget
+        begun = row
+        while left > 0.0:
+            if rest <= 0.0:
+                if row >= now.rows or line.arrival[row] > time or free_seqs < 1.0:
+                    break
+                if line.tokens[row] > free_kv and (decodes > 0.5 or left < budget):
+                    break
+                rest = line.tokens[row]
+                free_kv -= rest
+                free_seqs -= line.count[row]
+            chunk = min(left, rest)
+            rest -= chunk
+            left -= chunk
+            if rest <= 0.0:
+                row += 1
+        prompt_tokens = budget - left
+        if prompt_tokens <= 0.0:
+            j = 0
+        if decodes < 1e-3 and prompt_tokens <= 0.0:
+            if row >= now.rows or line.arrival[row] <= time:
+                break
+            time = line.arrival[row]
+            continue
+        c = memory.cheapest[j]
+        gain = memory.tokens[candidates[c]]
+        seconds = lookup_choice(grid, decodes, kv_tokens, c, prompt_tokens)
+        times = 1.0
+        if row == begun:
+            # Nothing changes but that time passes: several iterations are one step.
+            until = switch_s if time < switch_s else horizon_s
+            if prompt_tokens > 0.0:
+                times = math.ceil(rest / budget)
+            else:
+                if row < now.rows and line.arrival[row] > time:
+                    until = min(until, line.arrival[row])
+                times = FADE * now.length / gain
+            times = max(1.0, min(math.floor(times), math.ceil((until - time) / seconds)))
+            if prompt_tokens > 0.0:
+                rest -= (times - 1.0) * budget
+        stay = 1.0
+        if decodes > 0.0:
+            stay = math.exp(-times * gain / now.length)
+            mean = 0.5 * (1.0 + stay) * decodes
+            cost += now.decode_cost * mean * times * seconds
+            each = kv_tokens / decodes
+            free_kv += (1.0 - stay) * kv_tokens - mean * gain * times
+            free_seqs += (1.0 - stay) * decodes
+            decodes *= stay
+            kv_tokens = (each + gain * times) * decodes
+        time += times * seconds
+        for done in range(begun, row):
+            cost += _late_cost(line, done, time, settings)
+            decodes += line.count[done]
+            kv_tokens += line.tokens[done]
+    if cost > most:
+        return cost
+    tokens_left = 0.0
+    free_at = time
+    requests_left = decodes
+    for waiting in range(row, now.rows):
+        tokens = rest if waiting == row and rest > 0.0 else line.tokens[waiting]
+        tokens_left += tokens
+        free_at += tokens * now.drain_s
+        requests_left += line.count[waiting]
+        cost += _late_cost(line, waiting, free_at, settings)
+    return cost + requests_left * now.request_cost + tokens_left * now.token_cost
+
+
+@kernel
+def _cheapest_candidates(seconds, tokens, candidates, j, token_value):
+    """Index of the c with the least time beyond the value of its tokens."""
+    best = UNBOUNDED
+    chosen = 0
+    for c in range(candidates.shape[0]):
+        excess = seconds[c, j] - token_value * tokens[candidates[c]]
+        if excess < best:
+            best = excess
+            chosen = c
+    return chosen
+
+
+@kernel
+def _look_ahead(observation, e, grid, settings, memory):
+    """Value tokens and prompts as they will be behind the horizon; fill `cheapest`; returns `Now`."""
+    load, seconds = observation.load, memory.seconds
+    decodes, kv_tokens = load[e, NUM_DECODES], load[e, DECODE_KV_TOKENS]
+    length = max(2.0, (memory.finished[1] + PRIOR_OUTPUT_TOKENS) / (memory.finished[0] + 1.0))
+    lookup_slice(grid, max(decodes, 1.0), kv_tokens if decodes > 0.0 else PRIOR_PROMPT_TOKENS, seconds)
+    token_s = UNBOUNDED
+    for c in range(grid.candidates.shape[0]):
+        token_s = min(token_s, seconds[c, 0] / memory.tokens[grid.candidates[c]])
+    widest = grid.prefill_tokens.shape[0] - 1
+    drain_s = UNBOUNDED
+    for j in range(1, widest + 1):
+        drain_s = min(drain_s, seconds[0, j] / grid.prefill_tokens[j])
+    for j in range(widest + 1):
+        memory.cheapest[j] = _cheapest_candidates(seconds, memory.tokens, grid.candidates, j, token_s)
+    decode_cost = 1.0 / ((length - 1.0) * settings.tpot_target)
+    rows = _line_up(observation, e, settings, memory)
+    bulk_s = grid.seconds[0, 0, 0, widest] / grid.prefill_tokens[widest]
+    return Now(
+        float(decodes),
+        float(kv_tokens),
+        float(load[e, FREE_KV_TOKENS]),
+        float(load[e, FREE_SEQS]),
+        load[e, PREFILLING_TOKENS] > 0.0,
+        rows,
+        length,
+        decode_cost,
+        decode_cost * length * token_s,
+        settings.prefill_price * decode_cost * memory.usual_batch[0] * bulk_s,
+        drain_s,
+    )
+
+
+@kernel
+def decide(observation, e, rules):
+    """(c, n) in tokens: the first action of the sequence with the least predicted cost."""
+    grid, settings, memory = rules.grid, rules.settings, rules.memory
+    load = observation.load
+    learn_acceptance(
+        memory.acceptance, observation.drafted[e], observation.accepted[e], load[e, INTERVAL_S], memory.tokens
+    )
+    _learn(observation, e, settings, memory)
+    now = _look_ahead(observation, e, grid, settings, memory)
+    waiting, expected = 0.0, 0.0
+    for row in range(now.rows):
+        expected += memory.line.tokens[row]
+        if memory.line.arrival[row] <= 0.0:
+            waiting += memory.line.tokens[row]
+    widest = grid.prefill_tokens.shape[0] - 1
+    if waiting <= 0.0:
+        return grid.candidates[memory.cheapest[0]], grid.prefill_tokens[widest]
+    best = UNBOUNDED
+    chosen, held = widest, widest
+    for sequence in range(2 * widest):
+        if sequence < widest:
+            first = tail = sequence + 1
+            tokens = expected
+        else:
+            first, tail = sequence - widest + 1, held
+            tokens = waiting
+        # A budget is no different from a smaller one that holds everything.
+        if first > 1 and grid.prefill_tokens[first - 1] >= tokens:
+            continue
+        apart = abs(first - tail)
+        if sequence >= widest and (apart == 0 or (first > 1 and apart > NEAR and apart % COARSE > 0)):
+            continue
+        cost = predicted_cost(grid, settings, memory, now, first, tail, settings.switch_s, best)
+        if cost < best:
+            best = cost
+            chosen, held = first, tail
+    return grid.candidates[memory.cheapest[chosen]], grid.prefill_tokens[chosen]
+
+
+@configured
+class Mpc(KernelController):
+    """Chooses (c, n) by rolling a model of the engine forward under several sequences of actions; it does not peek.
+
+    **What is predicted**, from telemetry alone: iteration times by the lookup table; G(c) from measured acceptance
+    (`controllers.acceptance`); mean prompt, mean output and arrival rate from fading counts; arrivals evenly spaced.
+
+    **The model** is a fluid where the engine is not. Decoding requests are a number B that share their cached tokens
+    evenly; their remaining outputs are exponential with the mean output length L, so an iteration leaves B exp(-G / L)
+    of them. Prompts are rows in order of service, admitted whole while cache and batch have room, and prefilled in
+    whole iterations as the scheduler does. Iterations in which nobody joins are one step. Not in the model: the rest of
+    a block, preemption, the watermark, growth of B within a step, differences between requests in acceptance and
+    length; requests behind the listed ones are one row that is served last.
+
+    **Sequences.** For every n, c minimises T(c, n) - mu G(c), mu = min_c T(c, 0) / G(c), as in `controllers.analytic`.
+    Each n is held over the horizon; then other n are held for `switch_s` before the best of these. Of the cheapest
+    sequence the first action is taken, and before the next iteration all begins anew (receding horizon control;
+    Rawlings, Mayne, Diehl, Model Predictive Control, 2nd ed. 2017, section 1.2). With nobody waiting all n are the same
+    and the largest is taken, for prompts that arrive meanwhile.
+
+    **Cost** is the objective (`engine.core.objective`) over the horizon: a decoding request pays 1 / ((L - 1)
+    tpot_target) per second. A deadline costs nothing up to `guard` of its slack and rises linearly to `violation` at
+    all of it, because predictions err and batches grow. What is unfinished at the horizon is charged L mu of decoding
+    per request, lateness in a queue drained at the highest rate, and `prefill_price` times the delay that the prompt
+    tokens left will cause to the usual batch.
+
+    Args:
+        ttft_target: l in s.
+        tpot_target: TPOT in s that costs 1 per request.
+        violation: cost of a missed TTFT deadline.
+        lateness: cost of being late by one more `ttft_target`.
+        horizon_s: how far the model is rolled forward, in s.
+        switch_s: how long the first of two budgets is held, in s; below `horizon_s`. 0 tries no second one.
+        guard: share of a request's slack that is free of risk.
+        prefill_price: factor on the price of prompt tokens left; above 1, as they also delay prompts behind them.
+        batch_memory_s: time constant in s of the usual batch.
+        rate_memory_s: time constant in s of the arrival rate.
+    """
+
+    decision_s = 50e-6
+    decide = staticmethod(decide)
+
+    ttft_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    tpot_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Prices().tpot_target
+    violation: Price = Prices().violation
+    lateness: Price = Prices().lateness
+    horizon_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    switch_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.1
+    guard: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
+    prefill_price: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1.5
+    batch_memory_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 2.0
+    rate_memory_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 20.0
+
+    @model_validator(mode="after")
+    def _switch_within_horizon(self) -> "Mpc":
+        if self.switch_s >= self.horizon_s:
+            raise ValueError(f"switch_s={self.switch_s} must be below horizon_s={self.horizon_s} s")
+        return self
+
+    def reset(self, plant: Plant) -> None:
+        """Forget what was learnt and begin on `plant`."""
+        super().reset(plant)
+        grid = plant.lookup.grid
+        acceptance = new_memory(int(grid.candidates.max()))
+        memory = Memory(
+            acceptance=acceptance,
+            tokens=np.ones(acceptance.shape[1] + 1),
+            finished=np.zeros(2),
+            arrived=np.zeros(2),
+            rate=np.zeros(2),
+            usual_batch=np.zeros(1),
+            seconds=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
+            cheapest=np.zeros(len(grid.prefill_tokens), dtype=np.int64),
+            line=Line(*(np.zeros(MOST_ROWS) for _ in Line._fields)),
+        )
+        settings = Settings(**{name: float(getattr(self, name)) for name in Settings._fields})
+        self._rules = Rules(grid, settings, memory)
+
+    @property
+    def rules(self) -> Rules:
+        """The table, the settings and what has been learnt."""
+        return self._rules

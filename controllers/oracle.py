@@ -1,0 +1,252 @@
+"""The clairvoyant bound: before its choices it rolls the true engine forward, future included."""
+
+import logging
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from controllers.controller import configured
+from controllers.oracle_grid import FixedPair, best_fixed_pair
+from controllers.peeking import PeekingController, check_unserved
+from controllers.rollout import (
+    FORESEEN,
+    UNBOUNDED,
+    Outlook,
+    Plan,
+    Scratch,
+    copy_unfinished,
+    foreseen_candidates,
+    new_scratch,
+    roll,
+)
+from engine.backends.simulator import CompiledLoop, Simulator, log_iteration, run_iteration
+from engine.compiled import kernel
+from engine.core.objective import charged
+from engine.latency.model import iteration_time, prefill_attention_time
+
+log = logging.getLogger(__name__)
+
+CHUNK_ITERATIONS = 2_000
+"""Iterations planned between two returns to Python, where an interrupt is taken."""
+WORTH_STEPS = (0.5, 0.7, 0.85, 1.2, 1.45, 2.0)
+"""Factors on what a token is worth that are tried beside the incumbent's."""
+LEAST_WORTH, MOST_WORTH = 0.25, 4.0
+TOKEN_MEMORY = 0.1
+"""Weight of the latest rollout in the time a token takes."""
+
+
+class Rules(NamedTuple):
+    """What planning reads and keeps.
+
+    scratch: see `Scratch` · horizon_s, every_s: settings · decision_s: charged before every iteration · pair: (2,) c
+    and n of the best fixed pair · prices: (3,) per s of TPOT, violation, s of lateness · plan: (4,) the incumbent
+    `Plan` · memory: (2,) s per token, and when to choose again (s).
+    """
+
+    scratch: Scratch
+    horizon_s: float
+    every_s: float
+    decision_s: float
+    pair: NDArray[np.int64]
+    prices: NDArray[np.float64]
+    plan: NDArray[np.float64]
+    memory: NDArray[np.float64]
+
+
+@kernel
+def _drain_time(state, tables, budgets):
+    """Seconds per prompt token of the fastest prefill beside today's decodes."""
+    engine = state.engines[0]
+    least = UNBOUNDED
+    for j in range(budgets.shape[0]):
+        n = budgets[j]
+        attention = prefill_attention_time(tables, n, 0)
+        decodes = engine.num_decoding
+        seconds = iteration_time(tables, decodes, decodes, 0, engine.kv_tokens, 1, n, attention, decodes + 1)
+        least = min(least, seconds / n)
+    return least
+
+
+@kernel
+def _choose_plan(state, tables, draws, rules):
+    """Search the plans around the incumbent and keep the cheapest in `rules.plan`."""
+    scratch, plan, memory = rules.scratch, rules.plan, rules.memory
+    budgets = scratch.budgets
+    now = state.engines[0].now
+    until = now + rules.horizon_s
+    work = copy_unfinished(state, scratch.origin, until)
+    second, violation, lateness = rules.prices[0], rules.prices[1], rules.prices[2]
+    prefill_s = _drain_time(state, tables, budgets)
+    useful = 1
+    while useful < budgets.shape[0] and budgets[useful - 1] < work:
+        useful += 1
+    outlook = Outlook(memory[0], prefill_s, 0.0, second, violation, lateness)
+    best = UNBOUNDED
+    first = tail = b_first = b_tail = int(plan[1])
+    worth = b_worth = plan[2]
+    fixed = b_fixed = FORESEEN
+    held, mixed = useful, 2 * useful
+    for trial in range(mixed + len(WORTH_STEPS) + 2):
+        # 0 is the incumbent, by which the time behind the horizon is judged.
+        if 1 <= trial <= held:
+            first = tail = budgets[trial - 1]
+        elif held < trial <= mixed:
+            first, tail = budgets[trial - held - 1], b_tail
+        elif mixed < trial <= mixed + len(WORTH_STEPS):
+            first, tail, worth = b_first, b_tail, plan[2] * WORTH_STEPS[trial - mixed - 1]
+        elif trial > 0:
+            first = tail = rules.pair[1]
+            fixed = rules.pair[0]
+        intended = Plan(first, tail, worth, fixed)
+        rolled = roll(scratch, tables, draws, intended, now + rules.every_s, until, rules.decision_s, outlook, best)
+        if trial == 0:
+            if rolled.tokens > 0.0:
+                memory[0] += TOKEN_MEMORY * (rolled.decoding_s / rolled.tokens - memory[0])
+                interference = second * prefill_s * rolled.tpot_s / rolled.seconds
+                outlook = Outlook(memory[0], prefill_s, interference, second, violation, lateness)
+        elif rolled.cost < best:
+            best = rolled.cost
+            b_first, b_tail, b_worth, b_fixed = first, tail, worth, fixed
+    plan[0], plan[1], plan[3] = b_first, b_tail, b_fixed
+    if b_fixed == FORESEEN:
+        plan[2] = min(max(b_worth, LEAST_WORTH), MOST_WORTH)
+
+
+@kernel
+def plan_run(state, tables, draws, rules, max_iterations, actions):
+    """Plan and run at most `max_iterations` of engine 0, writing each (c, n) to `actions`.
+
+    Returns (iterations run, whether any work is left).
+    """
+    plan, memory = rules.plan, rules.memory
+    for row in range(max_iterations):
+        now = state.engines[0].now
+        if now >= memory[1]:
+            _choose_plan(state, tables, draws, rules)
+            memory[1] = now + rules.every_s
+        budget = int(plan[0])
+        candidates = int(plan[3])
+        if candidates == FORESEEN:
+            candidates = foreseen_candidates(state, 0, tables, draws, rules.scratch, budget, plan[2] * memory[0])
+        actions[row, 0] = candidates
+        actions[row, 1] = budget
+        if not run_iteration(state, 0, tables, draws, candidates, budget, rules.decision_s):
+            return row + 1, False
+    return max_iterations, True
+
+
+@kernel
+def replay_actions(state, tables, draws, actions, begin, decision_s, max_iterations, log):
+    """Run engine 0 with the actions from row `begin` on; returns (iterations run, whether any work is left)."""
+    recording = len(log) > 0
+    for row in range(max_iterations):
+        candidates, token_budget = actions[begin + row, 0], actions[begin + row, 1]
+        more = run_iteration(state, 0, tables, draws, candidates, token_budget, decision_s)
+        if recording:
+            log_iteration(state, 0, log, row)
+        if not more:
+            return row + 1, False
+    return max_iterations, True
+
+
+@configured
+class Oracle(PeekingController):
+    """A bound: a policy that sees agreements, output lengths and arrivals, and tries its choices on the engine itself.
+
+    **Candidates.** Before every iteration it knows how many candidates of each request would be accepted. c minimises
+    sum(w) T(c, n) - mu sum(w_i tokens_i(c)), where a second costs request i w_i = 1 / (output - 1) of TPOT, T is the
+    simulator's own, and mu, what a token is worth in s, is `worth` times what tokens have lately cost.
+
+    **Budget.** Every `every` it copies the engine, with its queue and the arrivals of the horizon, and rolls the copy
+    forward with the scheduler that serves (`controllers.rollout`): each budget held over the horizon; each budget until
+    the next choice and then the best held one; the best of these with other values of `worth`; and the best fixed pair
+    in hindsight. A rollout is charged the objective over the horizon and an estimate of what is unfinished then. The
+    cheapest is followed until the next choice: rollout over a finite horizon (Bertsekas, Rollout, Policy Iteration, and
+    Distributed Reinforcement Learning, 2020, chapter 2).
+
+    **What it bounds.** The run is planned once for each of `horizons`, and the cheapest of these runs, or that of
+    `oracle_grid` if none is below it, is the one served, which only hindsight can do. So no fixed pair of the grid is
+    ever cheaper. It is what a policy that peeks achieves, by construction not more than that: the optimum is lower
+    still, and nothing proves that no controller without foresight could be lower as well.
+
+    With draws other than greedy chains the choice of c is a heuristic; rollouts and costs stay exact.
+
+    Args:
+        horizons: lengths of the rollouts, each tried for the whole run, in `ttft_target`s.
+        every: time between two choices of a budget, in `ttft_target`s; at least one iteration.
+    """
+
+    horizons: Annotated[tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...], Field(min_length=1)] = (
+        1.5,
+        3.0,
+    )
+    every: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.1
+
+    def loop(self, simulator: Simulator, decision_s: float) -> CompiledLoop:
+        """Plan the whole run, then a loop that replays the cheapest plan. ValueError in mid-run."""
+        check_unserved(simulator)
+        workload = simulator.workloads[0]
+        pair = best_fixed_pair(simulator, self.plant.grid, self.prices, decision_s)
+        best, chosen = pair.cost, None
+        for horizon in self.horizons:
+            actions = self._plan(simulator, pair, horizon, decision_s)
+            cost = charged(simulator.state, 0, self.prices)
+            simulator.load(0, workload)
+            log.info("horizon of %g targets: objective %.4f", horizon, cost / workload.num_requests)
+            if cost < best:
+                best, chosen = cost, actions
+        log.info(
+            "best fixed pair in hindsight: c=%d n=%d, objective %.4f%s",
+            pair.candidates,
+            pair.token_budget,
+            pair.cost / workload.num_requests,
+            ", which no rollout improves on" if chosen is None else "",
+        )
+        if chosen is None:
+            return simulator.constant_loop(pair.candidates, pair.token_budget, decision_s)
+        return _replay(simulator, chosen, decision_s)
+
+    def _plan(self, simulator: Simulator, pair: FixedPair, horizon: float, decision_s: float) -> NDArray[np.int32]:
+        """(I, 2) c and n of every iteration; the simulator is left at the end of the run."""
+        grid = self.plant.grid
+        state, tables = simulator.state, simulator.latency.tables
+        ttft_target = float(state.engines[0]["ttft_target"])
+        rules = Rules(
+            scratch=new_scratch(simulator, grid.candidates, grid.budgets),
+            horizon_s=horizon * ttft_target,
+            every_s=self.every * ttft_target,
+            decision_s=decision_s,
+            pair=np.array([pair.candidates, pair.token_budget]),
+            prices=self.prices.per_unit(ttft_target),
+            plan=np.array([pair.token_budget, pair.token_budget, 1.0, FORESEEN], dtype=np.float64),
+            memory=np.array([tables.fixed_s + tables.linear_s[1], 0.0]),
+        )
+        parts = []
+        more = True
+        while more:
+            actions = np.zeros((CHUNK_ITERATIONS, 2), dtype=np.int32)
+            count, more = plan_run(state, tables, simulator.run_lengths, rules, CHUNK_ITERATIONS, actions)
+            parts.append(actions[:count])
+        return np.concatenate(parts)
+
+    def label(self) -> str:
+        """Says that this is a bound."""
+        return "oracle (bound)"
+
+
+def _replay(simulator: Simulator, actions: NDArray[np.int32], decision_s: float) -> CompiledLoop:
+    """A loop that goes through these actions."""
+    done = 0
+
+    def loop(max_iterations: int, log: NDArray[np.void]) -> tuple[int, bool]:
+        nonlocal done
+        tables = simulator.latency.tables
+        count, more = replay_actions(
+            simulator.state, tables, simulator.run_lengths, actions, done, decision_s, max_iterations, log
+        )
+        done += count
+        return count, more
+
+    return loop

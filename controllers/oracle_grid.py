@@ -1,0 +1,98 @@
+"""The best fixed pair in hindsight: every (c, n) of the grid serves the workload, and the cheapest serves it again."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from controllers.controller import Plant, configured
+from controllers.peeking import PeekingController, check_unserved
+from engine.backends.simulator import ITERATION, CompiledLoop, Simulator
+from engine.core.action import ActionGrid
+from engine.core.objective import Prices, charged
+
+log = logging.getLogger(__name__)
+
+CHUNK_ITERATIONS = 2_000
+"""Iterations between two looks at what a pair has been charged."""
+
+
+@dataclass(frozen=True)
+class FixedPair:
+    """A pair (c, n) and what a whole run with it is charged, summed over requests."""
+
+    candidates: int
+    token_budget: int
+    cost: float
+
+
+def best_fixed_pair(simulator: Simulator, grid: ActionGrid, prices: Prices, decision_s: float = 0.0) -> FixedPair:
+    """The pair of the grid whose run of the loaded workload is charged least; the workload is loaded afresh after.
+
+    A pair is given up as soon as it has been charged more than the best so far: nothing is ever paid back. Ties go to
+    fewer candidates, then to the larger budget.
+    """
+    nothing = np.zeros(0, dtype=ITERATION)
+    workload = simulator.workloads[0]
+    best: FixedPair | None = None
+    for candidates in grid.candidate_choices:
+        for token_budget in reversed(grid.budget_choices):
+            simulator.load(0, workload)
+            loop = simulator.constant_loop(candidates, token_budget, decision_s)
+            more, cost = True, 0.0
+            while more and (best is None or cost <= best.cost):
+                _, more = loop(CHUNK_ITERATIONS, nothing)
+                cost = charged(simulator.state, 0, prices)
+            if not more and (best is None or cost < best.cost):
+                best = FixedPair(candidates, token_budget, cost)
+    simulator.load(0, workload)
+    assert best is not None
+    return best
+
+
+@configured
+class OracleGrid(PeekingController):
+    """A bound: the fixed (c, n) that turns out cheapest for this workload.
+
+    Every pair of the grid serves the very requests of the run, agreements included, and the pair with the lowest
+    objective serves them again. What an operator could get from tuning a fixed setting on exactly the traffic to come;
+    a controller below it gains from adapting. The objective alone decides: it prices missed deadlines already, and an
+    attainment demanded besides would be a second, arbitrary price.
+
+    The pair that was chosen is in the log and, as `candidates` and `token_budget`, in the run's summary.
+    """
+
+    _best: FixedPair | None = None
+
+    @property
+    def candidates(self) -> int | None:
+        """c of the chosen pair; None before a run."""
+        return self._best.candidates if self._best else None
+
+    @property
+    def token_budget(self) -> int | None:
+        """n of the chosen pair; None before a run."""
+        return self._best.token_budget if self._best else None
+
+    def reset(self, plant: Plant) -> None:
+        """Forget the chosen pair."""
+        super().reset(plant)
+        self._best = None
+
+    def loop(self, simulator: Simulator, decision_s: float) -> CompiledLoop:
+        """Try every pair on the loaded workload, then the constant loop of the best. ValueError in mid-run."""
+        check_unserved(simulator)
+        grid = self.plant.grid
+        self._best = best = best_fixed_pair(simulator, grid, self.prices, decision_s)
+        log.info(
+            "best fixed pair in hindsight: c=%d n=%d, objective %.4f, of %d pairs",
+            best.candidates,
+            best.token_budget,
+            best.cost / simulator.workloads[0].num_requests,
+            len(grid.candidate_choices) * len(grid.budget_choices),
+        )
+        return simulator.constant_loop(best.candidates, best.token_budget, decision_s)
+
+    def label(self) -> str:
+        """The same whatever pair was chosen."""
+        return "oracle grid (bound)"

@@ -1,0 +1,63 @@
+"""What the bounds share: they look at the workload, so they run on the simulator alone and never choose."""
+
+from collections.abc import Mapping
+from typing import Annotated, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from controllers.controller import CompiledController, configured
+from engine.backends.simulator import Simulator
+from engine.core.objective import Price, Prices
+
+
+class PeekingError(ValueError):
+    """A bound was asked to control an engine whose future it cannot see."""
+
+
+@configured
+class PeekingController(CompiledController):
+    """A bound: it sees what no controller can, so it is compared with and never served.
+
+    Its decisions cost nothing on the simulated clock. It looks for the lowest objective (`engine.core.objective`) with
+    the run's own `ttft_target` and these prices, which must be those of the report for the bound to be one.
+
+    Args:
+        tpot_target: TPOT in s that costs 1 per request.
+        violation: cost of a missed TTFT deadline.
+        lateness: cost of being late by one more `ttft_target`.
+    """
+
+    peeks = True
+
+    tpot_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Prices().tpot_target
+    violation: Price = Prices().violation
+    lateness: Price = Prices().lateness
+
+    @property
+    def prices(self) -> Prices:
+        """What the objective charges."""
+        return Prices(tpot_target=self.tpot_target, violation=self.violation, lateness=self.lateness)
+
+    def choose(self, observation: Mapping[str, NDArray[np.float32]]) -> NoReturn:
+        """Refused: telemetry does not hold what a bound looks at."""
+        raise PeekingError(
+            f"{self.label()} is a bound, not a controller: it looks at the whole workload before it serves it, which "
+            "an observation does not hold. Run it with python -m runs.evaluate on a simulated engine; in an "
+            "environment or on a real engine choose a controller that does not peek, such as controller=analytic or mpc"
+        )
+
+    def act(self, observation: Mapping[str, NDArray[np.float32]]) -> NoReturn:
+        """Refused, as `choose` is."""
+        self.choose(observation)
+
+
+def check_unserved(simulator: Simulator) -> None:
+    """A bound plans a run from its beginning; ValueError when the simulator is in the middle of one."""
+    iterations = int(simulator.state.engines[0]["iterations"])
+    if iterations > 0:
+        raise ValueError(
+            f"a bound plans a run from its beginning, and this simulator has already run {iterations} iterations: "
+            "load the workload again first"
+        )

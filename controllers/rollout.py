@@ -1,0 +1,320 @@
+"""Rolling the true engine forward from where it is: a small copy of it, the shared scheduler, and what stays undone.
+
+Only a policy that peeks may do this: the copy holds output lengths, agreements and arrivals of the time to come.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.simulator import Simulator, run_iteration
+from engine.compiled import kernel
+from engine.core import state as core
+from engine.core.blocks import blocks_for
+from engine.core.state import DECODING, State
+from engine.latency.model import iteration_time, prefill_attention_time, unread_time
+
+UNBOUNDED = 1e300
+FORESEEN = -1
+"""In place of a c: chosen before every iteration with the agreements in view."""
+
+
+class Scratch(NamedTuple):
+    """Copies of an engine and room to think.
+
+    origin: the engine now, its unfinished requests and the next arrivals in order of arrival · trial: where rollouts
+    run · weights, limits: (C + 2,) by number of candidates that a request can use and can have · choices: the c to
+    choose from · budgets: the n to choose from.
+    """
+
+    origin: State
+    trial: State
+    weights: NDArray[np.float64]
+    limits: NDArray[np.int64]
+    choices: NDArray[np.int64]
+    budgets: NDArray[np.int64]
+
+
+class Plan(NamedTuple):
+    """What a rollout does: n in its first iterations and after; c as `foreseen_candidates` says, or a fixed one.
+
+    `worth` scales what a token counts for when c is chosen; `fixed` is the c of every iteration, or FORESEEN.
+    """
+
+    first: int
+    tail: int
+    worth: float
+    fixed: int
+
+
+class Outlook(NamedTuple):
+    """What is assumed of the time behind the horizon, and the prices.
+
+    token_s: s that a decoding request takes per token · prefill_s: s per prompt token of a queue that is drained ·
+    interference: cost of a prompt token that is left, because others decode slower while it is computed · second,
+    violation, lateness: costs per s of summed TPOT, per missed deadline and per s of lateness.
+    """
+
+    token_s: float
+    prefill_s: float
+    interference: float
+    second: float
+    violation: float
+    lateness: float
+
+
+class Rolled(NamedTuple):
+    """What a rollout came to.
+
+    cost: see `roll` · decoding_s: s that requests spent decoding · tokens: that these got · tpot_s: summed TPOT
+    charged · seconds: on the engine's clock.
+    """
+
+    cost: float
+    decoding_s: float
+    tokens: float
+    tpot_s: float
+    seconds: float
+
+
+def new_scratch(simulator: Simulator, choices: NDArray[np.int64], budgets: NDArray[np.int64]) -> Scratch:
+    """Empty scratch space for a simulator's engine 0."""
+    requests = len(simulator.workloads[0].arrival)
+    limits = simulator.limits
+    room = {
+        "total_blocks": limits.total_blocks,
+        "block_size": limits.block_size,
+        "watermark_blocks": limits.watermark_blocks,
+        "max_num_seqs": limits.max_num_seqs,
+        "ttft_target": float(simulator.state.engines[0]["ttft_target"]),
+    }
+    widest = int(choices.max()) + 2
+    return Scratch(
+        origin=core.allocate(1, requests, **room),
+        trial=core.allocate(1, requests, **room),
+        weights=np.zeros(widest),
+        limits=np.zeros(widest, dtype=np.int64),
+        choices=choices,
+        budgets=budgets,
+    )
+
+
+@kernel
+def copy_unfinished(state, origin, until):
+    """Make `origin` the engine as it is, with only the unfinished requests and the arrivals up to `until` (s).
+
+    Returns the prompt tokens that wait or arrive. Rows are renumbered in order, and the scheduler only ever compares
+    their order: running requests arrived before preempted ones, these before new ones.
+    """
+    engine = state.engines[0]
+    origin.engines[0] = state.engines[0]
+    copy = origin.engines[0]
+    rows = 0
+    past_deadline = 0
+    for i in range(engine.num_running):
+        r = state.running[0, i]
+        origin.requests[0, rows] = state.requests[0, r]
+        origin.running[0, i] = rows
+        past_deadline += r < engine.next_deadline
+        rows += 1
+    for i in range(engine.num_preempted - 1, -1, -1):
+        r = state.preempted[0, i]
+        origin.requests[0, rows] = state.requests[0, r]
+        origin.preempted[0, i] = rows
+        past_deadline += r < engine.next_deadline
+        rows += 1
+    copy.next_new = rows
+    work = engine.waiting_tokens
+    r = engine.next_new
+    while r < engine.num_requests:
+        if r >= engine.released:
+            if state.requests[0, r].arrival > until:
+                break
+            work += state.requests[0, r].prompt
+        origin.requests[0, rows] = state.requests[0, r]
+        past_deadline += r < engine.next_deadline
+        rows += 1
+        r += 1
+    copy.released = copy.next_new + engine.released - engine.next_new
+    copy.num_requests = rows
+    copy.next_deadline = past_deadline
+    copy.tpot_cost = 0.0
+    copy.lateness = 0.0
+    copy.violations = 0
+    return work
+
+
+@kernel
+def _copy(origin, trial):
+    engine = origin.engines[0]
+    trial.engines[0] = origin.engines[0]
+    for r in range(engine.num_requests):
+        trial.requests[0, r] = origin.requests[0, r]
+    for i in range(engine.num_running):
+        trial.running[0, i] = origin.running[0, i]
+    for i in range(engine.num_preempted):
+        trial.preempted[0, i] = origin.preempted[0, i]
+
+
+@kernel
+def _next_prefill(state, e, tables, token_budget):
+    """(requests, tokens, attention in s, prompts completed) of the prefill that a budget would give now."""
+    engine = state.engines[e]
+    left = token_budget
+    requests, completed = 0, 0
+    attention = 0.0
+    free_blocks = engine.free_blocks
+    free_seqs = engine.max_num_seqs - engine.num_running
+    reserve = engine.watermark_blocks if engine.num_running > 0 else 0
+    position = engine.num_decoding
+    preempted = engine.num_preempted
+    new = engine.next_new
+    while left > 0:
+        if position < engine.num_running:
+            r = state.running[e, position]
+            position += 1
+        else:
+            if preempted > 0:
+                preempted -= 1
+                r = state.preempted[e, preempted]
+            else:
+                if new >= engine.released:
+                    break
+                r = np.int32(new)
+                new += 1
+            need = blocks_for(state.requests[e, r].context, engine.block_size)
+            if free_seqs <= 0 or need + reserve > free_blocks:
+                break
+            free_seqs -= 1
+            free_blocks -= need
+            reserve = engine.watermark_blocks
+        request = state.requests[e, r]
+        remaining = request.context - request.computed
+        chunk = min(left, remaining)
+        attention += prefill_attention_time(tables, chunk, request.computed)
+        completed += chunk == remaining
+        requests += 1
+        left -= chunk
+    return requests, token_budget - left, attention, completed
+
+
+@kernel
+def foreseen_candidates(state, e, tables, draws, scratch, token_budget, token_s):
+    """The c whose tokens are worth most beyond the time they take, with the agreements to come in view.
+
+    A second of the iteration costs every decoding request 1 / (output - 1), a token spares its request `token_s`
+    of them: c minimises sum(w) T(c) - token_s sum(w_i tokens_i(c)).
+    """
+    engine = state.engines[e]
+    decodes = engine.num_decoding
+    choices, weights, limits = scratch.choices, scratch.weights, scratch.limits
+    widest = choices[choices.shape[0] - 1]
+    if decodes == 0 or widest == 0:
+        return choices[0]
+    for k in range(widest + 2):
+        weights[k] = 0.0
+        limits[k] = 0
+    for i in range(decodes):
+        request = state.requests[e, state.running[e, i]]
+        most = min(request.output - request.generated - 1, widest)
+        run = draws[e, request.first_position + request.generated]
+        weights[min(most, run)] += 1.0 / (request.output - 1)
+        limits[most] += 1
+    for k in range(widest - 1, -1, -1):
+        weights[k] += weights[k + 1]
+        limits[k] += limits[k + 1]
+    prefills, prefill_tokens, attention, completed = _next_prefill(state, e, tables, token_budget)
+    best = UNBOUNDED
+    chosen = choices[0]
+    depth = 0
+    gained = 0.0
+    rows = decodes
+    for index in range(choices.shape[0]):
+        while depth < choices[index]:
+            depth += 1
+            gained += weights[depth]
+            rows += limits[depth]
+        steps = choices[index]
+        while steps > 0 and limits[steps] == 0:
+            steps -= 1
+        seconds = iteration_time(
+            tables, decodes, rows, steps, engine.kv_tokens, prefills, prefill_tokens, attention, rows + completed
+        )
+        if steps > 0:
+            seconds += unread_time(tables, min(engine.unread_tokens, engine.kv_tokens))
+        cost = weights[0] * seconds - token_s * gained
+        if cost < best:
+            best = cost
+            chosen = choices[index]
+    return chosen
+
+
+@kernel
+def remaining_cost(state, outlook):
+    """What the unfinished requests of engine 0 will be charged, estimated.
+
+    A decoding request takes `token_s` per token; prompts are computed in order of arrival at `prefill_s` per
+    token, each when it has arrived and those before it are done.
+    """
+    engine = state.engines[0]
+    cost = 0.0
+    free_at = engine.now
+    tokens_left = 0
+    for r in range(engine.num_requests):
+        request = state.requests[0, r]
+        left = request.output - request.generated
+        if left <= 0:
+            continue
+        weight = 1.0 / (request.output - 1) if request.output > 1 else 0.0
+        if request.phase != DECODING:
+            prompt = request.context - request.computed
+            tokens_left += prompt
+            free_at = max(free_at, request.arrival) + prompt * outlook.prefill_s
+            if math.isnan(request.first_token):
+                left -= 1
+                deadline = request.arrival + engine.ttft_target
+                if free_at > deadline:
+                    cost += outlook.lateness * (free_at - max(deadline, engine.now))
+                    if r >= engine.next_deadline:
+                        cost += outlook.violation
+            else:
+                cost += outlook.second * weight * (free_at - engine.now)
+        cost += outlook.second * weight * left * outlook.token_s
+    return cost + outlook.interference * tokens_left
+
+
+@kernel
+def roll(scratch, tables, draws, plan, switch, until, decision_s, outlook, most):
+    """Run the copied engine under `plan` until its clock passes `until` (s), and charge it.
+
+    `plan.first` holds for iterations that begin before `switch` (s). A rollout that is charged more than `most` ends
+    there, because what is charged is never paid back; its cost is then only known to be larger.
+    """
+    trial = scratch.trial
+    _copy(scratch.origin, trial)
+    engine = trial.engines[0]
+    begin = engine.now
+    decoding_s = 0.0
+    tokens = 0.0
+    cost = 0.0
+    more = True
+    while more and engine.now < until and cost <= most:
+        budget = plan.first if engine.now < switch else plan.tail
+        candidates = plan.fixed
+        if candidates == FORESEEN:
+            candidates = foreseen_candidates(trial, 0, tables, draws, scratch, budget, plan.worth * outlook.token_s)
+        more = run_iteration(trial, 0, tables, draws, candidates, budget, decision_s)
+        decoding_s += engine.last_elapsed * engine.num_decodes
+        tokens += engine.emitted_tokens - engine.prompts_completed
+        cost = (
+            outlook.second * engine.tpot_cost
+            + outlook.violation * engine.violations
+            + outlook.lateness * engine.lateness
+        )
+    seconds = engine.now - begin
+    tpot_s = engine.tpot_cost
+    if cost <= most:
+        cost += remaining_cost(trial, outlook)
+    return Rolled(cost, decoding_s, tokens, tpot_s, seconds)
