@@ -227,7 +227,7 @@ class Oracle(PeekingController):
         more = True
         while more:
             actions = np.zeros((CHUNK_ITERATIONS, 2), dtype=np.int32)
-            count, more = plan_run(state, tables, simulator.run_lengths, rules, CHUNK_ITERATIONS, actions)
+            count, more = plan_run(state, tables, simulator.draws, rules, CHUNK_ITERATIONS, actions)
             parts.append(actions[:count])
         return np.concatenate(parts)
 
@@ -244,7 +244,7 @@ def _replay(simulator: Simulator, actions: NDArray[np.int32], decision_s: float)
         nonlocal done
         tables = simulator.latency.tables
         count, more = replay_actions(
-            simulator.state, tables, simulator.run_lengths, actions, done, decision_s, max_iterations, log
+            simulator.state, tables, simulator.draws, actions, done, decision_s, max_iterations, log
         )
         done += count
         return count, more

@@ -4,6 +4,7 @@ Only a policy that peeks may do this: the copy holds output lengths, agreements 
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -81,19 +82,22 @@ class Rolled(NamedTuple):
 
 def new_scratch(simulator: Simulator, choices: NDArray[np.int64], budgets: NDArray[np.int64]) -> Scratch:
     """Empty scratch space for a simulator's engine 0."""
-    requests = len(simulator.workloads[0].arrival)
     limits = simulator.limits
-    room = {
-        "total_blocks": limits.total_blocks,
-        "block_size": limits.block_size,
-        "watermark_blocks": limits.watermark_blocks,
-        "max_num_seqs": limits.max_num_seqs,
-        "ttft_target": float(simulator.state.engines[0]["ttft_target"]),
-    }
+    room = partial(
+        core.allocate,
+        1,
+        len(simulator.workloads[0].arrival),
+        total_blocks=limits.total_blocks,
+        block_size=limits.block_size,
+        watermark_blocks=limits.watermark_blocks,
+        max_num_seqs=limits.max_num_seqs,
+        ttft_target=float(simulator.state.engines[0]["ttft_target"]),
+        prefill=limits.prefill,
+    )
     widest = int(choices.max()) + 2
     return Scratch(
-        origin=core.allocate(1, requests, **room),
-        trial=core.allocate(1, requests, **room),
+        origin=room(),
+        trial=room(),
         weights=np.zeros(widest),
         limits=np.zeros(widest, dtype=np.int64),
         choices=choices,
@@ -219,7 +223,7 @@ def foreseen_candidates(state, e, tables, draws, scratch, token_budget, token_s)
     for i in range(decodes):
         request = state.requests[e, state.running[e, i]]
         most = min(request.output - request.generated - 1, widest)
-        run = draws[e, request.first_position + request.generated]
+        run = draws.run_lengths[e, request.first_position + request.generated]
         weights[min(most, run)] += 1.0 / (request.output - 1)
         limits[most] += 1
     for k in range(widest - 1, -1, -1):
