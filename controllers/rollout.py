@@ -83,17 +83,22 @@ def new_scratch(simulator: Simulator, choices: NDArray[np.int64], budgets: NDArr
     """Empty scratch space for a simulator's engine 0."""
     requests = len(simulator.workloads[0].arrival)
     limits = simulator.limits
-    room = {
-        "total_blocks": limits.total_blocks,
-        "block_size": limits.block_size,
-        "watermark_blocks": limits.watermark_blocks,
-        "max_num_seqs": limits.max_num_seqs,
-        "ttft_target": float(simulator.state.engines[0]["ttft_target"]),
-    }
+
+    def room() -> State:
+        return core.allocate(
+            1,
+            requests,
+            total_blocks=limits.total_blocks,
+            block_size=limits.block_size,
+            watermark_blocks=limits.watermark_blocks,
+            max_num_seqs=limits.max_num_seqs,
+            ttft_target=float(simulator.state.engines[0]["ttft_target"]),
+        )
+
     widest = int(choices.max()) + 2
     return Scratch(
-        origin=core.allocate(1, requests, **room),
-        trial=core.allocate(1, requests, **room),
+        origin=room(),
+        trial=room(),
         weights=np.zeros(widest),
         limits=np.zeros(widest, dtype=np.int64),
         choices=choices,

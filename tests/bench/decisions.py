@@ -12,6 +12,7 @@ from numba import njit
 from controllers.analytic import Analytic
 from controllers.controller import Controller, as_dict
 from controllers.fixed import Fixed
+from controllers.mpc import Mpc
 from controllers.poster import Poster
 from controllers.sarathi import Sarathi
 from engine.core.telemetry import (
@@ -81,12 +82,12 @@ def _python_seconds(controller: Controller, observation: Observation) -> np.ndar
 
 
 def main() -> None:
-    """Each controller called from Python, and the two optimizers inside compiled code."""
+    """Each controller called from Python, and those that predict inside compiled code."""
     measure.title(f"One decision with {QUEUED} requests queued")
     observation = _situations()
     shared = plant(simulator(requests=100))
-    poster, analytic = Poster(), Analytic()
-    for controller in (Fixed(), Sarathi(), poster, analytic):
+    poster, analytic, mpc = Poster(), Analytic(), Mpc()
+    for controller in (Fixed(), Sarathi(), poster, analytic, mpc):
         controller.reset(shared)
         seconds = _python_seconds(controller, observation)
         for quantile in (50, 99):
@@ -96,6 +97,8 @@ def main() -> None:
     measure.duration("poster: compiled, mean of a decision", within, LIMIT_S)
     within = _compiled_seconds(analytic.decide, observation, analytic.rules)
     measure.duration("analytic: compiled, mean of a decision", within, LIMIT_S)
+    within = _compiled_seconds(mpc.decide, observation, mpc.rules)
+    measure.duration("mpc: compiled, mean of a decision", within, Mpc.decision_s)
 
 
 if __name__ == "__main__":
