@@ -67,13 +67,13 @@ class Settings(NamedTuple):
 class Line(NamedTuple):
     """Prompts in order of service, waiting ones and then predicted ones.
 
-    tokens, slack (s), arrival (s from now), stands_for (requests), each (Q,).
+    tokens, slack (s), arrival (s from now), requests (that the row stands for), each (Q,).
     """
 
     tokens: NDArray[np.float64]
     slack: NDArray[np.float64]
     arrival: NDArray[np.float64]
-    stands_for: NDArray[np.float64]
+    requests: NDArray[np.float64]
 
 
 class Memory(NamedTuple):
@@ -160,7 +160,7 @@ def _line_up(observation, e, settings, memory):
         line.tokens[rows] = queue[e, row, 0]
         line.slack[rows] = queue[e, row, 1] + extra if queue[e, row, 1] < 0.5 * NO_DEADLINE_S else UNBOUNDED
         line.arrival[rows] = 0.0
-        line.stands_for[rows] = 1.0 if row < listed else max(1.0, load[e, NUM_WAITING] - listed)
+        line.requests[rows] = 1.0 if row < listed else max(1.0, load[e, NUM_WAITING] - listed)
         rows += 1
     gap = (memory.rate[1] + PRIOR_SECONDS) / max(memory.rate[0], 1e-9)
     prompt = (memory.arrived[1] + PRIOR_PROMPT_TOKENS) / (memory.arrived[0] + 1.0)
@@ -171,7 +171,7 @@ def _line_up(observation, e, settings, memory):
         line.tokens[rows] = prompt
         line.slack[rows] = arrival + settings.ttft_target
         line.arrival[rows] = arrival
-        line.stands_for[rows] = 1.0
+        line.requests[rows] = 1.0
         rows += 1
     return rows
 
@@ -186,7 +186,7 @@ def _late_cost(line, row, end, settings):
         cost = settings.violation * min(max(risk, 0.0), 1.0)
     if end > slack:
         cost += settings.lateness * (end - max(slack, 0.0)) / settings.ttft_target
-    return cost * line.stands_for[row]
+    return cost * line.requests[row]
 
 
 @kernel
@@ -218,7 +218,7 @@ def predicted_cost(grid, settings, memory, now, first, tail, switch_s, most):
                     break
                 rest = line.tokens[row]
                 free_kv -= rest
-                free_seqs -= line.stands_for[row]
+                free_seqs -= line.requests[row]
             chunk = min(left, rest)
             rest -= chunk
             left -= chunk
@@ -261,7 +261,7 @@ def predicted_cost(grid, settings, memory, now, first, tail, switch_s, most):
         time += times * seconds
         for done in range(begun, row):
             cost += _late_cost(line, done, time, settings)
-            decodes += line.stands_for[done]
+            decodes += line.requests[done]
             kv_tokens += line.tokens[done]
     if cost > most:
         return cost
@@ -272,7 +272,7 @@ def predicted_cost(grid, settings, memory, now, first, tail, switch_s, most):
         tokens = rest if waiting == row and rest > 0.0 else line.tokens[waiting]
         tokens_left += tokens
         free_at += tokens * now.drain_s
-        requests_left += line.stands_for[waiting]
+        requests_left += line.requests[waiting]
         cost += _late_cost(line, waiting, free_at, settings)
     return cost + requests_left * now.request_cost + tokens_left * now.token_cost
 

@@ -4,7 +4,6 @@ Only a policy that peeks may do this: the copy holds output lengths, agreements 
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -82,18 +81,21 @@ class Rolled(NamedTuple):
 
 def new_scratch(simulator: Simulator, choices: NDArray[np.int64], budgets: NDArray[np.int64]) -> Scratch:
     """Empty scratch space for a simulator's engine 0."""
+    requests = len(simulator.workloads[0].arrival)
     limits = simulator.limits
-    room = partial(
-        core.allocate,
-        1,
-        len(simulator.workloads[0].arrival),
-        total_blocks=limits.total_blocks,
-        block_size=limits.block_size,
-        watermark_blocks=limits.watermark_blocks,
-        max_num_seqs=limits.max_num_seqs,
-        ttft_target=float(simulator.state.engines[0]["ttft_target"]),
-        prefill=limits.prefill,
-    )
+
+    def room() -> State:
+        return core.allocate(
+            1,
+            requests,
+            total_blocks=limits.total_blocks,
+            block_size=limits.block_size,
+            watermark_blocks=limits.watermark_blocks,
+            max_num_seqs=limits.max_num_seqs,
+            ttft_target=float(simulator.state.engines[0]["ttft_target"]),
+            prefill=limits.prefill,
+        )
+
     widest = int(choices.max()) + 2
     return Scratch(
         origin=room(),

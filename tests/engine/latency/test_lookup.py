@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.latency import lookup
-from engine.latency.lookup import LookupGrid, LookupTable, lookup_slice, lookup_time
+from engine.latency.lookup import LookupGrid, LookupTable, lookup_choice, lookup_slice, lookup_time
 from engine.latency.model import LatencyModel
 
 CANDIDATES = [0, 1, 2, 3, 4, 5, 6, 8]
@@ -48,6 +48,14 @@ def test_a_slice_is_lookup_time_at_the_nodes(table: LookupTable) -> None:
         for i, candidates in enumerate(grid.candidates):
             for j, prefill in enumerate(grid.prefill_tokens):
                 assert out[i, j] == pytest.approx(lookup_time(grid, decodes, kv, candidates, prefill), rel=1e-12)
+
+
+def test_a_choice_is_lookup_time_of_its_candidates(table: LookupTable) -> None:
+    grid = table.grid
+    for decodes, kv, prefill in ((0, 0, 0), (1, 700, 33), (37, 20000, 700), (256, 110000, 2048), (300, 2e5, 3000)):
+        for i, candidates in enumerate(grid.candidates):
+            expected = lookup_time(grid, decodes, kv, candidates, prefill)
+            assert lookup_choice(grid, decodes, kv, i, prefill) == pytest.approx(expected, rel=1e-12)
 
 
 def test_predictions_of_unseen_iterations_are_within_five_percent(table: LookupTable) -> None:
