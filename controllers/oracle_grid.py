@@ -1,7 +1,7 @@
 """The best fixed pair in hindsight: every (c, n) of the grid serves the workload, and the cheapest serves it again."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -62,7 +62,7 @@ class OracleGrid(PeekingController):
     The pair that was chosen is in the log and, as `candidates` and `token_budget`, in the run's summary.
     """
 
-    _best: FixedPair | None = None
+    _best: FixedPair | None = field(default=None, init=False, repr=False)
 
     @property
     def candidates(self) -> int | None:

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from controllers.analytic import Analytic
 from controllers.controller import CompiledController, Plant, as_dict
 from controllers.fixed import Fixed
-from controllers.mpc import Mpc, Now, predicted_cost
+from controllers.forecast import Now, predicted_cost
+from controllers.mpc import Mpc
 from engine.backends.simulator import Simulator
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
