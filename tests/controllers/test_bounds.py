@@ -176,7 +176,7 @@ def test_a_copy_rolled_to_its_end_is_charged_what_the_engine_is(
     earlier = charged(simulator.state, 0, Prices())
     outlook = Outlook(1.0, 1.0, 1.0, *prices)
     plan = Plan(pair[1], pair[1], 1.0, pair[0])
-    arguments = (simulator.latency.tables, simulator.run_lengths, plan, 1e9, 1e9, 0.0, outlook, UNBOUNDED)
+    arguments = (simulator.latency.tables, simulator.draws, plan, 1e9, 1e9, 0.0, outlook, UNBOUNDED)
     rolled = roll(scratch, *arguments)
     again = roll(scratch, *arguments)
     simulator.run_to_end(simulator.constant_loop(*pair))
@@ -194,7 +194,7 @@ def test_what_is_unfinished_is_charged_by_hand() -> None:
     outlook = Outlook(token_s=0.01, prefill_s=0.001, interference=0.003, second=20.0, violation=2.0, lateness=7.0)
     until = now - 1e-6
     plan = Plan(64, 64, 1.0, FORESEEN)
-    rolled = roll(scratch, simulator.latency.tables, simulator.run_lengths, plan, until, until, 0.0, outlook, UNBOUNDED)
+    rolled = roll(scratch, simulator.latency.tables, simulator.draws, plan, until, until, 0.0, outlook, UNBOUNDED)
     decoding = 20.0 * 4 / 4 * 0.01
     late = 2.0 + 7.0 * (now + 0.1 - 0.05)
     waiting = late + 20.0 * 2 / 2 * 0.01

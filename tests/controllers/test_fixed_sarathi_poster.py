@@ -22,6 +22,7 @@ from engine.core.telemetry import (
     LOAD_FIELDS,
     NO_DEADLINE_S,
     NUM_DECODES,
+    RATE_BANDS,
     TTFT_TARGET_S,
 )
 from engine.latency.lookup import LookupGrid, LookupTable
@@ -60,7 +61,8 @@ def _observation(
     load[NUM_DECODES], load[DECODE_KV_TOKENS], load[TTFT_TARGET_S] = num_decodes, kv_tokens, 1.0
     rows = np.zeros((QUEUE_ROWS + 1, 2), dtype=np.float32)
     rows[: len(queue)] = np.array(queue, dtype=np.float32).reshape(-1, 2)
-    return {"load": load, "queue": rows, "drafted": np.zeros(5, np.float32), "accepted": np.zeros(5, np.float32)}
+    counts = {"drafted": 5, "accepted": 5, "rates": RATE_BANDS}
+    return {"load": load, "queue": rows, **{name: np.zeros(size, np.float32) for name, size in counts.items()}}
 
 
 def test_fixed_chooses_its_pair_and_finds_it_on_the_grid() -> None:
