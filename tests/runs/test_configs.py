@@ -91,7 +91,7 @@ def test_engines_that_compute_or_cost_otherwise_are_called_otherwise() -> None:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "controller").glob("*.yaml")))
 def test_a_controller_file_lists_every_setting_with_its_default(name: str) -> None:
-    config = OmegaConf.to_container(OmegaConf.load(CONF / "controller" / f"{name}.yaml"))
+    config = OmegaConf.to_container(OmegaConf.load(CONF / "controller" / f"{name}.yaml"), resolve=True)
     assert isinstance(config, dict)
     kind = get_class(str(config.pop("_target_")))
     settings = [field.name for field in dataclasses.fields(kind) if field.init]
