@@ -23,7 +23,7 @@ from engine.core.scheduler import advance_clock, commit, has_work, plan, release
 from engine.core.state import FINISHED
 from engine.core.telemetry import Observation, allocate_observation, observe
 from engine.speculation.allocation import CHAINS, Speculation
-from engine.speculation.drafter import Batch, Drafter, NoDrafter, no_drafts
+from engine.speculation.drafter import Batch, Drafter, NoDrafter
 from engine.speculation.sampling import GREEDY, Sampling, draw, most_probable
 from engine.speculation.tree import Branches, Drafts
 from engine.speculation.verify import accept_greedy, accept_sampled
@@ -209,14 +209,17 @@ class TorchEngine:
         plan(self.state, 0, candidates, token_budget)
         planned = self._seat()
         drafts = self._draft(planned)
-        branches = _branches(planned, drafts)
+        branches = None if drafts is None else _branches(planned, drafts)
         begin = time.perf_counter()
         logits = self.model.forward(self.table, planned.seats, planned.starts, planned.counts, planned.keep, branches)
         choices = most_probable(logits)
         self.forward_s = time.perf_counter() - begin
-        emitted, paths = self._verify(planned, drafts, logits, choices)
-        if branches is not None:
-            self._compact(planned, paths)
+        if drafts is None:
+            emitted = self._choose(planned, logits, choices)
+        else:
+            emitted, paths = self._verify(planned, drafts, logits, choices)
+            if branches is not None:
+                self._compact(planned, paths)
         stops = self._stop(planned, emitted)
         elapsed = self.clock.now() - start
         commit(self.state, 0, elapsed)
@@ -273,10 +276,13 @@ class TorchEngine:
         limits = (rows["output"] - rows["generated"] - 1)[:decodes].astype(np.int64)
         return _Planned(numbers, seats, starts, counts, limits, decodes, completes, np.zeros(decodes, dtype=np.bool_))
 
-    def _draft(self, planned: _Planned) -> Drafts:
-        """Candidates for the decodes, which are given as many tokens as there are candidates for them."""
+    def _draft(self, planned: _Planned) -> Drafts | None:
+        """Candidates for the decodes, which are given as many tokens as there are candidates for them; None: c = 0."""
         decodes = planned.decodes
         wanted = planned.counts[:decodes] - 1
+        self.draft_s = 0.0
+        if not wanted.any():
+            return None
         batch = Batch(
             table=self.table,
             numbers=planned.numbers[:decodes],
@@ -287,9 +293,6 @@ class TorchEngine:
             limits=planned.limits,
             speculation=self.speculation,
         )
-        self.draft_s = 0.0
-        if not wanted.any():
-            return no_drafts(batch)
         begin = time.perf_counter()
         drafts = self.drafter.propose(batch)
         self.draft_s = time.perf_counter() - begin
@@ -306,6 +309,27 @@ class TorchEngine:
         where = np.broadcast_to(planned.seats[:decodes, None], proposed.shape)[proposed]
         self.table.tokens[where, (batch.lengths[:, None] + columns)[proposed]] = drafts.tokens[proposed]
         return drafts
+
+    def _choose(self, planned: _Planned, logits: torch.Tensor, choices: NDArray[np.int64]) -> list[list[int]]:
+        """What every request of a batch without candidates emits: a token, or none in the middle of its prompt."""
+        decodes = planned.decodes
+        self.state.accepted[0, :decodes] = 0
+        self.state.reach[0, :decodes] = 0
+        chosen = choices.tolist()
+        emitted: list[list[int]] = []
+        row = 0
+        for i, (number, completes) in enumerate(zip(planned.numbers.tolist(), planned.completes.tolist(), strict=True)):
+            if i >= decodes and not completes:
+                emitted.append([])
+                continue
+            generation = self._generations[number]
+            if generation.sampling.greedy:
+                emitted.append([chosen[row]])
+            else:
+                weights = generation.sampling.probabilities(logits[row : row + 1].double().cpu().numpy())
+                emitted.append([draw(weights[0], generation.random)])
+            row += 1
+        return emitted
 
     def _verify(
         self, planned: _Planned, drafts: Drafts, logits: torch.Tensor, choices: NDArray[np.int64]
