@@ -15,6 +15,7 @@ from controllers.acceptance import (
     tokens_of_requests,
 )
 from controllers.admission import admissible_tokens
+from controllers.cheapest import cheapest_candidates
 from controllers.compiled import KernelController
 from controllers.controller import Plant, configured
 from engine.compiled import kernel
@@ -126,19 +127,6 @@ def _shorten(seconds, prefill_tokens, j, work):
 
 
 @kernel
-def _cheapest_candidates(seconds, tokens, candidates, j, token_value):
-    """Index of the c with the least time beyond the value of its tokens, T(c, n_j) - mu G(c)."""
-    best = UNBOUNDED_S
-    chosen = 0
-    for c in range(candidates.shape[0]):
-        excess = seconds[c, j] - token_value * tokens[candidates[c]]
-        if excess < best:
-            best = excess
-            chosen = c
-    return chosen
-
-
-@kernel
 def _remember_load(observation, e, settings, memory):
     """Update the request rate and the mean output length of finished requests."""
     load = observation.load
@@ -169,7 +157,7 @@ def _least_prefill_rate(work, last, longest, token_value, grid, settings, memory
     """Slowest prefill, in prompt tokens per second, that still drains a late queue."""
     fastest = 0.0
     for j in range(1, last + 1):
-        c = _cheapest_candidates(memory.seconds, memory.tokens, grid.candidates, j, token_value)
+        c = cheapest_candidates(memory.seconds, memory.tokens, grid.candidates, j, token_value)
         if memory.seconds[c, j] <= longest or j == 1:
             fastest = max(fastest, min(float(grid.prefill_tokens[j]), work) / memory.seconds[c, j])
     return settings.drain_rate * fastest
@@ -199,7 +187,7 @@ def _cost_after(num_decodes, kv_tokens, queue, work, prefilled, emitted, price, 
         if grid.prefill_tokens[j] > remaining:
             _shorten(memory.later, grid.prefill_tokens, j, remaining)
         prompt_tokens = min(float(grid.prefill_tokens[j]), remaining)
-        c = _cheapest_candidates(memory.later, memory.tokens, grid.candidates, j, token_value)
+        c = cheapest_candidates(memory.later, memory.tokens, grid.candidates, j, token_value)
         cost = memory.later[c, j] - token_value * memory.tokens[grid.candidates[c]] - price * prompt_tokens
         best = min(best, cost)
         if prompt_tokens >= remaining:
@@ -226,7 +214,7 @@ def _choose_budget(num_decodes, kv_tokens, queue, work, last, lost, token_value,
     c_late, j_late = 0, 1
     for j in range(1, last + 1):
         prompt_tokens = min(float(grid.prefill_tokens[j]), work)
-        c = _cheapest_candidates(seconds, memory.tokens, grid.candidates, j, token_value)
+        c = cheapest_candidates(seconds, memory.tokens, grid.candidates, j, token_value)
         spent = seconds[c, j]
         if spent > longest and j > 1:
             continue

@@ -7,6 +7,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from controllers.acceptance import learn_acceptance, new_memory
+from controllers.cheapest import cheapest_candidates
 from controllers.compiled import KernelController
 from controllers.controller import Plant, configured
 from controllers.forecast import Line, Memory, Now, Settings, predicted_cost
@@ -107,19 +108,6 @@ def _line_up(observation, e, settings, memory):
 
 
 @kernel
-def _cheapest_candidates(seconds, tokens, candidates, j, token_value):
-    """Index of the c with the least time beyond the value of its tokens."""
-    best = UNBOUNDED
-    chosen = 0
-    for c in range(candidates.shape[0]):
-        excess = seconds[c, j] - token_value * tokens[candidates[c]]
-        if excess < best:
-            best = excess
-            chosen = c
-    return chosen
-
-
-@kernel
 def _look_ahead(observation, e, grid, settings, memory):
     """Value tokens and prompts as they will be behind the horizon; fill `cheapest`; returns `Now`."""
     load, seconds = observation.load, memory.seconds
@@ -134,7 +122,7 @@ def _look_ahead(observation, e, grid, settings, memory):
     for j in range(1, widest + 1):
         drain_s = min(drain_s, seconds[0, j] / grid.prefill_tokens[j])
     for j in range(widest + 1):
-        memory.cheapest[j] = _cheapest_candidates(seconds, memory.tokens, grid.candidates, j, token_s)
+        memory.cheapest[j] = cheapest_candidates(seconds, memory.tokens, grid.candidates, j, token_s)
     decode_cost = 1.0 / ((length - 1.0) * settings.tpot_target)
     rows = _line_up(observation, e, settings, memory)
     bulk_s = grid.seconds[0, 0, 0, widest] / grid.prefill_tokens[widest]

@@ -1,9 +1,8 @@
 """Capacity search: against queues whose capacity is computed apart, and what it says when there is nothing to find."""
 
+import functools
 import json
-import logging
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -220,24 +219,9 @@ def test_probes_of_other_settings_or_code_are_not_used(tmp_path: Path, monkeypat
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def run(call_app: Callable[..., int]) -> Callable[..., int]:
     """Calls the app as the command line would; returns its exit status."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-
-    def call(*overrides: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["capacity", *overrides])
-        try:
-            capacity.main()
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
-    yield call
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()
-    root.handlers[:], root.level = handlers, level
+    return functools.partial(call_app, capacity.main, "capacity")
 
 
 TINY = ("workload.num_requests=30", "controller=fixed", "seeds=[0,1]", "tolerance=0.1")

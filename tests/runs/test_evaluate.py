@@ -1,11 +1,11 @@
 """The evaluation app: real runs of tiny workloads, what they leave, and what is refused."""
 
+import functools
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,9 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+def run(call_app: Callable[..., int]) -> Callable[..., int]:
     """Calls the app as the command line would; returns its exit status."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-
-    def call(*overrides: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["evaluate", *overrides])
-        try:
-            evaluate.main()
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
-    yield call
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()
-    root.handlers[:], root.level = handlers, level
+    return functools.partial(call_app, evaluate.main, "evaluate")
 
 
 def in_process_of_its_own(*overrides: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:

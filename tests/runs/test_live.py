@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +53,10 @@ build = functools.cache(TorchEngineConfig.build)
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+def run(monkeypatch: pytest.MonkeyPatch, call_app: Callable[..., int]) -> Callable[..., int]:
     """Calls the app as the command line would; returns its exit status. Equal engines are loaded once."""
     monkeypatch.setattr(TorchEngineConfig, "build", build)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-
-    def call(*overrides: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["evaluate", *overrides])
-        try:
-            evaluate.main()
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
-    yield call
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()
-    root.handlers[:], root.level = handlers, level
+    return functools.partial(call_app, evaluate.main, "evaluate")
 
 
 @pytest.fixture

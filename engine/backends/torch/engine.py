@@ -323,11 +323,7 @@ class TorchEngine:
                 emitted.append([])
                 continue
             generation = self._generations[number]
-            if generation.sampling.greedy:
-                emitted.append([chosen[row]])
-            else:
-                weights = generation.sampling.probabilities(logits[row : row + 1].double().cpu().numpy())
-                emitted.append([draw(weights[0], generation.random)])
+            emitted.append([chosen[row] if generation.sampling.greedy else _drawn(generation, logits, row)])
             row += 1
         return emitted
 
@@ -353,10 +349,7 @@ class TorchEngine:
                 if not planned.completes[i]:
                     emitted.append([])
                     continue
-                tokens = [int(choices[first])]
-                if not generation.sampling.greedy:
-                    weights = generation.sampling.probabilities(logits[first : first + 1].double().cpu().numpy())
-                    tokens = [draw(weights[0], generation.random)]
+                tokens = [int(choices[first]) if generation.sampling.greedy else _drawn(generation, logits, first)]
             elif generation.sampling.greedy:
                 length = lengths[i]
                 last = 1 + paths[i, length - 1] if length else 0
@@ -410,6 +403,12 @@ class TorchEngine:
             table.draft_computed[seat] = min(table.draft_computed[seat], length + len(tokens) - 1)
             if phase[number] == FINISHED:
                 self.drafter.forget(number)
+
+
+def _drawn(generation: Generation, logits: torch.Tensor, row: int) -> int:
+    """A sampled request's next token, from its row of logits."""
+    weights = generation.sampling.probabilities(logits[row : row + 1].double().cpu().numpy())
+    return draw(weights[0], generation.random)
 
 
 def _branches(planned: _Planned, drafts: Drafts) -> Branches | None:

@@ -1,0 +1,21 @@
+"""The candidate count that an iteration of given prompt tokens is best run with, at a price of a token in time."""
+
+import math
+
+from engine.compiled import kernel
+
+
+@kernel
+def cheapest_candidates(seconds, tokens, candidates, j, token_value):
+    """Index of the c with the least time beyond the value of its tokens, T(c, n_j) - mu G(c).
+
+    seconds: (nC, nN + 1) predicted T · tokens: (C + 1,) G · candidates: (nC,) choices of c · token_value: mu in s.
+    """
+    best = math.inf
+    chosen = 0
+    for c in range(candidates.shape[0]):
+        excess = seconds[c, j] - token_value * tokens[candidates[c]]
+        if excess < best:
+            best = excess
+            chosen = c
+    return chosen
