@@ -29,7 +29,7 @@ from engine.workload.source import WorkloadSource
 from engine.workload.workload import Workload
 from runs import live, simulated
 from runs.code import code_digest
-from runs.serving import Progress, Served
+from runs.serving import Progress, Served, decision_times
 from runs.simulated import Charge
 from runs.tracking import Tracking
 
@@ -138,7 +138,7 @@ class Evaluation(BaseModel):
         simulator = Simulator(
             config, [workload], latency=load_latency(config.latency), ttft_target=self.slo.ttft_target
         )
-        plant = self._plant(self.actions, config, simulator.limits)
+        plant = plant_of(config, simulator.limits, self.actions, self.lookup)
         served = simulated.serve(
             simulator, workload, self.controller, plant, self.charge_decisions, self._recording, on_progress
         )
@@ -146,13 +146,13 @@ class Evaluation(BaseModel):
         return replace(result, summary=result.summary | {"sim_wall_s": served.wall_s})
 
     def _run_live(self, config: TorchEngineConfig, on_progress: Progress | None) -> "Result":
-        predicted = self._profile(config)
+        predicted = profile_of(config, self.controller, self.actions)
         config = config.governed_by(self.controller.speculation)
         tokenizer = config.tokenizer()
         prompts = self._prompts(tokenizer, config.limits)
         engine = config.build(ttft_target=self.slo.ttft_target)
         grid = live.grid_within(self.actions, engine)
-        plant = Plant(grid, _no_profile) if predicted is None else self._plant(grid, predicted, config.limits)
+        plant = plant_of(predicted, config.limits, grid, self.lookup)
         served = live.serve(engine, prompts, self.controller, plant, self._recording, on_progress)
         result = self._result(served, prompts, config.variant, grid)
         result.summary["run"]["backend"] = live.describe(config, engine)
@@ -170,24 +170,9 @@ class Evaluation(BaseModel):
             return self.workload.draw_prompts(self.seed, tokenizer, limits)
         return prompts_for(self._draw(), self.seed, tokenizer, limits)
 
-    def _plant(self, grid: ActionGrid, engine: EngineConfig, limits: EngineLimits) -> Plant:
-        return Plant(grid, lambda: load_lookup(engine, grid, limits, self.lookup))
-
-    def _profile(self, config: TorchEngineConfig) -> EngineConfig | None:
-        """The measured iteration times of a real engine; a controller that needs them is refused without, and soon."""
-        if config.profile is not None:
-            return load_profile(config.profile)
-        self.controller.reset(Plant(self.actions, _no_profile))
-        return None
-
     def _result(self, served: Served, workload: Workload | Prompts, engine: str, grid: ActionGrid) -> "Result":
         summary: dict[str, Any] = summarize(served.state, ttft_target=self.slo.ttft_target, prices=self.slo.prices)
-        decisions = served.decision_s
-        summary |= {
-            "decision_time_mean_s": float(decisions.mean()) if decisions.size else float("nan"),
-            "decision_time_p50_s": float(np.percentile(decisions, 50)) if decisions.size else float("nan"),
-            "decision_time_p99_s": float(np.percentile(decisions, 99)) if decisions.size else float("nan"),
-        }
+        summary |= decision_times(served.decision_s)
         summary["run"] = self._identity(workload, engine, grid, summary["request_rate_rps"])
         return Result(request_table(served.state), served.iterations, summary)
 
@@ -291,6 +276,19 @@ def load_lookup(engine: EngineConfig, grid: ActionGrid, limits: EngineLimits, fi
         seconds,
     )
     return table
+
+
+def plant_of(engine: EngineConfig | None, limits: EngineLimits, grid: ActionGrid, fit: LookupFit) -> Plant:
+    """What a controller may know of an engine with these limits; None: of one that nobody has measured."""
+    return Plant(grid, _no_profile if engine is None else lambda: load_lookup(engine, grid, limits, fit))
+
+
+def profile_of(config: TorchEngineConfig, controller: Controller, actions: ActionGrid) -> EngineConfig | None:
+    """The measured iteration times of a real engine; a controller that needs them is refused without, and soon."""
+    if config.profile is not None:
+        return load_profile(config.profile)
+    controller.reset(Plant(actions, _no_profile))
+    return None
 
 
 def load_profile(path: Path) -> EngineConfig:

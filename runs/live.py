@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,54 @@ class Output:
     text: str
 
 
+class Decision(NamedTuple):
+    """What was chosen before an iteration: c, n, and the seconds it took to choose."""
+
+    candidates: int
+    token_budget: int
+    seconds: float
+
+
+class Strict:
+    """Asks a controller, and refuses what the engine cannot run with the key to set."""
+
+    def __init__(self, controller: Controller, max_candidates: int) -> None:
+        self._controller, self._most = controller, max_candidates
+
+    def __call__(self, view: dict[str, Any], decoding: int) -> Decision:
+        """The controller's decision. Raises ActionError."""
+        decision = Decision(*decide(self._controller, view, decoding))
+        if decision.candidates > self._most:
+            raise ActionError(
+                f"{self._controller.label()} chose candidates={decision.candidates}, and this engine's drafter "
+                f"proposes at most {self._most}: set controller.candidates={self._most}, or another engine.drafter"
+            )
+        return decision
+
+
+class Governed:
+    """A real engine whose every iteration is decided on just before it.
+
+    Args:
+        engine: to be stepped by nobody else.
+        choose: gets the observation and how many requests are decoding.
+    """
+
+    def __init__(self, engine: TorchEngine, choose: Callable[[dict[str, Any], int], Decision]) -> None:
+        self._engine, self._choose = engine, choose
+        self.observation = engine.new_observation()
+        """What the latest decision was made on."""
+        self._view = as_dict(self.observation)
+
+    def step(self) -> Decision:
+        """Observe, choose, run one iteration; the engine has something to do (`TorchEngine.poll`)."""
+        engine = self._engine
+        engine.observe(self.observation)
+        decision = self._choose(self._view, int(engine.state.engines[0]["num_decoding"]))
+        engine.step(decision.candidates, decision.token_budget)
+        return decision
+
+
 def serve(
     engine: TorchEngine,
     prompts: Prompts,
@@ -52,8 +100,7 @@ def serve(
 ) -> Served:
     """Serve the prompts as they arrive, to the last; engine and controller begin anew, warmed up.
 
-    A decision takes the time it takes: nothing is charged, the clock runs on. First calls are slow (compiling, first
-    touch of memory), which is not the engine's speed, so requests that do not count are served before the clock starts.
+    A decision takes the time it takes: nothing is charged, the clock runs on.
 
     Args:
         engine: built; it serves nobody else.
@@ -68,10 +115,7 @@ def serve(
         ActionError: the controller asks for what this engine cannot run.
         RequestError: a prompt does not fit.
     """
-    controller.reset(plant)
-    _warm_up(engine, prompts, controller)
-    controller.reset(plant)
-    engine.reset()
+    prepare(engine, prompts, controller, plant)
     for i, tokens in enumerate(prompts.tokens):
         engine.submit(
             tokens,
@@ -86,9 +130,9 @@ def serve(
     shown = begin = time.perf_counter()
     engine.clock = clock()
 
-    def after(seconds: float) -> None:
+    def after(decision: Decision) -> None:
         nonlocal shown
-        spent.append(seconds)
+        spent.append(decision.seconds)
         if recording:
             log_iteration(engine.state, 0, row, 0)
             rows.append(row.copy())
@@ -144,6 +188,14 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def prepare(engine: TorchEngine, prompts: Prompts, controller: Controller, plant: Plant) -> None:
+    """Begin anew, warmed up: first calls compile, and first touch memory, which is not the engine's speed."""
+    controller.reset(plant)
+    _warm_up(engine, prompts, controller)
+    controller.reset(plant)
+    engine.reset()
+
+
 def _warm_up(engine: TorchEngine, prompts: Prompts, controller: Controller) -> None:
     """Serve the beginnings of the first prompts: without candidates, with some, and as the controller says."""
     for candidates in (0, min(WARMUP_CANDIDATES, engine.max_candidates)):
@@ -159,24 +211,14 @@ def _submit_beginnings(engine: TorchEngine, prompts: Prompts) -> None:
         engine.submit(prompts.tokens[i][:WARMUP_PROMPT_TOKENS], most, prompts.sampling[i])
 
 
-def _drive(engine: TorchEngine, controller: Controller, after: Callable[[float], None]) -> None:
-    """Observe, choose, step until no request is left, waiting where none has arrived; `after` gets decision times."""
-    observation = engine.new_observation()
-    view = as_dict(observation)
+def _drive(engine: TorchEngine, controller: Controller, after: Callable[[Decision], None]) -> None:
+    """Observe, choose, step until no request is left, waiting where none has arrived; `after` gets the decisions."""
+    governed = Governed(engine, Strict(controller, engine.max_candidates))
     while True:
-        if not engine.poll():
-            arrival = engine.next_arrival
-            if arrival is None:
-                return
-            engine.clock.wait_until(arrival)
+        if engine.poll():
+            after(governed.step())
             continue
-        engine.observe(observation)
-        decoding = int(engine.state.engines[0]["num_decoding"])
-        candidates, token_budget, seconds = decide(controller, view, decoding)
-        if candidates > engine.max_candidates:
-            raise ActionError(
-                f"{controller.label()} chose candidates={candidates}, and this engine's drafter proposes at most "
-                f"{engine.max_candidates}: set controller.candidates={engine.max_candidates}, or another engine.drafter"
-            )
-        engine.step(candidates, token_budget)
-        after(seconds)
+        arrival = engine.next_arrival
+        if arrival is None:
+            return
+        engine.clock.wait_until(arrival)

@@ -1,5 +1,6 @@
 """What simulated and real runs have in common: how a controller is asked, and what serving leaves."""
 
+import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,15 @@ class Served:
     """Seconds of each decision, or of a sample of them."""
 
 
+def decision_times(seconds: NDArray[np.float64]) -> dict[str, float]:
+    """Mean, p50 and p99 of decisions' seconds, as a summary has them."""
+    return {
+        "decision_time_mean_s": float(seconds.mean()) if seconds.size else float("nan"),
+        "decision_time_p50_s": float(np.percentile(seconds, 50)) if seconds.size else float("nan"),
+        "decision_time_p99_s": float(np.percentile(seconds, 99)) if seconds.size else float("nan"),
+    }
+
+
 def decide(controller: Controller, view: dict[str, Any], decoding: int) -> tuple[int, int, float]:
     """(c, n, seconds it took) that the controller chooses for an engine with so many decoding requests.
 
@@ -39,8 +49,12 @@ def decide(controller: Controller, view: dict[str, Any], decoding: int) -> tuple
         ActionError: no engine can run this choice, or would stand still with it.
     """
     begin = time.perf_counter()
-    candidates, token_budget = controller.choose(view)
+    chosen = controller.choose(view)
     seconds = time.perf_counter() - begin
+    try:
+        candidates, token_budget = map(operator.index, chosen)
+    except (TypeError, ValueError) as error:
+        raise ActionError(f"{controller.label()} chose {chosen!r}, which is no pair of integers (c, n)") from error
     check_action(candidates, max(token_budget, 1))
     if token_budget < 1 and (token_budget < 0 or decoding == 0):
         raise ActionError(

@@ -5,8 +5,10 @@ their output limit. A simulated workload knows all its requests and their length
 """
 
 import math
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.compiled import kernel
 from engine.core.blocks import give_back
@@ -29,12 +31,34 @@ def grown(state: State, num_requests: int) -> State:
     )
 
 
+def retire(state: State, e: int) -> NDArray[Any]:
+    """Take the earliest requests out of engine `e`'s table, up to the first that is not over; returns their rows.
+
+    The others move up: row r becomes row r minus the number of rows returned, in the queues too. To be called between
+    `commit` and the next `plan`. Totals and costs stay, so rows kept elsewhere and the table are together what the
+    table would have been; a server that retires now and then runs for days in the memory of what is unfinished.
+    """
+    engines, rows = state.engines, state.requests[e]
+    released, count = int(engines["released"][e]), int(engines["num_requests"][e])
+    unfinished = np.flatnonzero((rows["phase"][:released] != FINISHED) & (rows["phase"][:released] != CANCELLED))
+    over = int(unfinished[0]) if unfinished.size else released
+    gone = rows[:over].copy()
+    rows[: count - over] = rows[over:count].copy()
+    state.running[e, : engines["num_running"][e]] -= over
+    state.preempted[e, : engines["num_preempted"][e]] -= over
+    for name in ("num_requests", "released", "next_new"):
+        engines[name][e] -= over
+    # A request that was over before its deadline was looked at is charged nothing by looking at it.
+    engines["next_deadline"][e] = max(0, int(engines["next_deadline"][e]) - over)
+    return gone
+
+
 @kernel
 def append(state, e, arrival, prompt, output):
     """Add a request of `prompt` tokens that may generate up to `output`; returns its row in the request table.
 
-    `arrival` (s) must not be before the latest arrival in the table, nor before the clock: the caller checks.
-    The table must have room (`grown`).
+    `arrival` (s) must not be before an earlier request's, and after the time of the latest `release`: the caller
+    checks. The table must have room (`grown`).
     """
     engine = state.engines[e]
     r = engine.num_requests

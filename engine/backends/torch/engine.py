@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +13,13 @@ from numpy.typing import NDArray
 
 from engine.backends.clock import Clock, WallClock
 from engine.backends.replay import Recording
-from engine.backends.torch.generation import Generation
+from engine.backends.torch.generation import Ending, Generation
 from engine.backends.torch.model import PagedModel
+from engine.backends.torch.planned import Planned
 from engine.backends.torch.table import CacheTable
 from engine.config import EngineLimits
 from engine.core import state as core
-from engine.core.live import append, cancel, grown, stop_after
+from engine.core.live import append, cancel, grown, retire, stop_after
 from engine.core.redistribute import redistribute
 from engine.core.scheduler import advance_clock, commit, has_work, plan, release
 from engine.core.state import FINISHED
@@ -25,36 +27,12 @@ from engine.core.telemetry import Observation, allocate_observation, observe
 from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.drafter import Batch, Drafter, NoDrafter
 from engine.speculation.sampling import GREEDY, Sampling, draw, most_probable
-from engine.speculation.tree import Branches, Drafts
+from engine.speculation.tree import Drafts
 from engine.speculation.verify import accept_greedy, accept_sampled
 
 
 class RequestError(ValueError):
     """A request cannot be served by this engine; the message says which limit it breaks."""
-
-
-@dataclass
-class _Planned:
-    """The batch of one iteration as arrays over its requests, decodes first."""
-
-    numbers: NDArray[np.int64]
-    seats: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    limits: NDArray[np.int64]
-    """(decodes,) most candidates that a decode's output limit leaves room for."""
-    decodes: int
-    completes: NDArray[np.bool_]
-    """Prefills whose last chunk this is; the rest False."""
-    ran_out: NDArray[np.bool_]
-    """(decodes,) whether the drafter proposed fewer candidates than it was asked for."""
-
-    @property
-    def keep(self) -> NDArray[np.int64]:
-        """Rows of logits wanted: all of a decode, the last of a prompt's last chunk."""
-        keep = self.completes.astype(np.int64)
-        keep[: self.decodes] = self.counts[: self.decodes]
-        return keep
 
 
 class TorchEngine:
@@ -109,11 +87,15 @@ class TorchEngine:
         self.recording = Recording() if record else None
         self.emitted: list[tuple[int, list[int]]] = []
         """(request, tokens) of the latest iteration."""
+        self.finished: list[int] = []
+        """Requests that ended with it."""
         self.draft_s = 0.0
         """Seconds the drafter took in the latest iteration."""
         self.forward_s = 0.0
         """Seconds from the start of the target's forward in the latest iteration until its choices were known."""
         self._generations: dict[int, Generation] = {}
+        self._retired = 0
+        self._earliest = 0.0
 
     def submit(
         self,
@@ -122,6 +104,7 @@ class TorchEngine:
         sampling: Sampling = GREEDY,
         *,
         stop: Collection[int] = (),
+        ending: Ending | None = None,
         arrival: float | None = None,
     ) -> int:
         """Queue a request and return its number.
@@ -131,24 +114,26 @@ class TorchEngine:
             max_tokens: most tokens to generate.
             sampling: how tokens are chosen.
             stop: tokens that end the output.
+            ending: looks at the tokens for another end.
             arrival: s on the engine's clock, possibly in the future; now if not given. Requests are submitted in order
-                of arrival.
+                of arrival, none before `earliest_arrival`.
 
         Raises:
             RequestError: when the request cannot be served, or arrives before one submitted earlier.
         """
         tokens = np.array(prompt, dtype=np.int32)
         self._check(tokens, max_tokens)
-        engine = self.state.engines[0]
-        count = int(engine["num_requests"])
-        latest = max(float(engine["now"]), float(self.state.requests["arrival"][0, count - 1]) if count else 0.0)
         if arrival is None:
-            arrival = max(self.clock.now(), latest)
-        elif arrival < latest:
-            raise RequestError(f"arrival={arrival} s is in the past: the latest arrival or iteration was at {latest} s")
-        self.state = grown(self.state, count + 1)
-        number = int(append(self.state, 0, arrival, len(tokens), max_tokens))
-        self._generations[number] = Generation(tokens, sampling, frozenset(stop), sampling.generator())
+            arrival = max(self.clock.now(), self._earliest)
+        elif arrival < self._earliest:
+            raise RequestError(
+                f"arrival={arrival} s is in the past: the latest arrival was, or arrivals were looked at, at "
+                f"{self._earliest} s"
+            )
+        self._earliest = arrival
+        self.state = grown(self.state, int(self.state.engines["num_requests"][0]) + 1)
+        number = int(append(self.state, 0, arrival, len(tokens), max_tokens)) + self._retired
+        self._generations[number] = Generation(tokens, sampling, frozenset(stop), ending, sampling.generator())
         if self.recording is not None:
             self.recording.requests.append((arrival, len(tokens), max_tokens))
         return number
@@ -167,7 +152,7 @@ class TorchEngine:
 
     def cancel(self, number: int) -> bool:
         """Drop a request, keeping the output it has; returns False when it was over already."""
-        if not cancel(self.state, 0, number):
+        if number < self._retired or not cancel(self.state, 0, number - self._retired):
             return False
         self.drafter.forget(number)
         if self.recording is not None:
@@ -181,6 +166,34 @@ class TorchEngine:
     def collect(self, number: int) -> list[int]:
         """The output of a request that is over, which the engine then no longer keeps."""
         return self._generations.pop(number).output
+
+    def stopped(self, number: int) -> bool:
+        """Whether a stop ended the output, and not its limit."""
+        return self._generations[number].stopped
+
+    def timeline(self, number: int) -> np.void:
+        """A copy of a request's row in the scheduler's table (`engine.core.state.REQUEST`); not after `retire`."""
+        row: np.void = self.state.requests[0, number - self._retired].copy()
+        return row
+
+    def retire(self) -> NDArray[Any]:
+        """Take the rows of the earliest requests out of the table, up to the first unfinished; returns them.
+
+        Requests keep their numbers. The state is then that of the others only.
+        """
+        self.table.leave(self.state)
+        rows = retire(self.state, 0)
+        self.table.renumber(len(rows))
+        self._retired += len(rows)
+        return rows
+
+    @property
+    def earliest_arrival(self) -> float:
+        """When the next request to be submitted may have arrived at the earliest, in s.
+
+        An arrival while an iteration runs is one that the scheduler has not looked for yet.
+        """
+        return self._earliest
 
     @property
     def next_arrival(self) -> float | None:
@@ -201,15 +214,13 @@ class TorchEngine:
     def step(self, candidates: int, token_budget: int) -> bool:
         """Run one iteration at the given c and n; False, at once, when no request has arrived that is unfinished."""
         start = self.clock.now()
-        advance_clock(self.state, 0, start)
-        release(self.state, 0)
-        if not has_work(self.state, 0):
+        if not self._release(start):
             return False
         candidates = min(candidates, self.max_candidates)
         plan(self.state, 0, candidates, token_budget)
         planned = self._seat()
         drafts = self._draft(planned)
-        branches = None if drafts is None else _branches(planned, drafts)
+        branches = None if drafts is None else planned.branches(drafts)
         begin = time.perf_counter()
         logits = self.model.forward(self.table, planned.seats, planned.starts, planned.counts, planned.keep, branches)
         choices = most_probable(logits)
@@ -243,9 +254,7 @@ class TorchEngine:
 
     def poll(self) -> bool:
         """Take in the requests that have arrived by now; whether there is anything for `step` to run."""
-        advance_clock(self.state, 0, self.clock.now())
-        release(self.state, 0)
-        return bool(has_work(self.state, 0))
+        return self._release(self.clock.now())
 
     def reset(self, clock: Clock | None = None) -> None:
         """Forget every request and begin again at 0 s, on a clock that starts now unless given; models stay loaded."""
@@ -254,29 +263,38 @@ class TorchEngine:
         core.clear(self.state, 0)
         self.table = CacheTable(self.limits)
         self.recording = None if self.recording is None else Recording()
-        self.emitted = []
+        self.emitted, self.finished = [], []
         self._generations = {}
+        self._retired, self._earliest = 0, 0.0
         self.clock = WallClock() if clock is None else clock
 
-    def _seat(self) -> _Planned:
+    def _release(self, now: float) -> bool:
+        """Let arrivals join the queue; whether anybody wants anything."""
+        advance_clock(self.state, 0, now)
+        release(self.state, 0)
+        self._earliest = max(self._earliest, math.nextafter(now, math.inf))
+        return bool(has_work(self.state, 0))
+
+    def _seat(self) -> Planned:
         """Give the planned batch its memory and look it up."""
-        for number in self.table.follow(self.state):
-            tokens = self._generations[number].tokens
-            self.table.tokens[self.table.seat_of[number], : len(tokens)] = tokens
+        for row in self.table.follow(self.state):
+            tokens = self._generations[row + self._retired].tokens
+            self.table.tokens[self.table.seat_of[row], : len(tokens)] = tokens
         engine = self.state.engines[0]
         size = int(engine["num_decodes"] + engine["num_prefills"])
-        numbers = self.state.batch_request[0, :size].astype(np.int64)
+        rows = self.state.batch_request[0, :size].astype(np.int64)
         counts = self.state.batch_tokens[0, :size].astype(np.int64)
-        rows = self.state.requests[0, numbers]
-        starts = rows["computed"].astype(np.int64)
-        completes = starts + counts == rows["context"]
+        requests = self.state.requests[0, rows]
+        starts = requests["computed"].astype(np.int64)
+        completes = starts + counts == requests["context"]
         completes[: engine["num_decodes"]] = False
-        seats = self.table.seat_of[numbers]
+        seats = self.table.seat_of[rows]
         decodes = int(engine["num_decodes"])
-        limits = (rows["output"] - rows["generated"] - 1)[:decodes].astype(np.int64)
-        return _Planned(numbers, seats, starts, counts, limits, decodes, completes, np.zeros(decodes, dtype=np.bool_))
+        limits = (requests["output"] - requests["generated"] - 1)[:decodes].astype(np.int64)
+        ran_out = np.zeros(decodes, dtype=np.bool_)
+        return Planned(rows, rows + self._retired, seats, starts, counts, limits, decodes, completes, ran_out)
 
-    def _draft(self, planned: _Planned) -> Drafts | None:
+    def _draft(self, planned: Planned) -> Drafts | None:
         """Candidates for the decodes, which are given as many tokens as there are candidates for them; None: c = 0."""
         decodes = planned.decodes
         wanted = planned.counts[:decodes] - 1
@@ -310,7 +328,7 @@ class TorchEngine:
         self.table.tokens[where, (batch.lengths[:, None] + columns)[proposed]] = drafts.tokens[proposed]
         return drafts
 
-    def _choose(self, planned: _Planned, logits: torch.Tensor, choices: NDArray[np.int64]) -> list[list[int]]:
+    def _choose(self, planned: Planned, logits: torch.Tensor, choices: NDArray[np.int64]) -> list[list[int]]:
         """What every request of a batch without candidates emits: a token, or none in the middle of its prompt."""
         decodes = planned.decodes
         self.state.accepted[0, :decodes] = 0
@@ -323,12 +341,13 @@ class TorchEngine:
                 emitted.append([])
                 continue
             generation = self._generations[number]
-            emitted.append([chosen[row] if generation.sampling.greedy else _drawn(generation, logits, row)])
+            tokens = [chosen[row] if generation.sampling.greedy else _drawn(generation, logits, row)]
+            emitted.append(tokens[: generation.until_stop(tokens)])
             row += 1
         return emitted
 
     def _verify(
-        self, planned: _Planned, drafts: Drafts, logits: torch.Tensor, choices: NDArray[np.int64]
+        self, planned: Planned, drafts: Drafts, logits: torch.Tensor, choices: NDArray[np.int64]
     ) -> tuple[list[list[int]], NDArray[np.int32]]:
         """What every request of the batch emits, and (decodes, W) the accepted nodes of its tree.
 
@@ -369,7 +388,7 @@ class TorchEngine:
         reach[:decodes][planned.ran_out] = np.maximum(reach[:decodes], accepted[:decodes] + 1)[planned.ran_out]
         return emitted, paths
 
-    def _compact(self, planned: _Planned, paths: NDArray[np.int32]) -> None:
+    def _compact(self, planned: Planned, paths: NDArray[np.int32]) -> None:
         """Put what the target cached of accepted nodes in a row behind the tokens it follows."""
         accepted = self.state.accepted[0, : planned.decodes]
         column = np.arange(paths.shape[1])
@@ -378,20 +397,19 @@ class TorchEngine:
             first = planned.starts[rows] + 1
             self.model.move(self.table, planned.seats[rows], first + paths[rows, columns], first + columns)
 
-    def _stop(self, planned: _Planned, emitted: list[list[int]]) -> list[tuple[int, int]]:
+    def _stop(self, planned: Planned, emitted: list[list[int]]) -> list[tuple[int, int]]:
         """Tell the scheduler which requests end before their limit; returns (request, tokens emitted now)."""
         stops = []
-        for number, tokens in zip(planned.numbers.tolist(), emitted, strict=True):
-            stop = self._generations[number].stop
-            if stop and tokens and tokens[-1] in stop:
-                stop_after(self.state, 0, number, len(tokens))
+        for row, number, tokens in zip(planned.rows.tolist(), planned.numbers.tolist(), emitted, strict=True):
+            if tokens and self._generations[number].stopped:
+                stop_after(self.state, 0, row, len(tokens))
                 stops.append((number, len(tokens)))
         return stops
 
-    def _store(self, planned: _Planned, emitted: list[list[int]]) -> None:
+    def _store(self, planned: Planned, emitted: list[list[int]]) -> None:
         """Append what was emitted to outputs and token table; forget what the drafter cached of rejected candidates."""
         table, phase = self.table, self.state.requests["phase"][0]
-        self.emitted = []
+        self.emitted, self.finished = [], []
         for i, (number, tokens) in enumerate(zip(planned.numbers.tolist(), emitted, strict=True)):
             if not tokens:
                 continue
@@ -401,7 +419,8 @@ class TorchEngine:
             length = int(planned.starts[i]) + (1 if i < planned.decodes else int(planned.counts[i]))
             table.tokens[seat, length : length + len(tokens)] = tokens
             table.draft_computed[seat] = min(table.draft_computed[seat], length + len(tokens) - 1)
-            if phase[number] == FINISHED:
+            if phase[planned.rows[i]] == FINISHED:
+                self.finished.append(number)
                 self.drafter.forget(number)
 
 
@@ -409,13 +428,3 @@ def _drawn(generation: Generation, logits: torch.Tensor, row: int) -> int:
     """A sampled request's next token, from its row of logits."""
     weights = generation.sampling.probabilities(logits[row : row + 1].double().cpu().numpy())
     return draw(weights[0], generation.random)
-
-
-def _branches(planned: _Planned, drafts: Drafts) -> Branches | None:
-    """How the batch's new tokens hang together; None where they are all chains and chunks."""
-    if not drafts.branched:
-        return None
-    roots = planned.starts + planned.counts
-    roots[: planned.decodes] = planned.starts[: planned.decodes]
-    none = np.zeros((len(roots) - planned.decodes, drafts.parents.shape[1]), dtype=np.int32)
-    return Branches(roots, np.concatenate((drafts.parents, none)), np.concatenate((drafts.depths, none)))

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.speculation.sampling import Sampling
+
+
+class Ending(Protocol):
+    """Finds the end of an output in tokens that are about to be emitted, which it is shown once and in order."""
+
+    def __call__(self, tokens: list[int]) -> int | None:
+        """How many of `tokens` belong to the output, which ends with the last of these; None: it goes on."""
 
 
 @dataclass(slots=True)
@@ -18,8 +26,11 @@ class Generation:
     sampling: Sampling
     stop: frozenset[int]
     """Tokens that end the output; the one that does is part of it."""
+    ending: Ending | None
     random: np.random.Generator
     output: list[int] = field(default_factory=list)
+    stopped: bool = False
+    """Whether a stop token or `ending` has ended the output."""
 
     @property
     def tokens(self) -> NDArray[np.int32]:
@@ -27,9 +38,15 @@ class Generation:
         return np.concatenate((self.prompt, np.array(self.output, dtype=np.int32)))
 
     def until_stop(self, tokens: list[int]) -> int:
-        """How many of `tokens` belong to the output: up to the first stop token, that one included."""
+        """How many of the next `tokens` belong to the output, which may be `stopped` by them; to be asked once."""
+        count = len(tokens)
         if self.stop:
-            for count, token in enumerate(tokens, start=1):
+            for place, token in enumerate(tokens, start=1):
                 if token in self.stop:
-                    return count
-        return len(tokens)
+                    count, self.stopped = place, True
+                    break
+        if self.ending is not None:
+            found = self.ending(tokens[:count])
+            if found is not None:
+                count, self.stopped = found, True
+        return count

@@ -7,6 +7,7 @@ scheduler's counts after every plan.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,13 +111,24 @@ class CacheTable:
             self.seat_of = np.pad(self.seat_of, (0, room - len(self.seat_of)), constant_values=-1)
         engine = state.engines[0]
         batch = state.batch_request[0, : engine["num_decodes"] + engine["num_prefills"]]
-        requests = state.requests[0]
-        places = (self.owner, self.seat_of, self.blocks, self.held, self._free_blocks, self._free_seats)
-        _leave(requests, *places, self._free_counts)
-        count = _enter(requests, batch, *places, self._free_counts, self._entered)
+        self.leave(state)
+        count = _enter(state.requests[0], batch, *self._places, self._free_counts, self._entered)
         entered: list[int] = self._entered[:count].tolist()
         self.draft_computed[self.seat_of[entered]] = 0
         return entered
+
+    def leave(self, state: State) -> None:
+        """Take back seat and blocks of every request that has no more blocks in `state`."""
+        _leave(state.requests[0], *self._places, self._free_counts)
+
+    def renumber(self, count: int) -> None:
+        """Count requests from the one that was number `count`; those before it have left."""
+        self.owner[self.owner >= 0] -= count
+        self.seat_of = np.concatenate((self.seat_of[count:], np.full(count, -1, dtype=np.int64)))
+
+    @property
+    def _places(self) -> tuple[NDArray[Any], ...]:
+        return self.owner, self.seat_of, self.blocks, self.held, self._free_blocks, self._free_seats
 
     def borrow(self, seats: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
         """Name free blocks behind those the seats hold, for slots up to `ends[i]`; returns the slots they reach.

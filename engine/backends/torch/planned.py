@@ -1,0 +1,45 @@
+"""The batch of one iteration, as the torch engine looks it up after the scheduler has planned it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.speculation.tree import Branches, Drafts
+
+
+@dataclass
+class Planned:
+    """Arrays over the requests of a batch, decodes first."""
+
+    rows: NDArray[np.int64]
+    """In the scheduler's table."""
+    numbers: NDArray[np.int64]
+    seats: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    limits: NDArray[np.int64]
+    """(decodes,) most candidates that a decode's output limit leaves room for."""
+    decodes: int
+    completes: NDArray[np.bool_]
+    """Prefills whose last chunk this is; the rest False."""
+    ran_out: NDArray[np.bool_]
+    """(decodes,) whether the drafter proposed fewer candidates than it was asked for."""
+
+    @property
+    def keep(self) -> NDArray[np.int64]:
+        """Rows of logits wanted: all of a decode, the last of a prompt's last chunk."""
+        keep = self.completes.astype(np.int64)
+        keep[: self.decodes] = self.counts[: self.decodes]
+        return keep
+
+    def branches(self, drafts: Drafts) -> Branches | None:
+        """How the new tokens hang together; None where they are all chains and chunks."""
+        if not drafts.branched:
+            return None
+        roots = self.starts + self.counts
+        roots[: self.decodes] = self.starts[: self.decodes]
+        none = np.zeros((len(roots) - self.decodes, drafts.parents.shape[1]), dtype=np.int32)
+        return Branches(roots, np.concatenate((drafts.parents, none)), np.concatenate((drafts.depths, none)))

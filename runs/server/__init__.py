@@ -1,0 +1,1 @@
+"""A real engine behind an OpenAI-compatible HTTP interface: `runs.serve` puts the parts together."""

@@ -1,0 +1,70 @@
+"""Errors as OpenAI's clients read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error", 500: "server_error"}
+"""By status; others are `invalid_request_error`."""
+
+
+class ApiError(Exception):
+    """Answers a request with an error.
+
+    Args:
+        status: HTTP's.
+        message: what is wrong, and what helps.
+        param: which of the body's parameters it is about.
+        code: for programs.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The answer's JSON."""
+        kind = TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def response(self) -> JSONResponse:
+        """The answer."""
+        return JSONResponse(self.content, self.status, headers=self.headers)
+
+
+def of_exception(error: Exception) -> ApiError:
+    """The answer when this was raised: by us, by the framework (unknown paths, methods), or by mistake."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return _of_validation(error)
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+    return ApiError(500, "the server made a mistake; its log says which")
+
+
+def _of_validation(error: RequestValidationError) -> ApiError:
+    """What is wrong with a body, by its first mistake."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
+    path = [str(part) for part in first["loc"] if part != "body"]
+    message = str(first["msg"]).removeprefix("Value error, ")
+    param = path[0] if path else None
+    return ApiError(400, f"{'.'.join(path)}: {message}" if path else message, param, "invalid_value")

@@ -1,0 +1,197 @@
+"""The HTTP interface: what is served under which path."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from engine.config import EngineLimits
+from engine.speculation.sampling import Sampling
+from runs.server.bodies import Body, ChatBody, CompletionBody
+from runs.server.errors import ApiError, of_exception
+from runs.server.gate import Gate
+from runs.server.metrics import Metrics
+from runs.server.replies import Answer
+from runs.server.text import ChatError, Language, Reader, TextStream
+from runs.server.worker import Refused, Ticket, Worker
+
+USUAL_COMPLETION_TOKENS = 16
+"""`max_tokens` of a completion that does not say, as OpenAI's; a chat gets what the context has room for."""
+STALLED_S = 30.0
+"""After so long without an iteration, with requests open, /health says no."""
+
+REFUSALS = {
+    "full": (429, "all places are taken, in the batch and in the queue", "queue_full"),
+    "draining": (503, "the server is shutting down", "draining"),
+    "broken": (503, "the engine failed; the server is shutting down", "engine_error"),
+}
+
+
+class Api:
+    """The paths and what answers them.
+
+    Args:
+        worker: serves.
+        metrics: of it.
+        language: of the model; a copy is used by the engine's thread.
+        limits: of the engine.
+        model: its name.
+        end_tokens: end an output unless a request ignores them.
+        seed: requests without a seed of their own draw one from this.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        metrics: Metrics,
+        language: Language,
+        limits: EngineLimits,
+        model: str,
+        end_tokens: frozenset[int],
+        seed: int,
+    ) -> None:
+        self._worker, self._metrics, self._language = worker, metrics, language
+        self._engine_language = language.copy()
+        self._reader = Reader(language)
+        self._limits, self._model, self._end_tokens = limits, model, end_tokens
+        self._most_tokens = min(limits.max_model_len, limits.total_blocks * limits.block_size)
+        self._seeds = np.random.default_rng(seed)
+        self._created = int(time.time())
+
+    def app(self, api_key: str | None, most_body_bytes: int) -> Callable[..., Any]:
+        """The ASGI application, behind its gate."""
+        app = FastAPI(title="Governor", docs_url=None, redoc_url=None, openapi_url=None)
+        app.post("/v1/completions", response_model=None)(self.completions)
+        app.post("/v1/chat/completions", response_model=None)(self.chat)
+        app.get("/v1/models", response_model=None)(self.models)
+        app.get("/v1/models/{model:path}", response_model=None)(self.model)
+        app.get("/health", response_model=None)(self.health)
+        app.get("/metrics", response_model=None)(self.metrics)
+        for kind in (ApiError, RequestValidationError, HTTPException, Exception):
+            app.exception_handler(kind)(self._refuse)
+        return Gate(app, self._worker.now, api_key, most_body_bytes, self._metrics.refused)
+
+    def close(self) -> None:
+        """End what was started for it."""
+        self._reader.close()
+
+    async def completions(self, body: CompletionBody, request: Request) -> Response:
+        """`POST /v1/completions`."""
+        self._check_model(body)
+        try:
+            prompt = body.text_or_tokens
+        except ValueError as error:
+            raise ApiError(400, str(error), "prompt", "invalid_value") from error
+        if isinstance(prompt, str):
+            tokens = await self._reader.prompt(prompt)
+        elif all(0 <= token < self._language.num_tokens for token in prompt):
+            tokens = prompt
+        else:
+            raise ApiError(
+                400, f"prompt: token ids are 0 to {self._language.num_tokens - 1}", "prompt", "invalid_value"
+            )
+        most = body.max_tokens
+        if most is None:
+            most = min(USUAL_COMPLETION_TOKENS, max(1, self._most_tokens - len(tokens)))
+        return await self._answer(body, tokens, most, request, chat=False)
+
+    async def chat(self, body: ChatBody, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        self._check_model(body)
+        try:
+            tokens = await self._reader.chat([message.plain for message in body.messages])
+        except ChatError as error:
+            raise ApiError(400, str(error), "messages", "invalid_value") from error
+        most = body.max_completion_tokens or body.max_tokens or max(1, self._most_tokens - len(tokens))
+        return await self._answer(body, tokens, most, request, chat=True)
+
+    async def models(self) -> Response:
+        """`GET /v1/models`."""
+        return JSONResponse({"object": "list", "data": [self._card]})
+
+    async def model(self, model: str) -> Response:
+        """`GET /v1/models/NAME`."""
+        if model != self._model:
+            raise self._no_model(model)
+        return JSONResponse(self._card)
+
+    async def health(self) -> Response:
+        """`GET /health`: 200 while requests are accepted and the engine runs."""
+        if self._worker.broken or self._worker.draining:
+            raise self._refusal("broken" if self._worker.broken else "draining", 1)
+        stalled = self._worker.stalled_s()
+        if stalled > STALLED_S:
+            raise ApiError(503, f"the engine has not begun an iteration for {stalled:.0f} s", code="stalled")
+        return Response()
+
+    async def metrics(self) -> Response:
+        """`GET /metrics`."""
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    async def _answer(
+        self, body: Body, tokens: Sequence[int], max_tokens: int, request: Request, chat: bool
+    ) -> Response:
+        ticket = self._ticket(body, tokens, max_tokens, request, "messages" if chat else "prompt")
+        try:
+            self._worker.submit(ticket)
+        except Refused as refused:
+            raise self._refusal(refused.reason, refused.retry_s) from refused
+        answer = Answer(ticket, self._language.decode, body.stops, chat, self._model, self._worker.leave)
+        return answer.stream(body.usage) if body.stream else await answer.whole(request)
+
+    def _ticket(self, body: Body, tokens: Sequence[int], max_tokens: int, request: Request, param: str) -> Ticket:
+        if not tokens:
+            raise ApiError(400, f"{param}: the tokenizer makes no token of it", param, "invalid_value")
+        if len(tokens) + max_tokens > self._most_tokens:
+            raise ApiError(
+                400,
+                f"{len(tokens)} prompt tokens and {max_tokens} to generate exceed the context of {self._most_tokens} "
+                "tokens; shorten the prompt or lower max_tokens",
+                param if len(tokens) >= self._most_tokens else "max_tokens",
+                "context_length_exceeded",
+            )
+        seed = int(self._seeds.integers(2**63)) if body.seed is None else body.seed % 2**64
+        sampling = Sampling(
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_k=max(0, body.top_k or 0),
+            top_p=1.0 if body.top_p is None else body.top_p,
+            seed=seed,
+        )
+        ending = TextStream(self._engine_language.decode, body.stops).until_stop if body.stops else None
+        stop = frozenset() if body.ignore_eos else self._end_tokens
+        return Ticket(tokens, max_tokens, sampling, stop, ending, request.scope["state"]["received"])
+
+    def _check_model(self, body: Body) -> None:
+        if body.model is not None and body.model != self._model:
+            raise self._no_model(body.model)
+
+    def _no_model(self, model: str) -> ApiError:
+        return ApiError(404, f"no model {model[:100]!r} here; this is {self._model!r}", "model", "model_not_found")
+
+    def _refusal(self, reason: str, retry_s: int) -> ApiError:
+        status, message, code = REFUSALS[reason]
+        return ApiError(status, message, code=code, headers={"retry-after": str(retry_s)})
+
+    async def _refuse(self, request: Request, error: Exception) -> Response:
+        answer = of_exception(error)
+        self._metrics.refused(answer.status)
+        return answer.response
+
+    @property
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self._model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "governor",
+            "root": self._model,
+            "max_model_len": self._most_tokens,
+        }
