@@ -64,7 +64,8 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
-    path = [str(part) for part in first["loc"] if part != "body"]
+    # Behind the names of parameters stand those of the types that were tried.
+    path = [str(part) for part in first["loc"] if part not in ("body", "str", "int") and "[" not in str(part)]
     message = str(first["msg"]).removeprefix("Value error, ")
     param = path[0] if path else None
     return ApiError(400, f"{'.'.join(path)}: {message}" if path else message, param, "invalid_value")

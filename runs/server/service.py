@@ -155,6 +155,12 @@ class Server:
     def __init__(self, service: Service, config: TorchEngineConfig, worker: Worker, metrics: Metrics, api: Api) -> None:
         self._service, self._config, self._worker, self._metrics, self._api = service, config, worker, metrics, api
         self._drained = True
+        self._http: _Http | None = None
+
+    @property
+    def worker(self) -> Worker:
+        """Its engine's thread."""
+        return self._worker
 
     def run(self, listening: socket.socket) -> Outcome:
         """Serve until SIGTERM or SIGINT, finish what was accepted, and sum up."""
@@ -165,9 +171,14 @@ class Server:
             self._api.close()
         return self._outcome()
 
+    def stop(self) -> None:
+        """End as SIGTERM does; from any thread, while it runs."""
+        assert self._http is not None
+        self._http.handle_exit(signal.SIGTERM, None)
+
     async def _serve(self, listening: socket.socket) -> None:
         key = self._service.api_key
-        http = _Http(
+        self._http = http = _Http(
             uvicorn.Config(
                 self._api.app(None if key is None else key.get_secret_value(), self._service.max_body_bytes),
                 log_config=None,
@@ -245,7 +256,7 @@ class _Http(uvicorn.Server):
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called in the main thread by the signal, wherever it was."""
+        """Called in the main thread by the signal, wherever that was."""
         self._signals += 1
         assert self._loop is not None
         if self._signals == 1:

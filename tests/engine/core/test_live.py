@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.core import state as core
-from engine.core.live import append, cancel, grown, stop_after
+from engine.core.live import append, cancel, grown, retire, stop_after
 from engine.core.redistribute import redistribute
 from engine.core.scheduler import advance_clock, commit, has_work, plan, release
 from engine.core.state import CANCELLED, DECODING, FINISHED, NOT_ADMITTED, PREEMPTED, PREFILLING, State
@@ -234,3 +234,55 @@ def test_growing_keeps_what_is_in_the_table() -> None:
     assert append(state, 0, 0.5, 3, 2) == 1
     assert state.requests["arrival"][0, :2].tolist() == [0.25, 0.5]
     assert state.preempted.shape[1] >= 2
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.data())
+def test_rows_taken_out_and_the_table_are_what_the_table_would_have_been(case: Case, data: st.DataObject) -> None:
+    """Whatever is cancelled: the same run, once with a table that keeps everything and once with one that does not."""
+    whole, short = case.state(), case.state()
+    kept: list[np.ndarray] = []
+    gone = 0
+    for moment, candidates, token_budget in iterate(whole, case):
+        if moment == "begin":
+            _to(short, float(whole.engines["now"][0]))
+            _assert_same_queue(whole, short)
+            if data.draw(st.integers(0, 3)) == 0:
+                victim = data.draw(st.integers(0, len(case.requests) - 1))
+                cancelled = cancel(whole, 0, victim)
+                assert cancelled == (victim >= gone and cancel(short, 0, victim - gone))
+            if data.draw(st.booleans()):
+                kept.append(retire(short, 0))
+                gone += len(kept[-1])
+                _assert_same_queue(whole, short)
+            if not has_work(whole, 0):
+                # What the driver meant to run was cancelled.
+                assert not has_work(short, 0)
+                return
+            plan(short, 0, candidates, token_budget)
+        elif moment == "planned":
+            assert [(r + gone, tokens) for r, tokens in batch(short)] == batch(whole)
+        else:
+            short.accepted[:], short.reach[:] = whole.accepted, whole.reach
+            commit(short, 0, float(whole.engines["last_elapsed"][0]))
+    kept.append(retire(short, 0))
+    rows = np.concatenate([*kept, short.requests[0, : short.engines["num_requests"][0]]])
+    for name in rows.dtype.names or ():
+        np.testing.assert_array_equal(rows[name], whole.requests[name][0, : len(case.requests)], err_msg=name)
+    for name in set(whole.engines.dtype.names) - {"num_requests", "released", "next_new", "next_deadline"}:
+        np.testing.assert_array_equal(short.engines[name], whole.engines[name], err_msg=name)
+
+
+def _to(state: State, moment: float) -> None:
+    advance_clock(state, 0, moment)
+    release(state, 0)
+
+
+def _assert_same_queue(whole: State, short: State) -> None:
+    seen = []
+    for state in (whole, short):
+        observation = allocate_observation(1, 8, 4)
+        observe(core.State(*(array.copy() for array in state)), 0, observation)
+        seen.append(observation)
+    for name, one, other in zip(seen[0]._fields, *seen, strict=True):
+        np.testing.assert_array_equal(one, other, err_msg=name)
