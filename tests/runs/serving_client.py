@@ -62,7 +62,9 @@ class Running:
 @contextmanager
 def running(out: Path, **settings: Any) -> Iterator[Running]:
     """A server until the end of the block, then drained."""
-    service = Service(**{"engine": ENGINE, "controller": Drill(), "port": 0, **settings})
+    # On a machine that is busy with other things any decision may take long.
+    usual = {"engine": ENGINE, "controller": Drill(), "port": 0, "decision_limit_s": 600.0}
+    service = Service(**{**usual, **settings})
     with service.listen() as listening:
         server = service.open(out)
         key = None if service.api_key is None else service.api_key.get_secret_value()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving_client import MODEL, PROMPT, Drill, Running, eventually, expected, running, text_of
+from serving_client import ENGINE, MODEL, PROMPT, Drill, Running, eventually, expected, running, text_of
 
 from engine.models.load import load_tokenizer
-from runs.server.service import Service
 
-LONG = {"max_tokens": 1500, "temperature": 0, "extra_body": {"ignore_eos": True}}
+LONG = {"max_tokens": 2000, "temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +29,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Two at a time, one may wait, and a key is wanted."""
-    engine = Service(engine={"name": MODEL}, controller=Drill()).engine.model_copy(
-        update={"max_num_seqs": 2, "num_kv_blocks": 256}
-    )
+    engine = ENGINE.model_copy(update={"max_num_seqs": 2, "num_kv_blocks": 256})
     out = tmp_path_factory.mktemp("narrow")
     with running(out, engine=engine, max_waiting=1, api_key="sesame") as server:
         yield server
@@ -114,18 +111,18 @@ def test_output_ends_before_a_stop_string_wherever_it_stands(served: Running) ->
     tokens = expected(PROMPT, 20)
     text = text_of(tokens)
     lengths = [len(text_of(tokens[:count])) for count in range(1, 21)]
-    inside = 0
+    across = 0
     for size in (1, 3, 7):
         for start in range(0, len(text) - size, 5):
             stop = text[start : start + size]
             end = text.index(stop)
             needed = next(count for count, length in enumerate(lengths, start=1) if length >= end + size)
-            inside += all(end + size - 1 >= edge or edge <= end for edge in lengths)
+            across += any(end < edge < end + size for edge in lengths)
             got = served.complete(max_tokens=20, stop=[stop, "never there"])
             assert (got.choices[0].text, got.choices[0].finish_reason) == (text[:end], "stop"), stop
             assert got.usage.completion_tokens == needed, stop
     assert streamed(served, max_tokens=20, stop=text[8:15])[:2] == (text[: text.index(text[8:15])], "stop")
-    assert inside, "some stops were to lie across tokens"
+    assert across > 5, "some stops were to lie across tokens"
 
 
 def test_the_end_of_the_text_ends_the_output_unless_it_is_ignored(
@@ -209,7 +206,7 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         400,
         "messages",
-        "'text'",
+        "messages.0.content",
     ),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, None, "tools"),
     ("/v1/embeddings", {"input": "x"}, 404, None, "Not Found"),
@@ -245,7 +242,7 @@ def test_two_hundred_streams_at_once_each_get_their_own(served: Running) -> None
     before = counters(served)
 
     async def stream(client: httpx.AsyncClient, prompt: str) -> tuple[str, str]:
-        body = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "stream": True}
+        body = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "stream": True, "ignore_eos": True}
         text, name = "", set()
         async with client.stream("POST", "/v1/completions", json=body) as response:
             async for line in response.aiter_lines():
@@ -303,7 +300,6 @@ def test_a_controller_that_fails_costs_no_answer(served: Running, monkeypatch: p
         raise RuntimeError("drill")
 
     right = text_of(expected(PROMPT, 12))
-    monkeypatch.setattr(served.server.worker.guard, "_limit_s", 60.0)
     for instead, fault in ((fail, "raised"), (lambda: ("many", None), "nonsense"), (lambda: (99, 1), "nonsense")):
         before = counters(served).get(f"governor_decision_faults_total {fault}", 0)
         monkeypatch.setattr(drill, "instead", instead)
@@ -335,7 +331,7 @@ def test_a_full_queue_says_when_to_come_back_and_leaving_makes_room(narrow: Runn
     assert int(refused.value.response.headers["retry-after"]) >= 1
     assert refused.value.code == "queue_full"
     next(streams[0])
-    assert counters(narrow)["vllm:num_requests_waiting"] == 1
+    eventually(lambda: counters(narrow)["vllm:num_requests_waiting"] == 1)
     for stream in streams:
         stream.close()
     eventually(lambda: narrow.num_open() == 0)
@@ -345,15 +341,17 @@ def test_a_full_queue_says_when_to_come_back_and_leaving_makes_room(narrow: Runn
 
 
 def test_a_client_that_goes_without_a_stream_is_not_worked_for(narrow: Running) -> None:
-    body = {"prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True}
-    headers = {"authorization": "Bearer sesame"}
-    with ThreadPoolExecutor() as pool, httpx.Client(base_url=narrow.url, timeout=60) as client:
-        asked = pool.submit(client.post, "/v1/completions", json=body, headers=headers)
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True}).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer sesame\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    address = httpx.URL(narrow.url)
+    with socket.create_connection((address.host, address.port)) as client:
+        client.sendall(head.encode() + body)
         eventually(lambda: narrow.num_open() == 1)
-        # Gone as a client is gone that is killed: its connection ends.
-        next(iter(client._transport._pool.connections))._connection._network_stream.close()  # type: ignore[attr-defined]
-        eventually(lambda: narrow.num_open() == 0)
-        assert asked.exception() is not None
+    eventually(lambda: narrow.num_open() == 0)
+    assert narrow.server.worker.engine.state.engines["free_blocks"][0] == 256
 
 
 def test_what_was_served_is_summed_up(tmp_path: Path) -> None:

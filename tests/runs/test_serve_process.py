@@ -1,0 +1,178 @@
+"""The server as a process: the documented command, mistakes, SIGTERM under load, and what it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openai
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from pydantic import SecretStr
+
+from engine.backends.torch.config import TorchEngineConfig
+from runs import folder, serve
+from runs.server.service import Service
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STREAMS = 24
+TOKENS = 40
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, call_app: Callable[..., int]) -> Callable[..., int]:
+    """Calls the app as the command line would; nothing is loaded."""
+    monkeypatch.setattr(TorchEngineConfig, "build", lambda *_, **__: pytest.fail("a model is loaded"))
+    return functools.partial(call_app, serve.main, "serve")
+
+
+def started(out: Path, *overrides: str) -> tuple[subprocess.Popen[str], str]:
+    """A server process and its address."""
+    command = [sys.executable, "-m", "runs.serve", "port=0", *overrides, f"hydra.run.dir={out}"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found := re.search(r"at (http://\S+/v1)", line):
+            return process, found.group(1)
+    raise AssertionError(f"the server ended with {process.wait()}")
+
+
+async def timed(client: openai.AsyncOpenAI, prompt: str, accepted: asyncio.Semaphore) -> tuple[float, float, int]:
+    """(TTFT, TPOT in s, tokens) of a stream, as its client sees them; says when the server has accepted it."""
+    begin = time.perf_counter()
+    first = last = 0.0
+    tokens = 0
+    stream = await client.completions.create(
+        model="torch_tiny",
+        prompt=prompt,
+        max_tokens=TOKENS,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    accepted.release()
+    async for chunk in stream:
+        last = time.perf_counter()
+        first = first or last
+        if not chunk.choices:
+            tokens = chunk.usage.completion_tokens if chunk.usage else 0
+    return first - begin, (last - first) / (TOKENS - 1), tokens
+
+
+async def turned_away(client: openai.AsyncOpenAI) -> openai.OpenAIError:
+    """Ask until the signal has arrived; what the client is told then."""
+    while True:
+        try:
+            await client.completions.create(model="torch_tiny", prompt="late", max_tokens=1)
+        except openai.OpenAIError as error:
+            return error
+
+
+def test_sigterm_under_load_finishes_every_stream_and_leaves_what_its_clients_saw(tmp_path: Path) -> None:
+    process, url = started(tmp_path, "engine.num_kv_blocks=1024")
+    seen: list[tuple[float, float, int]] = []
+
+    async def load() -> None:
+        client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
+        accepted = asyncio.Semaphore(0)
+        streams = [asyncio.ensure_future(timed(client, f"def f{i}(x):\n", accepted)) for i in range(STREAMS)]
+        for _ in streams:
+            await accepted.acquire()
+        process.send_signal(signal.SIGTERM)
+        late = await turned_away(client)
+        assert getattr(late, "code", None) == "draining" or isinstance(late, openai.APIConnectionError)
+        seen.extend(await asyncio.gather(*streams))
+
+    try:
+        asyncio.run(load())
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    draining = re.search(r"draining: (\d+) requests are open", said)
+    assert draining is not None
+    assert int(draining.group(1)) > 0, "the signal was to come under load"
+    assert [tokens for *_, tokens in seen] == [TOKENS] * STREAMS
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.yaml", "requests.parquet", "serve.log", "summary.json"
+    ]  # fmt: skip
+    requests = pd.read_parquet(tmp_path / folder.REQUESTS)
+    served = requests[requests["output_tokens"] == TOKENS]
+    assert len(served) == STREAMS
+    assert (served["generated_tokens"] == TOKENS).all()
+    summary = json.loads((tmp_path / folder.SUMMARY).read_text())
+    assert summary["server"]["drained"]
+    assert summary["server"]["finished"] == summary["requests_finished"] == len(requests)
+    for name, values in (("ttft_s", [ttft for ttft, *_ in seen]), ("tpot_s", [tpot for _, tpot, _ in seen])):
+        client, engine = statistics.mean(values), float(served[name].mean())
+        print(f"{name}: clients saw {client:.4f}, summary.json has {engine:.4f}")
+        assert 0.7 * engine < client < 1.5 * engine + 0.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["engine=vicuna_7b_a100"], "engine=torch_tiny"),
+        (["controller=analytic"], "python -m runs.profile engine=torch_tiny"),
+        (["port=99999"], "port=99999"),
+        (["max_wating=3"], "max_wating"),
+        (["max_waiting=-1"], "max_waiting=-1"),
+        (["fallback.candidates=99"], "candidates=99"),
+        (["api_key=''"], "an empty key keeps nobody out"),
+        (["chat_template=absent.jinja", "port=0"], "chat_template=absent.jinja"),
+        (["host=no.such.host.invalid"], "host=no.such.host.invalid"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_mistake_is_named_before_a_model_is_loaded(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
+) -> None:
+    free = [] if any(text.startswith("port=") for text in overrides) else ["port=0"]
+    assert run(*free, *overrides, f"hydra.run.dir={tmp_path}") != 0
+    message = capsys.readouterr().err
+    assert said in message
+    assert "Traceback" not in message
+
+
+def test_a_port_that_is_taken_is_named(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run(f"port={port}", f"hydra.run.dir={tmp_path}") == 2
+    assert f"port={port}" in capsys.readouterr().err
+
+
+def test_the_config_lists_every_setting_with_its_default_and_keeps_the_key_to_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base=None):
+        config = compose("serve")
+        settings: Any = OmegaConf.to_container(config, resolve=True)
+        monkeypatch.setenv("GOVERNOR_API_KEY", "sesame")
+        assert compose("serve").api_key == "sesame"
+    given = {name for name in settings if not name.startswith("_")}
+    assert given == set(Service.model_fields)
+    for name, field in Service.model_fields.items():
+        if not isinstance(settings[name], dict):
+            assert settings[name] == field.default, name
+    controller = Service.model_fields["fallback"].default
+    service = Service(engine=TorchEngineConfig(name="tiny"), controller=controller, api_key=SecretStr("sesame"))
+    assert "sesame" not in repr(service)
+    assert str(service.api_key) == "**********"
