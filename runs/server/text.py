@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -98,8 +99,6 @@ class Reader:
     async def _read(self, encode: Callable[[Language, Any], list[int]], what: Any, characters: int) -> list[int]:
         if characters <= INLINE_CHARACTERS:
             return encode(self._inline, what)
-        import asyncio
-
         return await asyncio.get_running_loop().run_in_executor(self._thread, encode, self._aside, what)
 
 

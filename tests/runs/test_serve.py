@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving_client import ENGINE, MODEL, PROMPT, Drill, Running, eventually, expected, running, text_of
+from serving_client import ENGINE, MODEL, PATIENCE_S, PROMPT, Drill, Running, eventually, expected, running, text_of
 
 from engine.models.load import load_tokenizer
 
@@ -255,7 +255,7 @@ def test_two_hundred_streams_at_once_each_get_their_own(served: Running) -> None
 
     async def all_at_once() -> list[tuple[str, str]]:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=served.url, timeout=300, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S, limits=limits) as client:
             return await asyncio.gather(*(stream(client, prompt) for prompt in prompts))
 
     got = asyncio.run(all_at_once())

@@ -23,6 +23,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from pydantic import SecretStr
+from serving_client import PATIENCE_S
 
 from engine.backends.torch.config import TorchEngineConfig
 from runs import folder, serve
@@ -89,7 +90,7 @@ def test_sigterm_under_load_finishes_every_stream_and_leaves_what_its_clients_sa
     seen: list[tuple[float, float, int]] = []
 
     async def load() -> None:
-        client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
+        client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=PATIENCE_S)
         accepted = asyncio.Semaphore(0)
         streams = [asyncio.ensure_future(timed(client, f"def f{i}(x):\n", accepted)) for i in range(STREAMS)]
         for _ in streams:
@@ -101,7 +102,7 @@ def test_sigterm_under_load_finishes_every_stream_and_leaves_what_its_clients_sa
 
     try:
         asyncio.run(load())
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
     assert process.returncode == 0, said

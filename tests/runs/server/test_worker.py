@@ -53,7 +53,7 @@ def serving(worker: Worker, client: Callable[[], Awaitable[None]]) -> State:
     async def both() -> None:
         worker.start(asyncio.get_running_loop())
         try:
-            await asyncio.wait_for(client(), 120)
+            await asyncio.wait_for(client(), 600)
         finally:
             worker.close()
 
