@@ -216,7 +216,7 @@ class Server:
             "decision_faults": dict(guard.faults),
             "fallback_decisions": guard.fallbacks,
             "requests_lost_from_this_file": worker.lost,
-            "drained": self._drained and not worker.broken,
+            "drained": self._drained and not worker.broken and not worker.num_open,
         }
         summary["run"] = {
             "engine": config.variant,

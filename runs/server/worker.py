@@ -116,7 +116,7 @@ class Worker:
     """Serves tickets on an engine of its own until it is closed.
 
     Args:
-        engine: prepared; its clock begins with `start`.
+        engine: prepared; its clock runs.
         guard: decides.
         most_open: tickets that may be unfinished at a time.
         ledger: keeps what the engine forgets.
@@ -197,6 +197,8 @@ class Worker:
             raise Refused("draining", 1)
         if len(self._open) >= self._most_open:
             raise Refused("full", self._retry_s())
+        if not self._open:
+            self._beat = time.perf_counter()
         self._open.add(ticket)
         self._put(ticket, True)
 
@@ -230,16 +232,6 @@ class Worker:
                 log.error("the engine's thread hangs: what it was doing is lost")
                 self.broken = True
 
-    async def _emptied(self, timeout_s: float) -> bool:
-        self._empty.clear()
-        if not self._open:
-            return True
-        try:
-            await asyncio.wait_for(self._empty.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
-
     def history(self) -> State:
         """The engine's state as if no row had been taken out of its table; when the worker is closed, and once."""
         state = self._ledger.whole(self._engine.state)
@@ -250,6 +242,16 @@ class Worker:
     def lost(self) -> int:
         """Requests that could not be kept for `history`."""
         return self._ledger.lost
+
+    async def _emptied(self, timeout_s: float) -> bool:
+        self._empty.clear()
+        if not self._open:
+            return True
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
 
     def _put(self, ticket: Ticket, wanted: bool) -> None:
         with self._wake:
