@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MOST_STOPS = 16
 MOST_STOP_CHARACTERS = 256
@@ -36,6 +36,17 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 """Parameters that would change the answer and that this server does not have, and the values that ask for nothing."""
 
+
+def _whole(text: str) -> str:
+    """JSON may spell half a surrogate pair, which no tokenizer and no answer can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is half of a surrogate pair") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 
 
@@ -60,7 +71,7 @@ class Body(BaseModel):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -102,7 +113,7 @@ class Body(BaseModel):
 class CompletionBody(Body):
     """A text, or token ids, to go on with."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | list[Text] | list[int] | list[list[int]]
 
     @property
     def text_or_tokens(self) -> str | list[int]:
@@ -123,7 +134,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
@@ -132,7 +143,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
     @property
     def plain(self) -> dict[str, str]:

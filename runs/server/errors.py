@@ -60,8 +60,8 @@ def of_exception(error: Exception) -> ApiError:
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    """What is wrong with a body, by its first mistake."""
-    first = error.errors()[0]
+    """What is wrong with a body, by its first mistake; where several types were tried, by the one that fits best."""
+    first = max(error.errors(), key=lambda entry: len(entry["loc"]))
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
     # Behind the names of parameters stand those of the types that were tried.
