@@ -91,10 +91,8 @@ def new_sight(
     )
 
 
-def new_rules(
-    policy: Policy, plant: Plant, ttft_target: float | None = None, tpot_target: float | None = None
-) -> Rules:
-    """A policy about to govern a plant, for these targets or those that it was trained for.
+def new_rules(policy: Policy, plant: Plant, ttft_target: float, tpot_target: float) -> Rules:
+    """A policy about to govern a plant for these targets (s).
 
     Raises:
         PolicyError: it was made for other choices.
@@ -102,13 +100,7 @@ def new_rules(
     header = policy.header
     refuse_other_choices(header.name, header.actions, plant.grid)
     return Rules(
-        sight=new_sight(
-            plant,
-            header.layout,
-            header.residual,
-            ttft_target if ttft_target is not None else header.ttft_target,
-            tpot_target if tpot_target is not None else header.tpot_target,
-        ),
+        sight=new_sight(plant, header.layout, header.residual, ttft_target, tpot_target),
         network=policy.network,
         scratch=new_network_memory(policy.network),
         head=HEADS.index(header.head),
@@ -257,15 +249,15 @@ class Learned(KernelController):
 
     Args:
         path: a policy file, or the name of a shipped one.
-        ttft_target, tpot_target: targets in s that it is to serve; None: those it was trained for.
+        ttft_target, tpot_target: targets in s that it is to serve.
     """
 
     decision_s = 40e-6
     decide = staticmethod(decide)
 
-    path: str
-    ttft_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    tpot_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    path: Annotated[str, Field(min_length=1)] = "vicuna_7b_a100"
+    ttft_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    tpot_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.05
 
     @cached_property
     def policy(self) -> Policy:
@@ -278,7 +270,7 @@ class Learned(KernelController):
         return self._rules
 
     @classmethod
-    def of(cls, policy: Policy, ttft_target: float | None = None, tpot_target: float | None = None) -> "Learned":
+    def of(cls, policy: Policy, ttft_target: float = 1.0, tpot_target: float = 0.05) -> "Learned":
         """A policy that is not in a file."""
         made = cls(path=policy.header.name, ttft_target=ttft_target, tpot_target=tpot_target)
         made.__dict__["policy"] = policy

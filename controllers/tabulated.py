@@ -5,12 +5,12 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from controllers.compiled import KernelController
 from controllers.controller import Plant, configured
@@ -148,7 +148,7 @@ class Tabulated(KernelController):
     decision_s = 10e-6
     decide = staticmethod(decide)
 
-    path: str
+    path: Annotated[str, Field(min_length=1)] = "vicuna_7b_a100_table"
 
     @cached_property
     def content(self) -> tuple[TableHeader, Table]:

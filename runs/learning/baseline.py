@@ -12,9 +12,10 @@ from envs.reward import episode_summary
 
 @dataclass(frozen=True)
 class Charged:
-    """A served workload: mean objective per request, s on the clock, requests, and how many of them were late."""
+    """A served workload: mean objective per request, s of its first arrival and from there, requests, how many late."""
 
     objective: float
+    begin_s: float
     duration_s: float
     requests: int
     missed: float
@@ -50,10 +51,12 @@ class Baseline:
         self._controller.reset(self._plant)
         loop = self._controller.loop(self._simulator, self._controller.decision_s)
         self._simulator.run_to_end(loop)
+        begin_s = float(workload.arrival[0])
         summary = episode_summary(self._simulator.state, 0, self._prices)
         return Charged(
             objective=summary["objective"],
-            duration_s=max(summary["duration_s"], 1e-9),
+            begin_s=begin_s,
+            duration_s=max(summary["duration_s"] - begin_s, 1e-9),
             requests=workload.num_requests,
             missed=(1.0 - summary["ttft_attainment"]) * workload.num_requests,
         )

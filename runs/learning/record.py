@@ -114,7 +114,7 @@ def load_checkpoint(folder: Path, fingerprint: str) -> dict[str, Any] | None:
     try:
         content: dict[str, Any] = pickle.loads(path.read_bytes())
         made = content["fingerprint"]
-    except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, ImportError, TypeError) as error:
+    except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, ImportError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); remove it to begin anew") from error
     if made != fingerprint:
         raise ValueError(

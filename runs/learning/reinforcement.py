@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_SET_ANEW = ("_last_lstm_states", "replay_buffer", "action_space")
+"""What SB3 leaves out of a saved model, or begins anew with when it loads one; the action space draws exploration."""
+
 
 class Run(BaseCallback):
     """The state of a run; SB3 calls it back."""
@@ -91,11 +94,7 @@ class Run(BaseCallback):
     def _save(self) -> None:
         content = io.BytesIO()
         self.model.save(content)
-        extra = {
-            name: getattr(self.model, name)
-            for name in ("_last_lstm_states", "replay_buffer")
-            if hasattr(self.model, name)
-        }
+        extra = {name: getattr(self.model, name) for name in _SET_ANEW if hasattr(self.model, name)}
         save_checkpoint(
             self.folder,
             {

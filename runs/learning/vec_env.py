@@ -89,12 +89,13 @@ def _mask(observation, candidates, budgets, mask):
 
 @dataclass
 class Episode:
-    """A finished episode: its figures beside those of `analytic` on the same requests."""
+    """A finished episode: its figures, from its first arrival on, beside those of `analytic` on the same requests."""
 
     scenario: str
     tpot_s: float
     ttft_attainment: float
     objective: float
+    duration_s: float
     baseline: Charged
 
 
@@ -286,6 +287,7 @@ class GovernorVecEnv(VecEnv):
                     tpot_s=float(figures["tpot_mean_s"][e]),
                     ttft_attainment=float(figures["ttft_attainment"][e]),
                     objective=float(figures["objective"][e]),
+                    duration_s=float(figures["duration_s"][e]) - group.charged[e].begin_s,
                     baseline=group.charged[e],
                 )
             )

@@ -60,8 +60,9 @@ TRAIN_CHOICES = [
 
 @pytest.mark.parametrize(("group", "name"), TRAIN_CHOICES, ids=lambda value: value)
 def test_every_choice_of_training_composes_and_instantiates(group: str, name: str) -> None:
+    where = "curriculum@env.curriculum" if group == "curriculum" else group
     with initialize_config_dir(str(CONF), version_base=None):
-        config = compose("train", [f"{group}={name}", "kind=made"])
+        config = compose("train", [f"{where}={name}", "kind=made"])
     made = instantiate(config, _convert_="all")
     assert isinstance(made, Training)
     assert sum(made.env.shares().values()) == made.env.num_envs

@@ -38,7 +38,7 @@ LEARNERS: dict[str, Learner] = {
     "cloned ppo": PPOLearner(**PPO_STEPS, clone=Clone(rounds=2, decisions=300, epochs=2)),
     "residual ppo": PPOLearner(**PPO_STEPS),
     "policy iteration": PolicyIteration(**ITERATION, margins=(0.0, 1.0)),
-    "cem": CEM(generations=3, population=4, elite=2, workloads=1, spans=SPANS),  # type: ignore[arg-type]
+    "cem": CEM(generations=6, population=4, elite=2, workloads=1, spans=SPANS),  # type: ignore[arg-type]
 }
 WALL = {"train/wall_s", "train/steps_per_s"}
 
@@ -86,9 +86,8 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(name: str, tmp_path: Path
     assert steps == sorted(set(steps))
     product = CONTROLLER if name == "cem" else POLICY
     assert (broken / product).read_bytes() == (whole / product).read_bytes()
-    assert {key: value for key, value in result.items() if "wall" not in key and "per_s" not in key} == {
-        key: value for key, value in expected.items() if "wall" not in key and "per_s" not in key
-    } or str(result) != str(expected)
+    for key in expected.keys() - {"wall_s", "steps_per_s_median"}:
+        assert str(result[key]) == str(expected[key]), key
 
 
 @pytest.mark.parametrize("name", ["ppo", "maskable ppo", "recurrent ppo", "dqn", "sac", "residual ppo"])
@@ -100,12 +99,7 @@ def test_the_policy_that_is_served_chooses_what_the_one_that_was_trained_would(n
     env, normalizer = run.env, run.normalizer
     inputs = env.reset()
     state, starts = None, np.ones(env.num_envs, dtype=bool)
-    rules = [
-        [new_rules(policy, group.plant, group.scenario.slo.ttft_target, group.scenario.slo.tpot_target)] * group.count
-        for group in env.groups
-    ]
     one_each = [new_rules(policy, group.plant, 1.0, 0.04) for group in env.groups for _ in range(group.count)]
-    assert len(one_each) == sum(map(len, rules))
     agreed = total = 0
     for _ in range(60):
         kwargs: dict[str, Any] = {}
