@@ -148,8 +148,9 @@ class Policy:
     def save(self, path: Path) -> None:
         """Write the file; it is whole or not there. The same policy always gives the same bytes."""
         content = io.BytesIO()
-        arrays = {name: np.asarray(getattr(self.network, name)) for name in ARRAYS}
-        np.savez(content, **{HEADER: np.array(self.header.model_dump_json())}, **arrays)
+        arrays: dict[str, Any] = {name: getattr(self.network, name) for name in ARRAYS}
+        arrays[HEADER] = np.array(self.header.model_dump_json())
+        np.savez(content, **arrays)
         write_whole(path, content.getvalue())
 
     @classmethod

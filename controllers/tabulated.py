@@ -109,7 +109,8 @@ def tabulate(
     every = np.stack(np.unravel_index(np.arange(int(np.prod(shape))), shape), axis=1)
     nearest = np.array([np.abs(here - place).sum(axis=1).argmin() for place in every])
     full = entries[nearest].astype(np.int64).reshape(*shape, 2)
-    return Table(*axes, grid.candidates[full[..., 0]], grid.budgets[full[..., 1]])
+    decodes, kv_tokens, waiting_tokens = axes
+    return Table(decodes, kv_tokens, waiting_tokens, grid.candidates[full[..., 0]], grid.budgets[full[..., 1]])
 
 
 def save_table(path: Path, header: TableHeader, table: Table) -> None:

@@ -215,7 +215,7 @@ class ServingBatch:
 
         Workloads that were drawn are kept as their source and seed.
         """
-        state = State(*(array.copy() for array in self.simulator.state))
+        state = State(*(array.copy() for array in self.simulator.state))  # type: ignore[arg-type]  # as they are
         return {"origins": dict(self._origins), "decisions": self.decisions.copy(), "state": state}
 
     def restore(self, snapshot: dict[str, Any]) -> None:

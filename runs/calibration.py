@@ -155,7 +155,7 @@ class Calibration(BaseModel):
         simulator = simulated.Simulator(
             profiled, [workload], latency=load_latency(profiled.latency), ttft_target=self.slo.ttft_target
         )
-        controller = Fixed(candidates=self.capacity_candidates, token_budget=self.capacity_budget)  # type: ignore[call-arg]
+        controller = Fixed(candidates=self.capacity_candidates, token_budget=self.capacity_budget)
         served = simulated.serve(simulator, workload, controller, self._plant(profiled), "off")
         # While the batch fills and empties the engine is slower than it can be.
         finish = np.sort(request_table(served.state)["finish_s"])

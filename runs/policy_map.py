@@ -52,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engine, grid = EngineConfig(name=options.engine, latency=options.engine), ActionGrid()
         limits = engine.limits(engine.true_latency())
         plant = Plant(grid, lambda: load_lookup(engine, grid, limits, LookupFit()))
-        controllers = [Analytic(ttft_target=options.ttft_target)]
-        controllers += [_controller(policy, options.ttft_target) for policy in options.policies]  # type: ignore[arg-type]
+        controllers: list[Controller] = [Analytic(ttft_target=options.ttft_target)]
+        controllers += [_controller(policy, options.ttft_target) for policy in options.policies]
         maps = {one.label(): policy_map.choices(one, plant, options.ttft_target) for one in controllers}
     except (PolicyError, LatencyTableError) as error:
         Console(stderr=True).print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)

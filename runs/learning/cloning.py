@@ -61,7 +61,7 @@ def clone(
     env = GovernorVecEnv(shown, seed=CLONE_SEED + seed)
     taken: list[tuple[NDArray[Any], ...]] = []
     generator = torch.Generator().manual_seed(seed)
-    observation = env.reset()
+    observation: Any = env.reset()
     width = len(training.inputs)
     agreed = 0.0
     for turn in range(settings.rounds):
@@ -121,7 +121,7 @@ def _fit(
     if len(taken) == 1:
         statistics: Any = normalizer.obs_rms
         statistics.update(inputs)
-    data = torch.as_tensor(normalizer.normalize_obs(inputs).astype(np.float32))
+    data = torch.as_tensor(np.asarray(normalizer.normalize_obs(inputs), dtype=np.float32))
     wanted, returns = torch.as_tensor(labels), torch.as_tensor(gained)
     optimizer = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
     for _ in range(settings.epochs):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from sb3_contrib import MaskablePPO, RecurrentPPO
@@ -129,7 +128,7 @@ class Actor:
         )
 
 
-def _plain(parameter: torch.Tensor) -> NDArray[np.float32]:
+def _plain(parameter: Any) -> NDArray[np.float32]:
     array: NDArray[np.float32] = parameter.detach().cpu().numpy()
     return array
 
@@ -194,7 +193,7 @@ class PPOLearner(SB3Learner):
             "target_kl",
         )  # fmt: skip
         settings = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return self.algorithm(self._policy, policy_kwargs=self._policy_settings, **settings, **self.common(env, seed))  # type: ignore[call-arg]
+        return self.algorithm(self._policy, policy_kwargs=self._policy_settings, **settings, **self.common(env, seed))
 
     _policy: ClassVar[str] = "MlpPolicy"
 
@@ -303,5 +302,5 @@ class SACLearner(SB3Learner):
         return SAC("MlpPolicy", policy_kwargs={"net_arch": list(self.layers)}, **settings, **self.common(env, seed))
 
     def actor(self, model: BaseAlgorithm) -> Actor:
-        actor: Any = model.policy.actor  # type: ignore[union-attr]
+        actor: Any = model.policy.actor
         return Actor(linears(actor.latent_pi, actor.mu), "relu")

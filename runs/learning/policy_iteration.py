@@ -15,7 +15,7 @@ from torch import nn
 from controllers.learned import new_rules
 from controllers.network import ACTIVATIONS, Network
 from controllers.policy import Policy
-from runs.learning.foresight import foresee, new_trial
+from runs.learning.foresight import Trial, foresee, new_trial
 from runs.learning.record import STEP, Metrics, Row, load_checkpoint, save_checkpoint
 from runs.learning.training import POLICY, Learner, Training
 from runs.learning.validation import Validation, reference, serving
@@ -155,7 +155,7 @@ class _Iteration:
         saved = load_checkpoint(self.folder, self.training.fingerprint)
         env = GovernorVecEnv(self.training.env, self.training.seed + 10_000 * (self.round + 1))
         rng = np.random.default_rng([self.training.seed, self.round])
-        inputs = env.reset()
+        inputs: Any = env.reset()
         step = 0
         if saved is not None and saved["env"] is not None:
             env.restore(saved["env"]["env"])
@@ -285,7 +285,7 @@ class _Iteration:
             for rows in order.split(settings.batch_size):
                 loss = ((predicted(rows) - saved[rows]) ** 2).mean()
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 schedule.step()
         with torch.no_grad():
@@ -327,7 +327,7 @@ class _Copies:
         self._rules = new_rules(policy, group.plant, slo.ttft_target, slo.tpot_target)
         self._prices = slo.prices.per_unit(slo.ttft_target)
         self._horizon_s = settings.horizon_s * slo.ttft_target
-        self._trial = None
+        self._trial: Trial | None = None
 
     def chosen(self) -> NDArray[np.int64]:
         """(count, 2) the policy's own indices now."""

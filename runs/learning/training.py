@@ -84,7 +84,7 @@ class Training(BaseModel):
             ttft_target=first.slo.ttft_target,
             tpot_target=first.slo.tpot_target,
             hidden=network.hidden,
-            activation=ACTIVATIONS[network.activation],
+            activation="tanh" if ACTIVATIONS[network.activation] == "tanh" else "relu",
             env=self.env.digest,
             trained={
                 "algorithm": self.learner.name,
