@@ -61,9 +61,12 @@ class CEM(Learner):
     """Cross-entropy method (Rubinstein, 1999; Szita and Lőrincz, Neural Computation 2006) on `analytic`'s parameters.
 
     Every generation draws parameters from a normal distribution (in the spans' coordinates, clipped), serves a fresh
-    set of workloads with each, all the same, and moves the distribution to the best `elite` of them. A candidate's
-    score is its mean objective relative to plain `analytic` on the same requests. What is kept is the mean of the
-    distribution that is best in validation.
+    set of workloads with each, all the same, and moves the distribution to the best `elite` of them. What is kept is
+    the mean of the distribution that is best in validation.
+
+    A candidate's score is its mean objective relative to plain `analytic` on the same requests. With
+    `env.reward.constraint=lagrangian` it is its mean TPOT relative to `analytic`'s plus a learnt price on missing more
+    deadlines than `analytic` and `env.reward.slack`; what is kept then is the lowest TPOT that holds the constraint.
 
     Args:
         generations, population, elite: the latter two in candidates.
@@ -113,6 +116,7 @@ class _Search:
         self.generation = 0
         self.served = 0
         self.wall_s = 0.0
+        self.multiplier = training.env.reward.multiplier
         self.best: tuple[float, dict[str, float], dict[str, float]] | None = None
         self.begun_at = time.perf_counter()
 
@@ -186,27 +190,56 @@ class _Search:
             Bench(scenario, self.training.env, settings.workloads, reference, first)
             for scenario in self.training.env.scenarios.values()
         ]
-        scores = np.array([self._score(benches, self._parameters(places)) for places in drawn])
-        elite = drawn[np.argsort(scores, kind="stable")[: settings.elite]]
+        figures = np.array([self._figures(benches, self._parameters(places)) for places in drawn])
+        scores = np.array([self._score(*row) for row in figures.tolist()])
+        order = np.argsort(scores, kind="stable")[: settings.elite]
+        elite = drawn[order]
+        self._price(float(figures[order, 2].mean()), settings.population * settings.workloads * len(benches))
         left = 1.0 - (self.generation + 1) / settings.generations
         self.mean = elite.mean(axis=0)
         self.deviation = elite.std(axis=0) + settings.least_spread * left
         return scores
 
-    def _score(self, benches: list[Bench], parameters: dict[str, float]) -> float:
+    def _figures(self, benches: list[Bench], parameters: dict[str, float]) -> tuple[float, float, float]:
+        """Objective and TPOT relative to plain `analytic`, and the difference in the share of requests on time."""
         pairs: list[tuple[Trial, Trial]] = []
         for bench in benches:
             ours = bench.trials(lambda slo: Analytic(ttft_target=slo.ttft_target, **parameters))  # type: ignore[arg-type]
             pairs += zip(ours, bench.reference, strict=True)
         self.served += len(pairs)
-        return float(np.mean([ours.objective / theirs.objective for ours, theirs in pairs]))
+        return (
+            float(np.mean([ours.objective / theirs.objective for ours, theirs in pairs])),
+            float(np.nanmean([ours.tpot_s / theirs.tpot_s for ours, theirs in pairs])),
+            float(np.mean([ours.ttft_attainment - theirs.ttft_attainment for ours, theirs in pairs])),
+        )
+
+    def _score(self, objective_ratio: float, tpot_ratio: float, attainment_difference: float) -> float:
+        reward = self.training.env.reward
+        if reward.constraint == "price":
+            return objective_ratio
+        return tpot_ratio - self.multiplier * (attainment_difference + reward.slack)
+
+    def _price(self, attainment_difference: float, episodes: int) -> None:
+        """Dual ascent on the price of a missed deadline, as far as so many finished episodes move it."""
+        reward = self.training.env.reward
+        short = -attainment_difference - reward.slack
+        self.multiplier = max(0.0, self.multiplier + reward.multiplier_rate * episodes * short)
+
+    def _validated(self, figures: dict[str, float]) -> float:
+        """What the kept parameters have the least of: violated constraints count more than any TPOT."""
+        reward = self.training.env.reward
+        if reward.constraint == "price":
+            return figures["objective_ratio"]
+        short = max(0.0, -figures["attainment_difference"] - reward.slack)
+        return figures["tpot_ratio"] + (1.0 + 1e3 * short if short > 0.0 else 0.0)
 
     def _record(self, scores: np.ndarray[Any, Any], validation: Validation) -> None:
         parameters = self._parameters(self.mean)
         figures = validation.figures(lambda slo: Analytic(ttft_target=slo.ttft_target, **parameters))  # type: ignore[arg-type]
-        if self.best is None or figures["objective_ratio"] < self.best[0]:
-            self.best = (figures["objective_ratio"], parameters, figures)
+        if self.best is None or self._validated(figures) < self.best[0]:
+            self.best = (self._validated(figures), parameters, figures)
         row = {STEP: float(self.served), "train/wall_s": self._wall(), "train/generation": float(self.generation)}
+        row["train/violation_multiplier"] = self.multiplier
         row |= {"train/score_mean": float(scores.mean()), "train/score_best": float(scores.min())}
         row |= {f"train/{name}": value for name, value in parameters.items()}
         row |= {f"eval/{name}": value for name, value in figures.items()}
@@ -216,7 +249,7 @@ class _Search:
         )
 
     def _save(self) -> None:
-        names = ("mean", "deviation", "generation", "served", "best")
+        names = ("mean", "deviation", "generation", "served", "multiplier", "best")
         search = {name: getattr(self, name) for name in names} | {"wall_s": self._wall()}
         content = {"fingerprint": self.training.fingerprint, "search": search, "rows": self.metrics.rows}
         save_checkpoint(self.folder, content)
