@@ -86,11 +86,12 @@ def tabulate(
     chosen: NDArray[np.int64],
     grid: ActionGrid,
     edges: Sequence[Sequence[float]] = (DECODES, KV_TOKENS, WAITING_TOKENS_EDGES),
+    budget_quantile: float = 0.5,
 ) -> Table:
     """The table of a controller's decisions.
 
-    An entry is the median index of c, and of n, over the decisions that fall into its cell; a cell without any takes
-    the entry of the nearest one that has some, in steps along the axes.
+    An entry is the median index of c, and a quantile of that of n, over the decisions that fall into its cell; a cell
+    without any takes the entry of the nearest one that has some, in steps along the axes.
 
     Args:
         places: (D, 3) decodes, cached tokens and waiting tokens at each decision.
@@ -103,7 +104,11 @@ def tabulate(
     order = np.argsort(flat, kind="stable")
     cells, starts = np.unique(flat[order], return_index=True)
     entries = np.array(
-        [np.median(part, axis=0) for part in np.split(chosen[order], starts[1:])], dtype=np.float64
+        [
+            (np.median(part[:, 0]), np.quantile(part[:, 1], budget_quantile))
+            for part in np.split(chosen[order], starts[1:])
+        ],
+        dtype=np.float64,
     ).round()
     here = np.stack(np.unravel_index(cells, shape), axis=1)
     every = np.stack(np.unravel_index(np.arange(int(np.prod(shape))), shape), axis=1)

@@ -74,10 +74,15 @@ class Validation:
     Args:
         workloads: per scenario.
         reference: what a policy is compared with.
+        first_seed: draws the first of them, the next number the next.
     """
 
-    def __init__(self, training: TrainingEnv, workloads: int, reference: MakeController) -> None:
-        self._benches = [Bench(scenario, training, workloads, reference) for scenario in training.scenarios.values()]
+    def __init__(
+        self, training: TrainingEnv, workloads: int, reference: MakeController, first_seed: int = FIRST_SEED
+    ) -> None:
+        self._benches = [
+            Bench(scenario, training, workloads, reference, first_seed) for scenario in training.scenarios.values()
+        ]
 
     def figures(self, make: MakeController) -> dict[str, float]:
         """Means over all workloads, relative to the reference on the same requests.
