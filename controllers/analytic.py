@@ -74,6 +74,21 @@ class Memory(NamedTuple):
     most_seconds: NDArray[np.float64]
 
 
+def new_analytic_memory(grid: LookupGrid) -> Memory:
+    """Nothing remembered yet, sized for a table."""
+    acceptance = new_memory(int(grid.candidates.max()))
+    return Memory(
+        acceptance=acceptance,
+        choices=new_choice_memory(acceptance.shape[1]),
+        tokens=np.ones(acceptance.shape[1] + 1),
+        arriving=np.zeros(1),
+        finished=np.zeros(2),
+        seconds=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
+        later=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
+        most_seconds=np.zeros(len(grid.prefill_tokens)),
+    )
+
+
 class Rules(NamedTuple):
     """What a decision reads: predicted times, settings and memory."""
 
@@ -243,12 +258,12 @@ def _choose_budget(num_decodes, kv_tokens, queue, work, last, lost, token_value,
 @kernel
 def decide(observation, e, rules):
     """(c, n) in tokens of the next action for engine `e`."""
-    c, n = _choose(observation, e, rules.grid, rules.settings, rules.memory)
+    c, n = choose_pair(observation, e, rules.grid, rules.settings, rules.memory)
     return rules.grid.candidates[c], rules.grid.prefill_tokens[n]
 
 
 @kernel
-def _choose(observation, e, grid, settings, memory):
+def choose_pair(observation, e, grid, settings, memory):
     """Indices (c, n) into the table's axes.
 
     0 of the budget axis is no prefill, which is never chosen.
@@ -363,20 +378,13 @@ class Analytic(KernelController):
         """Forget the measured acceptance and begin on `plant`."""
         super().reset(plant)
         grid = plant.lookup.grid
-        acceptance = new_memory(int(grid.candidates.max()))
-        memory = Memory(
-            acceptance=acceptance,
-            choices=new_choice_memory(acceptance.shape[1]),
-            tokens=np.ones(acceptance.shape[1] + 1),
-            arriving=np.zeros(1),
-            finished=np.zeros(2),
-            seconds=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
-            later=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
-            most_seconds=np.zeros(len(grid.prefill_tokens)),
-        )
+        self._rules = Rules(grid, self.settings, new_analytic_memory(grid))
+
+    @property
+    def settings(self) -> Settings:
+        """The configuration as the kernels read it."""
         plain = {name: float(getattr(self, name)) for name in Settings._fields if name != "estimate"}
-        settings = Settings(estimate=float(ESTIMATES.index(self.estimate)), **plain)
-        self._rules = Rules(grid, settings, memory)
+        return Settings(estimate=float(ESTIMATES.index(self.estimate)), **plain)
 
     @property
     def rules(self) -> Rules:

@@ -2,9 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,9 +35,17 @@ class Plant:
         return self.predict()
 
 
-configured = pydantic_dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
-"""Class decorator of a controller: its annotated fields are its configuration; an unknown key, a wrong type or a value
-out of range is refused with the key's name."""
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(field,))
+def configured(cls: type[T]) -> type[T]:
+    """Class decorator of a controller: its annotated fields are its configuration.
+
+    An unknown key, a wrong type or a value out of range is refused with the key's name.
+    """
+    made: Any = pydantic_dataclass(config=ConfigDict(extra="forbid"), kw_only=True)(cls)
+    return cast(type[T], made)
 
 
 class Controller(ABC):

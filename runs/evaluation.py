@@ -135,9 +135,7 @@ class Evaluation(BaseModel):
     def _run_simulated(self, config: EngineConfig, on_progress: Progress | None) -> "Result":
         workload = self._draw()
         config = config.governed_by(self.controller.speculation)
-        simulator = Simulator(
-            config, [workload], latency=load_latency(config.latency), ttft_target=self.slo.ttft_target
-        )
+        simulator = Simulator(config, [workload], latency=load_truth(config), ttft_target=self.slo.ttft_target)
         plant = self._plant(self.actions, config, simulator.limits)
         served = simulated.serve(
             simulator, workload, self.controller, plant, self.charge_decisions, self._recording, on_progress
@@ -262,6 +260,12 @@ def draw(drawing: Drawing) -> Workload:
 def load_latency(name: str) -> LatencyModel:
     """`LatencyModel.load`, kept."""
     return LatencyModel.load(name)
+
+
+@lru_cache(maxsize=8)
+def load_truth(config: EngineConfig) -> LatencyModel:
+    """`EngineConfig.true_latency`, kept."""
+    return config.true_latency()
 
 
 @lru_cache(maxsize=8)
