@@ -148,21 +148,43 @@ def search(
             now = best.candidates[place]
             near = [best.with_candidates(place, c) for c in (now - 1, now + 1) if 0 <= c <= most_candidates]
             best = min((best, *near), key=scored)
-    return _simplified(best, lambda choice: known[choice] if choice in known else score(choice), order)
+
+    def remembered(choice: Choice) -> float:
+        if math.isinf(known.get(choice, math.inf)):
+            known[choice] = score(choice)
+        return known[choice]
+
+    return _simplified(best, remembered, order)
 
 
 def _simplified(best: Choice, scored: Score, order: Sequence[int]) -> tuple[Choice, float]:
-    """Give ranges, the idlest first, the c of a neighbour while the objective stays within `SAME` of the best."""
-    lowest = found = scored(best)
-    for place in reversed(order):
-        for beside in (place - 1, place + 1):
-            if not 0 <= beside < len(best.candidates):
-                continue
-            simpler = best.with_candidates(place, best.candidates[beside])
-            if simpler.steps >= best.steps:
-                continue
-            cost = scored(simpler)
-            if cost <= lowest * (1.0 + SAME):
-                best, found = simpler, cost
-                break
+    """Give neighbouring groups of ranges one c, the idlest first, while the objective stays within `SAME` of the best.
+
+    Ranges that are not in `order` keep theirs: what they get makes no difference to what is served here.
+    """
+    found = scored(best)
+    bound = found * (1.0 + SAME)
+    changed = True
+    while changed:
+        changed = False
+        for place in reversed(order):
+            group = [i for i in _alike(best.candidates, place) if i in order]
+            for beside in (group[0] - 1, group[-1] + 1):
+                if changed or not 0 <= beside < len(best.candidates):
+                    continue
+                simpler = best
+                for i in group:
+                    simpler = simpler.with_candidates(i, best.candidates[beside])
+                if simpler.steps < best.steps and scored(simpler) <= bound:
+                    best, found, changed = simpler, scored(simpler), True
     return best, found
+
+
+def _alike(candidates: Sequence[int], place: int) -> range:
+    """The places around one that have its c."""
+    begin = end = place
+    while begin > 0 and candidates[begin - 1] == candidates[place]:
+        begin -= 1
+    while end + 1 < len(candidates) and candidates[end + 1] == candidates[place]:
+        end += 1
+    return range(begin, end + 1)
