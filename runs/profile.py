@@ -6,8 +6,8 @@ Composes the configuration (conf/profile.yaml) and writes into the run folder (`
 `engine=PATH` accepts in every app. `visits.jsonl` holds every timing as it was made: the same command goes on from it.
 
 `python -m runs.profile --from-vllm-bench FILE... base=TABLE` (also `from_vllm_bench=[FILE,...]`) measures nothing: it
-reads what `vllm bench serve` reported of a server (conf/from_vllm_bench.yaml), fits a few factors on the base table, and
-writes `table.json`, `card.json` (errors on runs left out), `engine.yaml`, and `agreement.yaml` where the server
+reads what `vllm bench serve` reported of a server (conf/from_vllm_bench.yaml), fits a few factors on the base table,
+and writes `table.json`, `card.json` (errors on runs left out), `engine.yaml`, and `agreement.yaml` where the server
 speculated.
 """
 
@@ -25,6 +25,7 @@ from rich.table import Table
 from runs import mistakes
 from runs.from_vllm_bench import calibration
 from runs.from_vllm_bench.calibration import BenchCalibration, Calibrated
+from runs.from_vllm_bench.factors import factor_table
 from runs.profiling import ENGINE, Profile, Result
 from runs.progress import progress
 
@@ -75,7 +76,8 @@ def _say_bench(calibrated: Calibrated, out: Path) -> None:
         errors = (calibrated.base, calibrated.fitted, calibrated.left_out or [{}] * len(calibrated.runs))
         table.add_row(run.name, run.load, str(run.candidates), *figures, *(_pair(column[i]) for column in errors))
     Console(width=max(120, Console().width)).print(table)
-    log.info("factors on the base's times: %s", calibrated.factors)
+    factors = "  ".join(f"{name} {value:.3g}" for name, value in factor_table(calibrated.factors).items())
+    log.info("factors on the base's times: %s", factors)
     if not calibrated.left_out:
         log.warning("one run was given: nothing is left to check the fit on; give runs at other loads too")
     log.info("engine=%s simulates this engine in every app", out / calibration.ENGINE)

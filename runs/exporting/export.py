@@ -39,7 +39,7 @@ SCHEDULE = "schedule.json"
 CONTROLLER = "controller.yaml"
 COMMAND = "command.sh"
 
-NO_SPECULATION = Fixed(candidates=0, token_budget=512)
+NO_SPECULATION = Fixed(candidates=0, token_budget=512)  # type: ignore[call-arg]
 METRICS = ("objective", "tpot_mean_s", "ttft_attainment")
 EXPORTED, SOURCE, WITHOUT, PAIR = "exported", "source", "without speculation", "best fixed pair"
 
@@ -52,8 +52,8 @@ Budget = Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)]
 class Exported:
     """A finished export.
 
-    runs: one row a run and seed of the report, told apart by `who` (`EXPORTED`, ...) · share: of decode time by entry of
-    the schedule, while the controller chose · gains: paired differences by who is compared with and by metric ·
+    runs: one row a run and seed of the report, told apart by `who` (`EXPORTED`, ...) · share: of decode time by entry
+    of the schedule, while the controller chose · gains: paired differences by who is compared with and by metric ·
     labels: what each of `who` is called.
     """
 
@@ -76,9 +76,9 @@ class Export(BaseModel):
     time that a batch size decoded is where a coordinate search begins (`runs.exporting.search`), beside the c of the
     least predicted decode time a token, the best constant c, and none at all; the search plays schedules back on the
     same requests, changes c of one range of batch sizes or the budget at a time, and keeps what lowers the objective.
-    Batch sizes that the workload never reached get the c of the least predicted decode time a token. What is reported
-    is the exported file, read back and played back on the requests of `seeds`, which neither the search nor the choice
-    of the best fixed pair has seen.
+    Batch sizes that the workload never reached get the c of the least predicted decode time a token, and no more than
+    smaller ones have. What is reported is the exported file, read back and played back on the requests of `seeds`,
+    which neither the search nor the choice of the best fixed pair has seen.
 
     Args:
         engine, workload, controller, actions, lookup, slo, charge_decisions: as in `runs.evaluation.Evaluation`. The
@@ -127,8 +127,8 @@ class Export(BaseModel):
         shared = sorted(set(self.seeds) & set(self.search_seeds))
         if shared:
             raise ValueError(
-                f"search_seeds={list(self.search_seeds)} and seeds={list(self.seeds)} share {shared}: a gain on requests "
-                "that the schedule was chosen on would be too high"
+                f"search_seeds={list(self.search_seeds)} and seeds={list(self.seeds)} share {shared}: a gain on "
+                "requests that the schedule was chosen on would be too high"
             )
         return self
 
@@ -238,11 +238,11 @@ class Export(BaseModel):
         return schedule, share, pair, way
 
     def _schedule(self, choice: Choice, ranges: Ranges, reached: NDArray[np.bool_], way: Format) -> Schedule:
-        """The schedule of a choice, where the sizes never reached keep to the budget. Raises ScheduleError."""
-        chosen = [
-            c if here else max(0, min(c, choice.total_budget // end - 1))
-            for c, here, end in zip(choice.candidates, reached, ranges.ends, strict=True)
-        ]
+        """The schedule of a choice; sizes never reached keep to budget and smaller sizes. Raises ScheduleError."""
+        chosen: list[int] = []
+        for candidates, here, end in zip(choice.candidates, reached, ranges.ends, strict=True):
+            room = candidates if here else min(candidates, choice.total_budget // end - 1, *chosen[-1:])
+            chosen.append(max(0, room))
         if way.first_is_longest:
             chosen[0] = max(chosen)
         return Schedule(
@@ -314,7 +314,8 @@ def _gains(runs: pd.DataFrame, against: str) -> dict[str, PairedDifference]:
 
 def _plain(paired: PairedDifference) -> dict[str, Any]:
     return {
-        name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(paired).items()
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in asdict(paired).items()
     }
 
 

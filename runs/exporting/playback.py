@@ -64,7 +64,7 @@ class Playback:
         best, lowest = Fixed(), np.inf
         for candidates in grid.candidate_choices:
             for token_budget in reversed(grid.budget_choices):
-                pair = Fixed(candidates=candidates, token_budget=token_budget)
+                pair = Fixed(candidates=candidates, token_budget=token_budget)  # type: ignore[call-arg]
                 found = self.objective(pair, lowest)
                 if found < lowest:
                     best, lowest = pair, found

@@ -1,4 +1,4 @@
-"""Candidates by batch size and one token budget: what the engines' own schedules are made of, and what makes one bad."""
+"""Candidates by batch size and one token budget: what the engines' own schedules are made of."""
 
 from __future__ import annotations
 

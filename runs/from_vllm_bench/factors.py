@@ -73,7 +73,7 @@ def scaled_document(base: dict[str, Any], factors: Factors) -> dict[str, Any]:
 def without_drafter(document: dict[str, Any]) -> dict[str, Any]:
     """The same engine with no drafter loaded, as a server runs that was started without speculation."""
     idle = {key: 0.0 for key in document["overhead"] if key.startswith("idle_drafter")}
-    silent = {key: 0.0 for key in ("prefill_seconds", "prefill_token_seconds")}
+    silent = dict.fromkeys(("prefill_seconds", "prefill_token_seconds"), 0.0)
     return {
         **document,
         "overhead": document["overhead"] | idle,

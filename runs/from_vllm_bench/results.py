@@ -101,7 +101,9 @@ def _run(document: Any, source: str, name: str) -> BenchRun:
     completed = int(_number(document, "completed", source, above=0.0))
     failed = _number(document, "failed", source) if document.get("failed") is not None else 0.0
     if failed > MOST_FAILED * (completed + failed):
-        raise BenchFileError(f"{source}: key 'failed' is {failed:.0f} of {completed + failed:.0f} requests; run it again")
+        raise BenchFileError(
+            f"{source}: key 'failed' is {failed:.0f} of {completed + failed:.0f} requests; run it again"
+        )
     prompt, output, sent = _requests(document, completed, source)
     observed = {
         ours: _number(document, key, source, above=0.0) / 1e3
@@ -134,19 +136,16 @@ def _requests(
         totals = [_number(document, f"total_{what}_tokens", source, above=0.0) for what in ("input", "output")]
         prompt, output = (np.full(completed, max(1, round(total / completed)), dtype=np.int32) for total in totals)
         return prompt, output, None
-    prompt, output = (_numbers(document, key, source) for key in ("input_lens", "output_lens"))
+    given, got = (_numbers(document, key, source) for key in ("input_lens", "output_lens"))
     sent = _numbers(document, "start_times", source) if document.get("start_times") else None
-    if prompt.size != output.size or (sent is not None and sent.size != prompt.size):
+    if given.size != got.size or (sent is not None and sent.size != given.size):
         raise BenchFileError(f"{source}: keys 'input_lens', 'output_lens' and 'start_times' differ in length")
-    done = output > 0
-    if not done.any():
+    order = np.arange(given.size) if sent is None else np.argsort(sent, kind="stable")
+    done = order[got[order] > 0]
+    if not done.size:
         raise BenchFileError(f"{source}: key 'output_lens' holds no request that got a token")
-    if sent is not None:
-        order = np.argsort(sent[done], kind="stable")
-        prompt, output, sent = prompt[done][order], output[done][order], sent[done][order] - sent[done].min()
-    else:
-        prompt, output = prompt[done], output[done]
-    return np.maximum(prompt, 1).astype(np.int32), output.astype(np.int32), sent
+    prompt, output = np.maximum(given[done], 1).astype(np.int32), got[done].astype(np.int32)
+    return prompt, output, None if sent is None else sent[done] - sent[done[0]]
 
 
 def _speculation(document: dict[str, Any], source: str) -> tuple[int, tuple[float, ...]]:

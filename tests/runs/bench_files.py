@@ -71,7 +71,7 @@ def served(
 
 
 def _serve(simulator: Simulator, candidates: int) -> NDArray[np.float64]:
-    """Serve to the end; returns how many drafts there were, and how often their first 1, 2, ... tokens were accepted."""
+    """Serve to the end; how many drafts there were, and how often their first 1, 2, ... tokens were accepted."""
     observation = simulator.new_observation()
     reached = np.zeros(candidates + 1)
     more = True
@@ -100,7 +100,9 @@ def _drafts(reached: NDArray[np.float64]) -> dict[str, Any]:
 def plain(document: dict[str, Any]) -> dict[str, Any]:
     """The same without `--save-detailed`."""
     return {
-        key: value for key, value in document.items() if key not in ("input_lens", "output_lens", "ttfts", "start_times")
+        key: value
+        for key, value in document.items()
+        if key not in ("input_lens", "output_lens", "ttfts", "start_times")
     }
 
 

@@ -152,7 +152,9 @@ def test_the_search_finds_the_bottom_of_a_bowl_and_stops_there() -> None:
         scored.append(choice)
         return bowl(best)(choice)
 
-    found, objective = search(score, [Choice((1, 1, 1), 256), Choice((2, 0, 8), 512)], (256, 512, 1024, 2048), 8, [1, 0, 2], 500)
+    found, objective = search(
+        score, [Choice((1, 1, 1), 256), Choice((2, 0, 8), 512)], (256, 512, 1024, 2048), 8, [1, 0, 2], 500
+    )
     assert (found, objective) == (best, 1.0)
     assert len(set(scored)) < 60
 
@@ -245,7 +247,12 @@ def test_the_exported_schedule_played_back_from_its_files_gives_the_reported_sco
     reached = []
     for seed in written["seeds"]:
         with initialize_config_dir(str(CONF), version_base=None):
-            same = [word for word in SMALL if word.split("=")[0] not in ("seeds", "search_seeds", "batch_sizes", "budgets", "most_playbacks", "controller")]
+            same = [
+                word
+                for word in SMALL
+                if word.split("=")[0]
+                not in ("seeds", "search_seeds", "batch_sizes", "budgets", "most_playbacks", "controller")
+            ]
             config = compose("evaluate", [*same, f"controller={tmp_path / CONTROLLER}", f"seed={seed}", "logger=none"])
         evaluation = instantiate(config, _convert_="all")
         assert isinstance(evaluation, Evaluation)
