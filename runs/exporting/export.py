@@ -24,7 +24,7 @@ from engine.core.action import MAX_TOKEN_BUDGET, ActionGrid
 from engine.core.state import MAX_CANDIDATES
 from engine.workload.source import WorkloadSource
 from runs.code import code_digest
-from runs.evaluation import Drawing, Evaluation, LookupFit, Targets, draw, load_latency
+from runs.evaluation import Drawing, Evaluation, LookupFit, Result, Targets, draw, load_latency
 from runs.exporting.formats import FORMATS, Deployment, Format, command_line
 from runs.exporting.playback import Playback
 from runs.exporting.schedule import Schedule, ScheduleError, merged
@@ -186,9 +186,8 @@ class Export(BaseModel):
         way = FORMATS[self.format]
         engine = self._simulated
         latency = load_latency(engine.latency)
-        fine = Ranges.up_to(self.batch_sizes, engine.max_num_seqs)
-        ranges = Ranges((engine.max_num_seqs,)) if way.one_length else fine
-        iterations = np.concatenate([self._evaluation(self.controller, seed, True) for seed in self.search_seeds])
+        ranges = Ranges.up_to(() if way.one_length else self.batch_sizes, engine.max_num_seqs)
+        iterations = np.concatenate([self._run(self.controller, seed).iterations for seed in self.search_seeds])
         workloads = [
             draw(Drawing(self.workload.model_dump_json(), type(self.workload).__name__, seed, self.workload))
             for seed in self.search_seeds
@@ -228,14 +227,8 @@ class Export(BaseModel):
         for other in way.alternatives():
             if playback.objective(self._player(other, schedule)) < found * (1.0 - SAME):
                 way = other
-        seconds = Seen.of(iterations, fine).seconds
-        middle = [(begin + end) // 2 for begin, end in zip(fine.begins, fine.ends, strict=True)]
-        share = tuple(
-            float(sum(s for s, size in zip(seconds, middle, strict=True) if low <= size <= high) / seconds.sum())
-            for low, high, _ in schedule.entries
-        )
         log.info("%d schedules tried: objective %.4f on the requests of the search", done, found)
-        return schedule, share, pair, way
+        return schedule, _share(schedule, iterations), pair, way
 
     def _schedule(self, choice: Choice, ranges: Ranges, reached: NDArray[np.bool_], way: Format) -> Schedule:
         """The schedule of a choice; sizes never reached keep to budget and smaller sizes. Raises ScheduleError."""
@@ -253,8 +246,8 @@ class Export(BaseModel):
         deployment = Deployment(self.model, self.drafter, self.method, self._kv_tokens)
         return way.controller(way.command(schedule, deployment, ""), way.files(schedule, deployment))
 
-    def _evaluation(self, controller: Controller, seed: int, recording: bool = False) -> Any:
-        evaluation = Evaluation(
+    def _run(self, controller: Controller, seed: int) -> Result:
+        return Evaluation(
             engine=self.engine,
             workload=self.workload,
             controller=controller,
@@ -263,16 +256,14 @@ class Export(BaseModel):
             slo=self.slo,
             seed=seed,
             charge_decisions=self.charge_decisions,
-            record_iterations=recording,
-        )
-        result = evaluation.run()
-        return result.iterations if recording else result.summary
+            record_iterations=True,
+        ).run()
 
     def _report(self, controllers: dict[str, Controller], on_progress: Any) -> pd.DataFrame:
         rows = []
         for who, controller in controllers.items():
             for seed in self.seeds:
-                summary = self._evaluation(controller, seed)
+                summary = self._run(controller, seed).summary
                 run = summary.pop("run")
                 rows.append({"who": who, "folder": who, **run, **summary})
                 if on_progress is not None:
@@ -303,6 +294,13 @@ class Export(BaseModel):
             },
             "code": code_digest(),
         }
+
+
+def _share(schedule: Schedule, iterations: NDArray[np.void]) -> tuple[float, ...]:
+    """Share of the time with decodes that was spent in each entry's batch sizes; zero where nothing decoded."""
+    size, seconds = iterations["num_decodes"], iterations["end_s"] - iterations["start_s"]
+    spent = np.array([seconds[(size >= low) & (size <= high)].sum() for low, high, _ in schedule.entries])
+    return tuple((spent / (spent.sum() or 1.0)).tolist())
 
 
 def _gains(runs: pd.DataFrame, against: str) -> dict[str, PairedDifference]:

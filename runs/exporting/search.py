@@ -118,8 +118,9 @@ def search(
 
     First every budget is tried with the best start. Then, until nothing helps or `most_scores` different choices were
     scored, each coordinate in turn is moved to its neighbours and stays where the objective is lowest: the budget, and
-    c of the ranges in `order` (those that the workload reaches, the busiest first). At last neighbouring ranges get one
-    c where this costs less than `SAME` of the objective.
+    c of the ranges in `order` (those that the workload reaches, the busiest first). At last the largest budget is
+    taken, and neighbouring ranges get one c, where this costs less than `SAME` of the objective: a budget that just
+    holds what was served here would starve prompts at a higher load.
 
     Raises:
         ValueError: no start can be given to an engine at any budget.
@@ -154,16 +155,18 @@ def search(
             known[choice] = score(choice)
         return known[choice]
 
-    return _simplified(best, remembered, order)
+    bound = known[best] * (1.0 + SAME)
+    larger = (replace(best, total_budget=budget) for budget in reversed(budgets))
+    best = next(choice for choice in larger if remembered(choice) <= bound)
+    return _simplified(best, remembered, order, bound)
 
 
-def _simplified(best: Choice, scored: Score, order: Sequence[int]) -> tuple[Choice, float]:
-    """Give neighbouring groups of ranges one c, the idlest first, while the objective stays within `SAME` of the best.
+def _simplified(best: Choice, scored: Score, order: Sequence[int], bound: float) -> tuple[Choice, float]:
+    """Give neighbouring groups of ranges one c, the idlest first, while the objective stays within `bound`.
 
     Ranges that are not in `order` keep theirs: what they get makes no difference to what is served here.
     """
     found = scored(best)
-    bound = found * (1.0 + SAME)
     changed = True
     while changed:
         changed = False
