@@ -70,10 +70,7 @@ def read_bench_runs(paths: Sequence[Path]) -> list[BenchRun]:
     Raises:
         BenchFileError: naming the file, and the key that is missing or impossible.
     """
-    runs = [run for path in paths for run in _read(path)]
-    if not runs:
-        raise BenchFileError("no result files were given: --from-vllm-bench FILE...")
-    return runs
+    return [run for path in paths for run in _read(path)]
 
 
 def _read(path: Path) -> list[BenchRun]:
@@ -81,12 +78,15 @@ def _read(path: Path) -> list[BenchRun]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BenchFileError(f"{path}: cannot be read: {error}") from error
+    lines = [line for line in text.splitlines() if line.strip()]
     try:
         documents = [json.loads(text)]
-    except json.JSONDecodeError:
+    except json.JSONDecodeError as error:
         try:
-            documents = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError as error:
+            documents = [json.loads(line) for line in lines]
+        except json.JSONDecodeError:
+            documents = []
+        if not documents:
             raise BenchFileError(f"{path}: not JSON ({error}); give what --save-result wrote") from error
     many = len(documents) > 1
     return [

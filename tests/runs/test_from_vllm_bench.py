@@ -227,7 +227,7 @@ def test_a_factor_multiplies_what_it_names(name: str, most_of: dict[str, Any], n
     slower = LatencyModel.from_document(scaled_document(base_document(), Factors(**{name: 2.0})), name)
     assert 1.3 * base.time(**most_of) < slower.time(**most_of) < 2.0 * base.time(**most_of)
     if none_of is not None:
-        assert slower.time(**none_of) == pytest.approx(base.time(**none_of), rel=0.02)
+        assert slower.time(**none_of) == pytest.approx(base.time(**none_of), rel=0.05)
 
 
 def test_all_factors_together_multiply_an_iteration() -> None:
