@@ -14,7 +14,6 @@ from engine.core.telemetry import Observation
 from engine.plant import Plant
 from engine.speculation.allocation import Speculation
 
-
 configured = pydantic_dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
 """Class decorator of a controller: its annotated fields are its configuration; an unknown key, a wrong type or a value
 out of range is refused with the key's name."""

@@ -57,7 +57,9 @@ def check_decision(answer: Any, num_decodes: int) -> tuple[int, int]:
             raise ActionError(f"{name}={value!r} must be a whole number of tokens")
     check_action(int(candidates), max(int(token_budget), 1))
     if token_budget < 0 or (token_budget == 0 and num_decodes == 0):
-        raise ActionError(f"token_budget={token_budget} with {num_decodes} requests decoding: the engine would stand still")
+        raise ActionError(
+            f"token_budget={token_budget} with {num_decodes} requests decoding: the engine would stand still"
+        )
     return int(candidates), int(token_budget)
 
 
@@ -142,7 +144,7 @@ class Guard:
         while (view := self._questions.get()) is not None:
             try:
                 self._answers.put((self._choose(view), None))
-            except BaseException as error:  # noqa: BLE001 - whatever a controller raises, the engine must go on
+            except BaseException as error:
                 self._answers.put((None, error))
 
     def _fail(self, kind: str, what: str) -> None:
@@ -154,7 +156,7 @@ class Guard:
             self._log.error("the controller is switched off after %d failures in a row; it %s", self._in_a_row, what)
         elif self._clock() - self._logged_at >= SECONDS_PER_LOG_LINE:
             self._log.warning(
-                "the controller %s; the engine's own setting holds for this step (%d failures since the last such line)",
+                "the controller %s; the engine's own setting holds for this step (%d failures since the last line)",
                 what,
                 self._unlogged,
             )

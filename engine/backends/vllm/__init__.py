@@ -7,8 +7,8 @@ try:
     import vllm  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "engine.backends.vllm needs vLLM 0.32, which is not installed here: pip install 'governor-serving[vllm]', or the "
-        "CPU build as docs/vllm.md says"
+        "engine.backends.vllm needs vLLM 0.32, which is not installed here: pip install 'governor-serving[vllm]', or "
+        "the CPU build as docs/vllm.md says"
     ) from error
 
 from engine.backends.vllm.scheduler import GovernedAsyncScheduler, GovernedScheduler

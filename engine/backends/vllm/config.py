@@ -66,7 +66,7 @@ class GovernorConfig(BaseModel):
             settings["controller"] = os.environ[CONTROLLER_VARIABLE]
         if "controller" not in settings:
             raise GovernorError(
-                f"no controller: give --additional-config '{{\"{SECTION}\": {{\"controller\": \"controller.yaml\"}}}}' "
+                f'no controller: give --additional-config \'{{"{SECTION}": {{"controller": "controller.yaml"}}}}\' '
                 f"or set {CONTROLLER_VARIABLE} to the path of such a yaml"
             )
         try:
@@ -94,8 +94,8 @@ class GovernorConfig(BaseModel):
     def _predict(self, grid: ActionGrid, max_num_seqs: int, kv_tokens: int) -> LookupTable:
         if self.engine is None:
             raise GovernorError(
-                f"{SECTION}.engine: this controller predicts iteration times; name an engine's yaml, one of conf/engine "
-                "or as python -m runs.profile writes it"
+                f"{SECTION}.engine: this controller predicts iteration times; name an engine's yaml, one of "
+                "conf/engine or as python -m runs.profile writes it"
             )
         settings = read_yaml(self.engine, "engine")
         settings.pop(TARGET, None)

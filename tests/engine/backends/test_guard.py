@@ -56,7 +56,20 @@ def test_one_that_raises_is_done_without_and_asked_again() -> None:
 
 @pytest.mark.parametrize(
     "nonsense",
-    [None, 3, "ab", (1,), (1, 2, 3), (1.0, 64), (True, 64), ("1", 64), (-1, 64), (MAX_CANDIDATES + 1, 64), (1, -1), (1, 0)],
+    [
+        None,
+        3,
+        "ab",
+        (1,),
+        (1, 2, 3),
+        (1.0, 64),
+        (True, 64),
+        ("1", 64),
+        (-1, 64),
+        (MAX_CANDIDATES + 1, 64),
+        (1, -1),
+        (1, 0),
+    ],
 )
 def test_nonsense_is_refused(nonsense: Any) -> None:
     guard = _guard(lambda view: nonsense)

@@ -21,6 +21,8 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from engine.backends.vllm.config import USUAL_TTFT_TARGET_S
+from engine.backends.vllm.observer import Observer
 from engine.latency.model import LatencyModel, iteration_time, prefill_attention_time
 from engine.models.load import DRAFTER_FOLDER, TARGET_FOLDER
 from engine.workload.workload import Workload
@@ -127,7 +129,13 @@ class FakeEngine:
         self._arrived = 0
         self._drafted = 0
         if hasattr(scheduler, "governor"):
-            scheduler.governor.observer.clock = lambda: self.now
+            governor = scheduler.governor
+            governor.observer = Observer(
+                scheduler,
+                ttft_target=governor.config.ttft_target or USUAL_TTFT_TARGET_S,
+                queue_rows=governor.config.queue_rows,
+                clock=lambda: self.now,
+            )
 
     def _release(self) -> None:
         while self._arrived < self.workload.num_requests and self.workload.arrival[self._arrived] <= self.now:
@@ -201,7 +209,9 @@ class FakeEngine:
             sampled.append([TOKEN] * (1 + min(candidates, run)))
         if output.total_num_scheduled_tokens > 0:
             begin = max(started, self.steps[-1].end_s if self.steps else 0.0)
-            self.now = max(self.now, begin + self._seconds(decodes, decode_tokens, most, kv_tokens, prefills, completed))
+            self.now = max(
+                self.now, begin + self._seconds(decodes, decode_tokens, most, kv_tokens, prefills, completed)
+            )
             self.steps.append(
                 Step(
                     start_s=begin,
@@ -220,7 +230,9 @@ class FakeEngine:
         drafts = output.num_spec_tokens_to_schedule
         results = self.scheduler.update_from_output(
             output,
-            ModelRunnerOutput(req_ids=ids, req_id_to_index={r: i for i, r in enumerate(ids)}, sampled_token_ids=sampled),
+            ModelRunnerOutput(
+                req_ids=ids, req_id_to_index={r: i for i, r in enumerate(ids)}, sampled_token_ids=sampled
+            ),
         )
         for answers in results.values():
             if answers.scheduler_stats is not None:
