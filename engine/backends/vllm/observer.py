@@ -266,7 +266,7 @@ class Observer:
             "waiting_tokens": waiting_tokens,
             "prefilling_tokens": prefilling_tokens,
             "free_kv_tokens": max(0, free_blocks) * scheduler.block_size,
-            "free_seqs": max(0, scheduler.max_num_running_reqs - len(scheduler.running)),
+            "free_seqs": max(0, scheduler.max_num_active_reqs - len(scheduler.running)),
             "interval_s": min(max(0.0, now - self._seen_at), NO_DEADLINE_S),
             "last_iteration_s": elapsed,
             "last_candidates": last.candidates,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import vllm
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -16,6 +17,7 @@ from engine.backends.vllm.config import USUAL_TTFT_TARGET_S, GovernorConfig, Gov
 from engine.backends.vllm.observer import Observer
 from engine.core.telemetry import Observation
 
+TRIED = "0.32."
 # vLLM shows the lines of its own loggers only.
 log = init_logger(f"vllm.{__name__}")
 
@@ -28,6 +30,8 @@ class Governor:
     """
 
     def __init__(self, scheduler: Any) -> None:
+        if not vllm.__version__.startswith(TRIED):
+            log.warning("vLLM is %s here; its scheduler was governed at %sx only", vllm.__version__, TRIED)
         config = GovernorConfig.read(scheduler.vllm_config.additional_config)
         controller = config.load_controller()
         if getattr(controller, "peeks", False) or not callable(getattr(controller, "choose", None)):
@@ -57,6 +61,8 @@ class Governor:
             controller.choose, time_limit_s=config.time_limit_s, most_failures=config.most_failures, log=log
         )
         log.info("governed by %s with c <= %d", controller.label(), self.most_candidates)
+        if getattr(controller, "speculation", None) is not None:
+            log.warning("vLLM drafts equally many candidates for all requests: this controller's sharing has no effect")
         if not self.steers_candidates:
             log.warning("data-parallel engines must draft equally many candidates: c stays as vLLM sets it")
 
