@@ -107,7 +107,8 @@ class Guard:
             return None
         self.tally.asked += 1
         if self._busy and not self._answered(0.0):
-            return self._fail("overran", "is still busy with an earlier decision")
+            self._fail("overran", "is still busy with an earlier decision")
+            return None
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="governor", daemon=True)
             self._thread.start()
@@ -115,14 +116,17 @@ class Guard:
         self._questions.put({name: array[0] for name, array in zip(Observation._fields, observation, strict=True)})
         answer = self._answered(self._time_limit_s)
         if answer is None:
-            return self._fail("overran", f"has not answered within {self._time_limit_s:g} s")
+            self._fail("overran", f"has not answered within {self._time_limit_s:g} s")
+            return None
         decision, error = answer
         if error is not None:
-            return self._fail("raised", f"raised {type(error).__name__}: {error}")
+            self._fail("raised", f"raised {type(error).__name__}: {error}")
+            return None
         try:
             candidates, token_budget = check_decision(decision, num_decodes)
         except ActionError as refusal:
-            return self._fail("refused", f"answered nonsense: {refusal}")
+            self._fail("refused", f"answered nonsense: {refusal}")
+            return None
         self._in_a_row = 0
         return candidates, token_budget
 

@@ -294,17 +294,20 @@ class Observer:
         listed = 0
         # Those behind arrived later: the first that has a deadline has the smallest slack.
         rest_slack = NO_DEADLINE_S
-        for row, request in enumerate(islice(queued, rows + 1 + len(self._preempted))):
+        filled: list[tuple[int, float]] = []
+        for request in islice(queued, rows + 1 + len(self._preempted)):
             seen = self._seen[request.request_id]
             slack = max(seen.deadline - now, -NO_DEADLINE_S) if seen.waits else NO_DEADLINE_S
-            if row >= rows:
+            if len(filled) == rows:
                 if slack < NO_DEADLINE_S:
                     rest_slack = slack
                     break
                 continue
             remaining = _remaining(request)
-            queue[row] = remaining, slack
+            filled.append((remaining, slack))
             listed += remaining
+        if filled:
+            queue[: len(filled)] = filled
         queue[rows] = max(0, waiting_tokens - listed), rest_slack if num_waiting > rows else 0.0
 
     def _observe_acceptance(self, observation: Observation) -> None:

@@ -87,8 +87,18 @@ class Governor:
 class _Governed(Scheduler):
     """What is added to both of vLLM's schedulers."""
 
+    max_num_scheduled_tokens: int
+    dynamic_sd_lookup: list[int] | None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        ahead = bool(self.scheduler_config.async_scheduling)
+        if ahead != isinstance(self, AsyncScheduler):
+            wanted = GovernedAsyncScheduler if ahead else GovernedScheduler
+            raise GovernorError(
+                f"--scheduler-cls engine.backends.vllm.{type(self).__name__} with async_scheduling={ahead}: "
+                f"give --scheduler-cls engine.backends.vllm.{wanted.__name__}"
+            )
         self.governor = Governor(self)
         self._decision: tuple[int, int] | None = None
         # The latest drafts were asked for so many candidates.
@@ -151,7 +161,8 @@ class _Governed(Scheduler):
 
 
 class GovernedScheduler(_Governed):
-    """For `--scheduler-cls engine.backends.vllm.GovernedScheduler --no-async-scheduling`."""
+    """For `--scheduler-cls engine.backends.vllm.GovernedScheduler --no-async-scheduling`, and wherever vLLM says that
+    it does not schedule asynchronously."""
 
 
 class GovernedAsyncScheduler(_Governed, AsyncScheduler):

@@ -90,6 +90,8 @@ def scheduler(cls: type[Scheduler], setup: Setup) -> Any:
         enforce_eager=True,
         disable_log_stats=False,
     ).create_engine_config()
+    # vLLM turns it off on a processor, where its real executor has nothing to overlap.
+    config.scheduler_config.async_scheduling = asynchronous
     config.cache_config.num_gpu_blocks = setup.num_blocks
     spec = FullAttentionSpec(block_size=setup.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32)
     cache = KVCacheConfig(setup.num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])

@@ -53,11 +53,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
     governed: dict[str, Any] = {}
     if job.get("governor"):
-        asynchronous = bool(job.get("asynchronous"))
-        name = "GovernedAsyncScheduler" if asynchronous else "GovernedScheduler"
         governed = {
-            "scheduler_cls": f"engine.backends.vllm.{name}",
-            "async_scheduling": asynchronous,
+            "scheduler_cls": "engine.backends.vllm.GovernedScheduler",
+            "async_scheduling": False,
             "additional_config": {"governor": job["governor"]},
         }
     speculation = job.get("speculation")

@@ -61,13 +61,11 @@ def _without_speculation() -> list[list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize(("drafter", "asynchronous"), [("model", False), ("lookup", False), ("model", True)])
-def test_tokens_are_those_without_speculation_whatever_c_and_n(
-    tmp_path: Path, drafter: str, asynchronous: bool
-) -> None:
+@pytest.mark.parametrize("drafter", ["model", "lookup"])
+def test_tokens_are_those_without_speculation_whatever_c_and_n(tmp_path: Path, drafter: str) -> None:
     controller = controller_file(tmp_path, f"{made_controllers.__name__}.Scripted", actions=ACTIONS)
     governor = {"controller": str(controller), "time_limit_s": 60.0}
-    report = _served(speculation=DRAFTERS[drafter], governor=governor, asynchronous=asynchronous)
+    report = _served(speculation=DRAFTERS[drafter], governor=governor)
     assert report["tokens"] == _without_speculation()
     assert report["failed"] == 0 < report["asked"]
     prefilled = {prompt for prompt, _, _ in report["steps"]}

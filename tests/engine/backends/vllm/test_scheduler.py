@@ -310,6 +310,16 @@ def test_a_controller_that_predicts_needs_an_engine() -> None:
         scheduler(GovernedScheduler, Setup(governor={"controller": str(CONF / "controller" / "analytic.yaml")}))
 
 
+def test_a_scheduler_that_does_not_go_with_vllms_loop_is_refused(tmp_path: Path) -> None:
+    governed = _governed(tmp_path, GovernedScheduler, [[1, 64]])
+    config = governed.vllm_config
+    config.scheduler_config.async_scheduling = True
+    with pytest.raises(GovernorError, match=r"async_scheduling=True: give .*GovernedAsyncScheduler"):
+        GovernedScheduler(
+            config, governed.kv_cache_config, governed.structured_output_manager, block_size=governed.block_size
+        )
+
+
 def test_both_are_vllms_own_schedulers() -> None:
     assert issubclass(GovernedScheduler, Scheduler)
     assert not issubclass(GovernedScheduler, AsyncScheduler)
