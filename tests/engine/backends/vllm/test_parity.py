@@ -1,7 +1,5 @@
 """The same requests, the same luck and the same actions through vLLM's scheduler and through the simulator."""
 
-# What is imported below needs vLLM.
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -12,9 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-pytest.importorskip(
-    "vllm", reason="vLLM is not installed; make test-vllm runs these tests in an environment of its own"
-)
+pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm runs this in an environment of its own")
 
 from engine.backends.simulator import ITERATION, Simulator, log_iteration
 from engine.backends.vllm import GovernedAsyncScheduler, GovernedScheduler

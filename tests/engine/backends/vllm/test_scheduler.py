@@ -1,7 +1,5 @@
 """vLLM's own schedulers under a controller: what it says is done, within vLLM's limits, and its faults do no harm."""
 
-# What is imported below needs vLLM.
-
 from __future__ import annotations
 
 import logging
@@ -12,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip(
-    "vllm", reason="vLLM is not installed; make test-vllm runs these tests in an environment of its own"
-)
+pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm runs this in an environment of its own")
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
