@@ -17,7 +17,7 @@ from controllers.acceptance import (
 from controllers.admission import admissible_tokens
 from controllers.cheapest import cheapest_candidates
 from controllers.compiled import KernelController
-from controllers.controller import Plant, configured
+from controllers.controller import configured
 from engine.compiled import kernel
 from engine.core.telemetry import (
     ARRIVALS,
@@ -33,6 +33,7 @@ from engine.core.telemetry import (
     TTFT_TARGET_S,
 )
 from engine.latency.lookup import LookupGrid, lookup_slice
+from engine.plant import Plant
 
 UNBOUNDED_S = 1e9
 ESTIMATES = ("depths", "requests", "choices")

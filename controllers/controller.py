@@ -1,9 +1,8 @@
 """What every controller is: something that looks at telemetry and chooses c and n before an iteration."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import field
 from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import numpy as np
@@ -12,28 +11,9 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from engine.backends.simulator import CompiledLoop, Simulator
-from engine.core.action import ActionGrid
 from engine.core.telemetry import Observation
-from engine.latency.lookup import LookupTable
+from engine.plant import Plant
 from engine.speculation.allocation import Speculation
-
-
-@dataclass(frozen=True)
-class Plant:
-    """What a controller may know of the engine it will govern: the actions, the predictions, the batch limit.
-
-    `predict` makes the `LookupTable` when it is first asked for, because fitting one takes seconds and a fixed
-    setting needs none.
-    """
-
-    grid: ActionGrid
-    predict: Callable[[], LookupTable]
-
-    @cached_property
-    def lookup(self) -> LookupTable:
-        """Predicted iteration times over the grid."""
-        return self.predict()
-
 
 T = TypeVar("T")
 

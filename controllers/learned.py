@@ -11,7 +11,7 @@ from pydantic import Field
 from controllers.admission import admissible_tokens
 from controllers.analytic import Memory, Settings, choose_pair, new_analytic_memory
 from controllers.compiled import KernelController
-from controllers.controller import Plant, configured
+from controllers.controller import configured
 from controllers.features import (
     FeatureMemory,
     Layout,
@@ -26,6 +26,7 @@ from controllers.network import Network, NetworkMemory, forward, new_network_mem
 from controllers.policy import HEADS, Policy, Residual, refuse_other_choices
 from engine.compiled import kernel
 from engine.core.telemetry import NUM_DECODES
+from engine.plant import Plant
 
 PAIR, JOINT, BOX = range(len(HEADS))
 

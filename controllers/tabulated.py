@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from controllers.compiled import KernelController
-from controllers.controller import Plant, configured
+from controllers.controller import configured
 from controllers.policy import POLICIES_FOLDER, PolicyError, refuse_other_choices
 from engine.compiled import kernel
 from engine.core.action import ActionGrid
 from engine.core.telemetry import DECODE_KV_TOKENS, NUM_DECODES, WAITING_TOKENS
 from engine.files import write_whole
+from engine.plant import Plant
 
 SCHEMA = 1
 AXES = ("decodes", "kv_tokens", "waiting_tokens")

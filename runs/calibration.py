@@ -21,7 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from controllers.controller import Controller, Plant
+from controllers.controller import Controller
 from controllers.fixed import Fixed
 from engine.backends.torch.config import TorchEngineConfig
 from engine.config import EngineConfig
@@ -29,6 +29,7 @@ from engine.core.action import ActionGrid
 from engine.core.metrics import request_table
 from engine.files import write_whole
 from engine.latency.table_file import LatencyTables
+from engine.plant import Plant
 from engine.workload.acceptance_log import AcceptanceLog, LoggedTurn
 from engine.workload.agreement import Agreement, AgreementModel
 from engine.workload.fit_agreement import fit_agreement

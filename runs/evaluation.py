@@ -12,7 +12,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from controllers.controller import Controller, Plant
+from controllers.controller import Controller
 from engine.backends.simulator import Simulator
 from engine.backends.torch.config import TorchEngineConfig
 from engine.config import EngineConfig, EngineLimits
@@ -24,6 +24,7 @@ from engine.latency.measured import MeasuredIterations
 from engine.latency.measured_card import MEASURED_FOREST
 from engine.latency.model import LatencyModel
 from engine.latency.predictors import DEFAULT_FOREST, Feature, Forest
+from engine.plant import Plant
 from engine.workload.prompts import Prompts, PromptSource, prompts_for
 from engine.workload.source import WorkloadSource
 from engine.workload.workload import Workload

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from controllers.analytic import Analytic
-from controllers.controller import Controller, Plant
+from controllers.controller import Controller
 from controllers.learned import Learned
 from controllers.policy import PolicyError
 from controllers.tabulated import Tabulated
@@ -20,6 +20,7 @@ from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.files import write_whole
 from engine.latency.table_file import LatencyTableError
+from engine.plant import Plant
 from runs.evaluation import LookupFit, load_lookup
 from runs.reporting import policy_map
 from runs.reporting.palette import png

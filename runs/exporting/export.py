@@ -22,6 +22,7 @@ from engine.backends.torch.config import TorchEngineConfig
 from engine.config import EngineConfig
 from engine.core.action import MAX_TOKEN_BUDGET, ActionGrid
 from engine.core.state import MAX_CANDIDATES
+from engine.files import write_whole
 from engine.workload.source import WorkloadSource
 from runs.code import code_digest
 from runs.evaluation import Drawing, Evaluation, LookupFit, Result, Targets, draw, load_latency
@@ -29,7 +30,6 @@ from runs.exporting.formats import FORMATS, Deployment, Format, command_line
 from runs.exporting.playback import Playback
 from runs.exporting.schedule import Schedule, ScheduleError, merged
 from runs.exporting.search import SAME, Choice, Ranges, Seen, cheapest_by_size, search
-from runs.folder import write_whole
 from runs.reporting.statistics import PairedDifference, paired_difference
 from runs.simulated import Charge
 
@@ -39,7 +39,7 @@ SCHEDULE = "schedule.json"
 CONTROLLER = "controller.yaml"
 COMMAND = "command.sh"
 
-NO_SPECULATION = Fixed(candidates=0, token_budget=512)  # type: ignore[call-arg]
+NO_SPECULATION = Fixed(candidates=0, token_budget=512)
 METRICS = ("objective", "tpot_mean_s", "ttft_attainment")
 EXPORTED, SOURCE, WITHOUT, PAIR = "exported", "source", "without speculation", "best fixed pair"
 

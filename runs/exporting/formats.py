@@ -96,9 +96,9 @@ class Vllm(Format):
     def controller(self, command: list[str], files: Files) -> Controller:
         total = int(_value(command, "--max-num-batched-tokens"))
         if "--speculative-config" not in command:
-            return Sarathi(total_budget=total)  # type: ignore[call-arg]
+            return Sarathi(total_budget=total)
         config = json.loads(_value(command, "--speculative-config"))
-        return VllmSchedule(  # type: ignore[call-arg]
+        return VllmSchedule(
             schedule=config["num_speculative_tokens_per_batch_size"],
             num_speculative_tokens=config["num_speculative_tokens"],
             total_budget=total,
@@ -154,9 +154,9 @@ class Sglang(Format):
     def controller(self, command: list[str], files: Files) -> Controller:
         total = int(_value(command, "--chunked-prefill-size"))
         if "--speculative-adaptive" not in command:
-            return Sarathi(total_budget=total)  # type: ignore[call-arg]
+            return Sarathi(total_budget=total)
         slots = {int(key): slot for key, slot in json.loads(files[self.file]).items()}
-        return SglangAdaptive(  # type: ignore[call-arg]
+        return SglangAdaptive(
             slots=slots, initial_steps=int(_value(command, "--speculative-num-steps")), total_budget=total
         )
 
@@ -203,10 +203,8 @@ class Trtllm(Format):
         total = int(options["max_num_tokens"])
         speculative = options.get("speculative_config")
         if speculative is None:
-            return Sarathi(total_budget=total)  # type: ignore[call-arg]
-        return TrtllmSchedule(  # type: ignore[call-arg]
-            draft_len_schedule=speculative["draft_len_schedule"], total_budget=total
-        )
+            return Sarathi(total_budget=total)
+        return TrtllmSchedule(draft_len_schedule=speculative["draft_len_schedule"], total_budget=total)
 
 
 class LlamaCpp(Format):
@@ -237,9 +235,7 @@ class LlamaCpp(Format):
 
     def controller(self, command: list[str], files: Files) -> Controller:
         candidates = int(_value(command, "--spec-draft-n-max")) if "--spec-draft-n-max" in command else 0
-        return Sarathi(  # type: ignore[call-arg]
-            total_budget=int(_value(command, "--batch-size")), candidates=candidates
-        )
+        return Sarathi(total_budget=int(_value(command, "--batch-size")), candidates=candidates)
 
 
 FORMATS: dict[str, Format] = {"vllm": Vllm(), "sglang": Sglang(), "trtllm": Trtllm(), "llamacpp": LlamaCpp()}

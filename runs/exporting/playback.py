@@ -8,13 +8,14 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from controllers.controller import Controller, Plant
+from controllers.controller import Controller
 from controllers.fixed import Fixed
 from engine.backends.simulator import Simulator
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.core.objective import charged
 from engine.latency.model import LatencyModel
+from engine.plant import Plant
 from engine.workload.workload import Workload
 from runs import simulated
 from runs.evaluation import Targets
@@ -64,7 +65,7 @@ class Playback:
         best, lowest = Fixed(), np.inf
         for candidates in grid.candidate_choices:
             for token_budget in reversed(grid.budget_choices):
-                pair = Fixed(candidates=candidates, token_budget=token_budget)  # type: ignore[call-arg]
+                pair = Fixed(candidates=candidates, token_budget=token_budget)
                 found = self.objective(pair, lowest)
                 if found < lowest:
                     best, lowest = pair, found

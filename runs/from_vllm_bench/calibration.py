@@ -16,10 +16,10 @@ from scipy.optimize import brentq
 
 from engine.config import EngineConfig
 from engine.core.action import MAX_TOKEN_BUDGET
+from engine.files import write_whole
 from engine.latency.model import TABLES_FOLDER, LatencyModel
 from engine.latency.table_file import dump
 from engine.workload.agreement import IidAgreement
-from runs.folder import write_whole
 from runs.from_vllm_bench.factors import Factors, factor_table, fit_factors, predicted, scaled_document
 from runs.from_vllm_bench.replay import Replay
 from runs.from_vllm_bench.results import BenchRun, read_bench_runs

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from controllers.analytic import Analytic
-from controllers.controller import Plant
 from engine.backends.simulator import Simulator
 from engine.core.objective import Prices
+from engine.plant import Plant
 from engine.workload.workload import Workload
 from envs.reward import episode_summary
 

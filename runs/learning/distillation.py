@@ -7,10 +7,11 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from controllers.controller import Controller, Plant, as_dict
+from controllers.controller import Controller, as_dict
 from controllers.tabulated import Table, TableHeader, Tabulated, save_table, tabulate
 from engine.backends.simulator import Simulator
 from engine.core.telemetry import DECODE_KV_TOKENS, NUM_DECODES, WAITING_TOKENS
+from engine.plant import Plant
 from runs.code import code_digest
 from runs.evaluation import Targets, load_lookup
 from runs.learning.scenarios import Scenario, TrainingEnv

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from controllers.analytic import Analytic
-from controllers.controller import CompiledController, Plant
+from controllers.controller import CompiledController
 from controllers.learned import Learned
 from controllers.policy import Policy
 from engine.backends.simulator import Simulator
+from engine.plant import Plant
 from engine.workload.workload import Workload
 from envs.reward import episode_summary
 from runs.evaluation import Targets, load_lookup

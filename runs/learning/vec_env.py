@@ -15,7 +15,6 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from controllers.controller import Plant
 from controllers.features import FARTHEST
 from controllers.learned import (
     Rules,
@@ -31,6 +30,7 @@ from controllers.learned import (
 from engine.backends.simulator import Simulator
 from engine.compiled import outlined
 from engine.core.telemetry import INTERVAL_S, Observation
+from engine.plant import Plant
 from envs.reward import TERMS
 from envs.vector import ServingVectorEnv
 from runs.evaluation import load_lookup

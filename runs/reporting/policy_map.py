@@ -11,8 +11,9 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from controllers.controller import Controller, Plant
+from controllers.controller import Controller
 from engine.core.telemetry import LOAD_FIELDS, RATE_BANDS
+from engine.plant import Plant
 
 BATCHES = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 QUEUES = (0, 128, 256, 512, 1024, 2048, 4096, 8192)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from controllers.analytic import Analytic
-from controllers.controller import Plant, batched
+from controllers.controller import batched
 from controllers.features import FARTHEST, LOAD, Layout, View, new_feature_memory, remember, show, unpredicted
 from controllers.learned import Learned, distinct_choices
 from controllers.network import ACTIVATIONS, Network
@@ -24,6 +24,7 @@ from engine.backends.simulator import Simulator
 from engine.core.action import ActionGrid
 from engine.core.metrics import request_table
 from engine.core.telemetry import NO_DEADLINE_S
+from engine.plant import Plant
 from runs.simulated import serve
 from tests.controllers.observed import linear_plant, observation, verified
 from tests.envs.traffic import conversations, tiny_engine

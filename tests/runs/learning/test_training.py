@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from controllers.controller import Plant
 from controllers.learned import Learned, new_rules
 from controllers.policy import Policy, Residual
+from engine.plant import Plant
 from runs.evaluation import Targets, load_lookup
 from runs.learning.cloning import Clone
 from runs.learning.evolution import CEM, CONTROLLER
