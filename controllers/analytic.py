@@ -148,8 +148,9 @@ def _remember_load(observation, e, settings, memory):
     load = observation.load
     elapsed = load[e, INTERVAL_S]
     if elapsed > 0.0:
-        weight = 1.0 - math.exp(-elapsed / settings.arrival_memory_s)
-        memory.arriving[0] += weight * (load[e, ARRIVALS] / elapsed - memory.arriving[0])
+        # weight / elapsed stays finite however short the interval was.
+        weight = -math.expm1(-elapsed / settings.arrival_memory_s)
+        memory.arriving[0] += weight / elapsed * load[e, ARRIVALS] - weight * memory.arriving[0]
     keep = math.exp(-elapsed / LENGTH_MEMORY_S)
     memory.finished[0] = memory.finished[0] * keep + load[e, FINISHED_REQUESTS]
     memory.finished[1] = memory.finished[1] * keep + load[e, FINISHED_TOKENS]

@@ -312,7 +312,8 @@ class Reference:
         elapsed, decodes = load["interval_s"], load["num_decodes"]
         tokens = self._tokens(observation, elapsed)
         if elapsed > 0.0:
-            self.rate += (1.0 - math.exp(-elapsed / s.arrival_memory_s)) * (load["arrivals"] / elapsed - self.rate)
+            weight = -math.expm1(-elapsed / s.arrival_memory_s)
+            self.rate += weight / elapsed * load["arrivals"] - weight * self.rate
         fade = math.exp(-elapsed / LENGTH_MEMORY_S)
         self.finished = self.finished * fade + load["finished"]
         self.finished_tokens = self.finished_tokens * fade + load["finished_tokens"]
