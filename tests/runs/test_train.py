@@ -92,10 +92,10 @@ def test_a_process_killed_twice_leaves_what_an_undisturbed_one_leaves(tmp_path: 
     ],
 )
 def test_what_the_user_got_wrong_is_named(
-    overrides: list[str], message: str, call_app: Callable[..., int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    overrides: list[str], message: str, call_app: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call_app(train.main, "train", *overrides, f"hydra.run.dir={tmp_path}") == 2
-    assert message in caplog.text
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "policy.npz").exists()
 
 
