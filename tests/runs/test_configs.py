@@ -12,6 +12,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
+from controllers.learned import Learned
+from controllers.policy import POLICIES_FOLDER
 from engine.backends.torch.config import TorchEngineConfig
 from engine.config import EngineConfig
 from engine.latency.model import available_tables
@@ -82,6 +84,16 @@ def test_training_environments_hold_the_targets_of_the_suite() -> None:
             env = instantiate(compose("train", [f"env={path.stem}", "kind=made"]).env, _convert_="all")
         trained |= {(s.engine.name, s.slo.ttft_target, s.slo.tpot_target) for s in env.scenarios.values()}
     assert trained == targets
+
+
+@pytest.mark.parametrize("engine", [name for name in SIMULATED_ENGINES if name.startswith("vicuna")])
+def test_every_vicuna_has_a_small_policy_that_fits_the_standard_choices(engine: str) -> None:
+    made = evaluation(f"engine={engine}", "controller=learned")
+    assert isinstance(made.controller, Learned)
+    assert made.controller.policy.header.actions == made.actions
+    assert (POLICIES_FOLDER / f"{engine}.npz").stat().st_size < 200_000
+    # An H100 has its A100's.
+    assert made.controller.policy.header.trained["engines"] == [engine.replace("h100", "a100")]
 
 
 @pytest.mark.parametrize("controller", ["analytic", "goodput"])
