@@ -13,12 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from controllers.analytic import Analytic
 from controllers.features import Layout
-from controllers.network import Network
 from controllers.policy import Policy, Residual
 from engine.files import write_whole
 from runs.learning.record import STEP, Metrics, load_checkpoint, save_checkpoint
 from runs.learning.training import POLICY, Learner, Training
-from runs.learning.validation import Bench, Trial, Validation, reference
+from runs.learning.validation import MakeController, Validation, reference
 from runs.serving import Progress
 
 log = logging.getLogger(__name__)
@@ -159,18 +158,8 @@ class _Search:
                 "layout": BLIND,
             }
         )
-        width = len(env.inputs)
-        network = Network(
-            mean=np.zeros(width, dtype=np.float32),
-            scale=np.ones(width, dtype=np.float32),
-            lstm=np.zeros(0, dtype=np.float32),
-            hidden=0,
-            sizes=np.array([width, 2], dtype=np.int64),
-            weights=np.zeros(2 * (width + 1), dtype=np.float32),
-            activation=0,
-        )
         tuned = self.training.model_copy(update={"env": env})
-        return tuned.policy(network, "pair", masked=False, parameters=parameters, workloads=self.served)
+        return tuned.unshifted(parameters=parameters, workloads=self.served)
 
     def _wall(self) -> float:
         return self.wall_s + time.perf_counter() - self.begun_at
@@ -187,44 +176,30 @@ class _Search:
         drawn[0] = self.mean
         drawn = np.clip(drawn, 0.0, 1.0)
         first = TRAINING_SEED + 1_000 * (self.training.seed * settings.generations + self.generation)
-        benches = [
-            Bench(scenario, self.training.env, settings.workloads, reference, first)
-            for scenario in self.training.env.scenarios.values()
-        ]
-        figures = np.array([self._figures(benches, self._parameters(places)) for places in drawn])
-        scores = np.array([self._score(*row) for row in figures.tolist()])
+        tried = Validation(self.training.env, settings.workloads, reference, first)
+        figures = [tried.figures(self._tuned(self._parameters(places))) for places in drawn]
+        episodes = settings.population * settings.workloads * len(self.training.env.scenarios)
+        self.served += episodes
+        scores = np.array([self._score(row) for row in figures])
         order = np.argsort(scores, kind="stable")[: settings.elite]
         elite = drawn[order]
-        self._price(float(figures[order, 2].mean()), settings.population * settings.workloads * len(benches))
+        self._price(float(np.mean([figures[i]["attainment_difference_worst"] for i in order])), episodes)
         left = 1.0 - (self.generation + 1) / settings.generations
         self.mean = elite.mean(axis=0)
         self.deviation = elite.std(axis=0) + settings.least_spread * left
         return scores
 
-    def _figures(self, benches: list[Bench], parameters: dict[str, float]) -> tuple[float, float, float]:
-        """Objective and TPOT relative to plain `analytic`, and the difference in the share of requests on time.
+    @staticmethod
+    def _tuned(parameters: dict[str, float]) -> MakeController:
+        """`analytic` with these parameters and a scenario's targets."""
+        return lambda slo: Analytic(ttft_target=slo.ttft_target, **parameters)  # type: ignore[arg-type]
 
-        The last is the worst scenario's, since a mean would let one scenario pay for another.
-        """
-        pairs: list[tuple[Trial, Trial]] = []
-        worst = np.inf
-        for bench in benches:
-            ours = bench.trials(lambda slo: Analytic(ttft_target=slo.ttft_target, **parameters))  # type: ignore[arg-type]
-            own = list(zip(ours, bench.reference, strict=True))
-            worst = min(worst, float(np.mean([one.ttft_attainment - other.ttft_attainment for one, other in own])))
-            pairs += own
-        self.served += len(pairs)
-        return (
-            float(np.mean([ours.objective / theirs.objective for ours, theirs in pairs])),
-            float(np.nanmean([ours.tpot_s / theirs.tpot_s for ours, theirs in pairs])),
-            worst,
-        )
-
-    def _score(self, objective_ratio: float, tpot_ratio: float, attainment_difference: float) -> float:
+    def _score(self, figures: dict[str, float]) -> float:
+        """What a candidate should have little of; the worst scenario counts, since a mean lets one pay for another."""
         reward = self.training.env.reward
         if reward.constraint == "price":
-            return objective_ratio
-        return tpot_ratio - self.multiplier * (attainment_difference + reward.slack)
+            return figures["objective_ratio"]
+        return figures["tpot_ratio"] - self.multiplier * (figures["attainment_difference_worst"] + reward.slack)
 
     def _price(self, attainment_difference: float, episodes: int) -> None:
         """Dual ascent on the price of a missed deadline, as far as so many finished episodes move it."""
@@ -242,7 +217,7 @@ class _Search:
 
     def _record(self, scores: np.ndarray[Any, Any], validation: Validation) -> None:
         parameters = self._parameters(self.mean)
-        figures = validation.figures(lambda slo: Analytic(ttft_target=slo.ttft_target, **parameters))  # type: ignore[arg-type]
+        figures = validation.figures(self._tuned(parameters))
         if self.best is None or self._validated(figures) < self.best[0]:
             self.best = (self._validated(figures), parameters, figures)
         row = {STEP: float(self.served), "train/wall_s": self._wall(), "train/generation": float(self.generation)}

@@ -89,29 +89,13 @@ class _Iteration:
         self.metrics = Metrics(folder, training.logger, training.label, training.model_dump(mode="json"))
         assert training.env.residual is not None
         self.reach = np.array([training.env.residual.candidates, training.env.residual.budgets])
-        self.policy = self._unshifted()
+        self.policy = training.unshifted(moments=0)
         self.best: tuple[float, Policy, Row] | None = None
         self.round = 0
         self.moments = 0
         self.wall_s = 0.0
         self.samples: list[NDArray[Any]] = []
         self.begun_at = self.saved_at = time.perf_counter()
-
-    def _unshifted(self) -> Policy:
-        """A policy that leaves the base's choice alone."""
-        width, many = len(self.training.env.inputs), self.training.env.spread
-        bias = np.zeros(sum(many), dtype=np.float32)
-        bias[[self.reach[0], many[0] + self.reach[1]]] = 1.0
-        network = Network(
-            mean=np.zeros(width, dtype=np.float32),
-            scale=np.ones(width, dtype=np.float32),
-            lstm=np.zeros(0, dtype=np.float32),
-            hidden=0,
-            sizes=np.array([width, sum(many)], dtype=np.int64),
-            weights=np.concatenate((np.zeros(width * sum(many), dtype=np.float32), bias)),
-            activation=ACTIVATIONS.index("relu"),
-        )
-        return self.training.policy(network, "pair", masked=False, moments=0)
 
     def go(self, on_progress: Progress | None) -> dict[str, Any]:
         saved = load_checkpoint(self.folder, self.training.fingerprint)

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from controllers.network import ACTIVATIONS, Network
@@ -95,6 +96,23 @@ class Training(BaseModel):
             | trained,
         )
         return Policy(header, network)
+
+    def unshifted(self, **trained: Any) -> Policy:
+        """The residual policy that always leaves its base's choice alone."""
+        assert self.env.residual is not None
+        width, (many_c, many_n) = len(self.env.inputs), self.env.spread
+        bias = np.zeros(many_c + many_n, dtype=np.float32)
+        bias[[self.env.residual.candidates, many_c + self.env.residual.budgets]] = 1.0
+        network = Network(
+            mean=np.zeros(width, dtype=np.float32),
+            scale=np.ones(width, dtype=np.float32),
+            lstm=np.zeros(0, dtype=np.float32),
+            hidden=0,
+            sizes=np.array([width, len(bias)], dtype=np.int64),
+            weights=np.concatenate((np.zeros(width * len(bias), dtype=np.float32), bias)),
+            activation=ACTIVATIONS.index("relu"),
+        )
+        return self.policy(network, "pair", masked=False, **trained)
 
     def run(self, folder: Path, on_progress: Progress | None = None) -> dict[str, Any]:
         """Train, or go on from the folder's checkpoint; returns the figures of the policy that is left in `folder`.
