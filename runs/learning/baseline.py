@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from controllers.analytic import Analytic
+from controllers.controller import CompiledController
 from engine.backends.simulator import Simulator
 from engine.core.objective import Prices
 from engine.plant import Plant
@@ -26,6 +27,16 @@ class Charged:
         return self.objective * self.requests / self.duration_s
 
 
+def served(
+    simulator: Simulator, workload: Workload, controller: CompiledController, plant: Plant, prices: Prices
+) -> dict[str, float]:
+    """The figures of a workload that engine 0 serves to its end under a controller (`envs.reward.episode_summary`)."""
+    simulator.load(0, workload)
+    controller.reset(plant)
+    simulator.run_to_end(controller.loop(simulator, controller.decision_s))
+    return episode_summary(simulator.state, 0, prices)
+
+
 class Baseline:
     """Serves workloads under `analytic`, each once.
 
@@ -47,12 +58,8 @@ class Baseline:
         return self._known[workload.digest]
 
     def _serve(self, workload: Workload) -> Charged:
-        self._simulator.load(0, workload)
-        self._controller.reset(self._plant)
-        loop = self._controller.loop(self._simulator, self._controller.decision_s)
-        self._simulator.run_to_end(loop)
+        summary = served(self._simulator, workload, self._controller, self._plant, self._prices)
         begin_s = float(workload.arrival[0])
-        summary = episode_summary(self._simulator.state, 0, self._prices)
         return Charged(
             objective=summary["objective"],
             begin_s=begin_s,

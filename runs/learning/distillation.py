@@ -11,9 +11,8 @@ from controllers.controller import Controller, as_dict
 from controllers.tabulated import Table, TableHeader, Tabulated, save_table, tabulate
 from engine.backends.simulator import Simulator
 from engine.core.telemetry import DECODE_KV_TOKENS, NUM_DECODES, WAITING_TOKENS
-from engine.plant import Plant
 from runs.code import code_digest
-from runs.evaluation import Targets, load_lookup
+from runs.evaluation import Targets
 from runs.learning.scenarios import Scenario, TrainingEnv
 from runs.learning.validation import Validation
 from runs.serving import Progress
@@ -96,12 +95,7 @@ class Distillation(BaseModel):
     def _decisions(self, scenario: Scenario, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         simulator = Simulator(scenario.engine, [scenario.workload.draw(seed)], ttft_target=scenario.slo.ttft_target)
         controller = self._for(scenario.slo)
-        controller.reset(
-            Plant(
-                self.env.actions,
-                lambda: load_lookup(scenario.engine, self.env.actions, simulator.limits, self.env.lookup),
-            )
-        )
+        controller.reset(self.env.plant(scenario))
         observation = simulator.new_observation()
         view = as_dict(observation)
         where: list[tuple[float, float, float]] = []

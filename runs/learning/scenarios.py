@@ -10,9 +10,10 @@ from controllers.learned import Learned
 from controllers.policy import Residual, input_names, spread
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
+from engine.plant import Plant
 from engine.workload.randomized import RandomizedSource
 from engine.workload.source import WorkloadSource
-from runs.evaluation import LookupFit, Targets
+from runs.evaluation import LookupFit, Targets, load_lookup, load_truth
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -168,6 +169,11 @@ class TrainingEnv(BaseModel):
         for name in by_rest[: self.num_envs - sum(counts.values())]:
             counts[name] += 1
         return counts
+
+    def plant(self, scenario: Scenario) -> Plant:
+        """What a controller may know of a scenario's engine."""
+        limits = scenario.engine.limits(load_truth(scenario.engine))
+        return Plant(self.actions, lambda: load_lookup(scenario.engine, self.actions, limits, self.lookup))
 
     def stage(self, progress: float) -> int:
         """The stage of the curriculum at this share of the steps; the number of stages after the last."""

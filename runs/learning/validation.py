@@ -10,10 +10,9 @@ from controllers.controller import CompiledController
 from controllers.learned import Learned
 from controllers.policy import Policy
 from engine.backends.simulator import Simulator
-from engine.plant import Plant
 from engine.workload.workload import Workload
-from envs.reward import episode_summary
-from runs.evaluation import Targets, load_lookup
+from runs.evaluation import Targets
+from runs.learning.baseline import served
 from runs.learning.scenarios import Scenario, TrainingEnv
 
 FIRST_SEED = 1_000_000
@@ -51,10 +50,7 @@ class Bench:
         self._scenario = scenario
         self._drawn: list[Workload] = [scenario.workload.draw(first_seed + k) for k in range(workloads)]
         self._simulator = Simulator(scenario.engine, self._drawn[:1], ttft_target=scenario.slo.ttft_target)
-        limits = self._simulator.limits
-        self._plant = Plant(
-            training.actions, lambda: load_lookup(scenario.engine, training.actions, limits, training.lookup)
-        )
+        self._plant = training.plant(scenario)
         self.reference = self.trials(reference)
 
     def trials(self, make: MakeController) -> list[Trial]:
@@ -62,10 +58,7 @@ class Bench:
         return [self._serve(workload, make(self._scenario.slo)) for workload in self._drawn]
 
     def _serve(self, workload: Workload, controller: CompiledController) -> Trial:
-        self._simulator.load(0, workload)
-        controller.reset(self._plant)
-        self._simulator.run_to_end(controller.loop(self._simulator, controller.decision_s))
-        figures = episode_summary(self._simulator.state, 0, self._scenario.slo.prices)
+        figures = served(self._simulator, workload, controller, self._plant, self._scenario.slo.prices)
         return Trial(figures["tpot_mean_s"], figures["ttft_attainment"], figures["objective"])
 
 

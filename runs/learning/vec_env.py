@@ -30,10 +30,8 @@ from controllers.learned import (
 from engine.backends.simulator import Simulator
 from engine.compiled import outlined
 from engine.core.telemetry import INTERVAL_S, Observation
-from engine.plant import Plant
 from envs.reward import TERMS
 from envs.vector import ServingVectorEnv
-from runs.evaluation import load_lookup
 from runs.learning.baseline import Baseline, Charged
 from runs.learning.scenarios import Scenario, TrainingEnv
 
@@ -118,10 +116,7 @@ class Group:
             decision_s=training.decision_s,
             distinct_workloads=training.distinct_workloads,
         )
-        limits = scenario.engine.limits(scenario.engine.true_latency())
-        self.plant = Plant(
-            training.actions, lambda: load_lookup(scenario.engine, training.actions, limits, training.lookup)
-        )
+        self.plant = training.plant(scenario)
         self.sight: Sight = new_sight(
             self.plant,
             training.layout,
