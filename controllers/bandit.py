@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from controllers.compiled import KernelController
-from controllers.controller import Plant, configured
+from controllers.controller import configured
 from engine.compiled import kernel
 from engine.core.telemetry import INTERVAL_S, LAST_NUM_DECODES, NUM_DECODES, NUM_WAITING, OVERDUE
+from engine.plant import Plant
 
 UCB, EXP3 = 0, 1
 

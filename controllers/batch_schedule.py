@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from controllers.compiled import KernelController
-from controllers.controller import Plant, configured
+from controllers.controller import configured
 from controllers.total_budget import left_for_prompts
 from engine.compiled import kernel
 from engine.core.action import MAX_TOKEN_BUDGET
 from engine.core.telemetry import NUM_DECODES
+from engine.plant import Plant
 
 LARGEST_BATCH = 4096
 """Batches above count as this many requests."""

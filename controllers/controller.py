@@ -1,10 +1,9 @@
 """What every controller is: something that looks at telemetry and chooses c and n before an iteration."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,32 +11,21 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from engine.backends.simulator import CompiledLoop, Simulator
-from engine.core.action import ActionGrid
 from engine.core.telemetry import Observation
-from engine.latency.lookup import LookupTable
+from engine.plant import Plant
 from engine.speculation.allocation import Speculation
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
-class Plant:
-    """What a controller may know of the engine it will govern: the actions, the predictions, the batch limit.
 
-    `predict` makes the `LookupTable` when it is first asked for, because fitting one takes seconds and a fixed
-    setting needs none.
+@dataclass_transform(kw_only_default=True, field_specifiers=(field,))
+def configured(cls: type[T]) -> type[T]:
+    """Class decorator of a controller: its annotated fields are its configuration.
+
+    An unknown key, a wrong type or a value out of range is refused with the key's name.
     """
-
-    grid: ActionGrid
-    predict: Callable[[], LookupTable]
-
-    @cached_property
-    def lookup(self) -> LookupTable:
-        """Predicted iteration times over the grid."""
-        return self.predict()
-
-
-configured = pydantic_dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
-"""Class decorator of a controller: its annotated fields are its configuration; an unknown key, a wrong type or a value
-out of range is refused with the key's name."""
+    made: Any = pydantic_dataclass(config=ConfigDict(extra="forbid"), kw_only=True)(cls)
+    return cast(type[T], made)
 
 
 class Controller(ABC):

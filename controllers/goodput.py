@@ -9,7 +9,7 @@ from pydantic import Field
 from controllers.acceptance import PRIOR_COUNT, expected_tokens, tokens_by_marginal_gain
 from controllers.admission import admissible_tokens
 from controllers.compiled import KernelController
-from controllers.controller import Plant, configured
+from controllers.controller import configured
 from engine.compiled import kernel
 from engine.core.action import MAX_TOKEN_BUDGET
 from engine.core.telemetry import (
@@ -23,6 +23,7 @@ from engine.core.telemetry import (
     NUM_DECODES,
     RATE_BANDS,
 )
+from engine.plant import Plant
 from engine.speculation.allocation import Speculation
 
 FEATURES = 4

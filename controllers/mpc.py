@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from controllers.acceptance import learn_acceptance, new_memory
 from controllers.cheapest import cheapest_candidates
 from controllers.compiled import KernelController
-from controllers.controller import Plant, configured
+from controllers.controller import configured
 from controllers.forecast import Line, Memory, Now, Settings, predicted_cost
 from engine.compiled import kernel
 from engine.core.objective import Price, Prices
@@ -29,6 +29,7 @@ from engine.core.telemetry import (
     TTFT_TARGET_S,
 )
 from engine.latency.lookup import LookupGrid, lookup_slice
+from engine.plant import Plant
 
 UNBOUNDED = 1e30
 LENGTH_MEMORY_S = 60.0

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from controllers.controller import Plant, configured
+from controllers.controller import configured
 from controllers.peeking import PeekingController, check_unserved
 from engine.backends.simulator import ITERATION, CompiledLoop, Simulator
 from engine.core.action import ActionGrid
 from engine.core.objective import Prices, charged
+from engine.plant import Plant
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from controllers.compiled import KernelController
-from controllers.controller import Plant, configured
+from controllers.controller import configured
 from engine.compiled import kernel
 from engine.core.telemetry import (
     DECODE_KV_TOKENS,
@@ -17,6 +17,7 @@ from engine.core.telemetry import (
     TTFT_TARGET_S,
 )
 from engine.latency.lookup import LookupGrid, lookup_slice
+from engine.plant import Plant
 
 G_WEIGHT = 0.02
 """Weight of one iteration in the moving average of measured tokens per iteration."""

@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from controllers.compiled import KernelController
-from controllers.controller import Plant, configured
+from controllers.controller import configured
 from controllers.total_budget import left_for_prompts
 from engine.compiled import kernel
 from engine.core.action import MAX_TOKEN_BUDGET
 from engine.core.state import MAX_CANDIDATES
 from engine.core.telemetry import ITERATIONS, LAST_NUM_DECODES, NUM_DECODES
+from engine.plant import Plant
 
 
 class Slot(BaseModel):

@@ -43,6 +43,9 @@ class EngineConfig(BaseModel):
             Controllers that predict iteration times predict those of `chunked`.
         measured: the iterations that `runs.profile` measured of a real engine, a `.parquet`; controllers then predict
             from these, as they would on that engine, and not from samples of the latency table.
+        timing_error, timing_seed: how far the engine's true times are off those of `latency`, which controllers go on
+            predicting with: a factor from 1 - error to 1 + error for each group of operators, drawn from the seed
+            (`LatencyModel.mistimed`).
         allocation, branching, draft_depth, score, cost_aware, tpot_target: how an action's candidates are shared out
             (`Speculation`).
     """
@@ -59,6 +62,8 @@ class EngineConfig(BaseModel):
     num_kv_blocks: Annotated[int, Field(ge=0)] = 0
     prefill: Prefill = "chunked"
     measured: Path | None = None
+    timing_error: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    timing_seed: Annotated[int, Field(ge=0)] = 0
     allocation: Allocation = CHAINS.allocation
     branching: Annotated[int, Field(ge=1, le=32)] = CHAINS.branching
     draft_depth: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] | None = CHAINS.draft_depth
@@ -82,8 +87,17 @@ class EngineConfig(BaseModel):
 
     @property
     def variant(self) -> str:
-        """`name`, and how it prefills where that is not chunked: two runs are of one engine only if these are equal."""
-        return self.name if self.prefill == "chunked" else f"{self.name} prefill={self.prefill}"
+        """`name`, and what sets it apart from others of that name: runs are of one engine only if these are equal."""
+        mistimed = f" timing_error={self.timing_error:g}#{self.timing_seed}" if self.timing_error > 0.0 else ""
+        return self.name + ("" if self.prefill == "chunked" else f" prefill={self.prefill}") + mistimed
+
+    def true_latency(self) -> LatencyModel:
+        """How long iterations really take: the latency table with the configured error.
+
+        Raises:
+            LatencyTableError: no such table, or a broken one.
+        """
+        return LatencyModel.load(self.latency).mistimed(self.timing_error, self.timing_seed)
 
     def limits(self, latency: LatencyModel) -> EngineLimits:
         """Scheduler limits on the hardware that `latency` describes.

@@ -12,8 +12,8 @@ from engine.compiled import kernel
 from engine.config import EngineConfig
 from engine.core.action import ActionError, ActionGrid
 from engine.core.objective import Prices
+from engine.core.state import State
 from engine.core.telemetry import Observation, observe
-from engine.latency.model import LatencyModel
 from engine.workload.agreement import DrafterAgreement
 from engine.workload.arrivals import PoissonArrivals
 from engine.workload.lengths import NamedLengths
@@ -22,6 +22,9 @@ from engine.workload.workload import Workload
 from envs.reward import TERMS, episode_summary, unfinished_cost
 
 LARGEST_SEED = 2**31 - 1
+
+Origin = tuple[WorkloadSource | Workload, int]
+"""Where an episode's workload comes from: a source and the seed it was drawn with, or the workload itself."""
 
 
 def default_workload() -> WorkloadSource:
@@ -138,9 +141,12 @@ class ServingBatch:
         self.distinct_workloads = distinct_workloads
         self.decisions = np.zeros(num_envs, dtype=np.int64)
         self._choices = np.array([len(self.grid.candidate_choices), len(self.grid.budget_choices)])
+        self._values = (self.grid.candidates, self.grid.budgets)
+        self._may_cut = bool(np.isfinite(self.episode_s) or np.isfinite(self.episode_decisions))
         self._unit_prices = self.prices.per_unit(ttft_target)
         self._drawn: dict[int, Workload] = {}
-        self._latency = LatencyModel.load(self.config.latency)
+        self._origins: dict[int, Origin] = {}
+        self._latency = self.config.true_latency()
         self._simulator: Simulator | None = None
 
     @property
@@ -150,23 +156,43 @@ class ServingBatch:
             raise RuntimeError("call reset() before anything else")
         return self._simulator
 
-    def _draw(self, rng: np.random.Generator) -> Workload:
+    def draws_from(self, source: WorkloadSource) -> None:
+        """Draw the workloads of coming episodes from another source; episodes that have begun go on."""
+        self.source = source
+        self._drawn.clear()
+
+    def _draw(self, rng: np.random.Generator) -> Origin:
         if isinstance(self.source, Workload):
-            return self.source
-        if self.distinct_workloads is None:
-            return self.source.draw(int(rng.integers(LARGEST_SEED)))
-        seed = int(rng.integers(self.distinct_workloads))
+            return self.source, 0
+        return self.source, int(
+            rng.integers(LARGEST_SEED if self.distinct_workloads is None else self.distinct_workloads)
+        )
+
+    def _workload(self, origin: Origin) -> Workload:
+        source, seed = origin
+        if isinstance(source, Workload):
+            return source
+        if self.distinct_workloads is None or source != self.source:
+            return source.draw(seed)
         if seed not in self._drawn:
-            self._drawn[seed] = self.source.draw(seed)
+            self._drawn[seed] = source.draw(seed)
         return self._drawn[seed]
 
     def reset(
         self, envs: Sequence[int], rngs: Sequence[np.random.Generator], workloads: Sequence[Workload] | None = None
     ) -> None:
         """Begin a new episode in each of `envs`, with a workload drawn from its generator or given."""
-        drawn = list(workloads) if workloads is not None else [self._draw(rng) for rng in rngs]
-        for workload in drawn:
-            _check_type("options['workload']", workload, Workload)
+        if workloads is not None:
+            for workload in workloads:
+                _check_type("options['workload']", workload, Workload)
+            origins: list[Origin] = [(workload, 0) for workload in workloads]
+        else:
+            origins = [self._draw(rng) for rng in rngs]
+        self._load(envs, origins)
+        self.decisions[list(envs)] = 0
+
+    def _load(self, envs: Sequence[int], origins: Sequence[Origin]) -> None:
+        drawn = [self._workload(origin) for origin in origins]
         if self._simulator is None:
             if len(drawn) != self.num_envs:
                 raise RuntimeError("the first reset must be of all environments")
@@ -181,7 +207,22 @@ class ServingBatch:
         else:
             for e, workload in zip(envs, drawn, strict=True):
                 self._simulator.load(e, workload)
-        self.decisions[list(envs)] = 0
+        for e, origin in zip(envs, origins, strict=True):
+            self._origins[e] = origin
+
+    def snapshot(self) -> dict[str, Any]:
+        """Where every episode is, to be pickled: a batch of the same settings goes on from there with `restore`.
+
+        Workloads that were drawn are kept as their source and seed.
+        """
+        state = State(*(array.copy() for array in self.simulator.state))  # type: ignore[arg-type]  # as they are
+        return {"origins": dict(self._origins), "decisions": self.decisions.copy(), "state": state}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Take up a `snapshot` of a batch of the same settings, bit for bit."""
+        self._load(range(self.num_envs), [snapshot["origins"][e] for e in range(self.num_envs)])
+        self.decisions[:] = snapshot["decisions"]
+        self.simulator.state = snapshot["state"]
 
     def observe(self, envs: Sequence[int], observation: Observation) -> None:
         """Write the telemetry of `envs` into their rows of `observation`."""
@@ -212,8 +253,8 @@ class ServingBatch:
             simulator.state,
             simulator.latency.tables,
             simulator.draws,
-            self.grid.candidates[actions[:, 0]],
-            self.grid.budgets[actions[:, 1]],
+            self._values[0][actions[:, 0]],
+            self._values[1][actions[:, 1]],
             self.decision_s,
             self.decide_every,
             self._unit_prices,
@@ -222,10 +263,11 @@ class ServingBatch:
             over,
         )
         self.decisions += 1
-        cut = (simulator.state.engines["now"] >= self.episode_s) | (self.decisions >= self.episode_decisions)
-        for e in np.flatnonzero(cut & ~over):
-            costs[e, 3] = unfinished_cost(simulator.state, int(e), self.prices)
-            over[e] = True
+        if self._may_cut:
+            cut = (simulator.state.engines["now"] >= self.episode_s) | (self.decisions >= self.episode_decisions)
+            for e in np.flatnonzero(cut & ~over):
+                costs[e, 3] = unfinished_cost(simulator.state, int(e), self.prices)
+                over[e] = True
         return observation, costs, over
 
     def summary(self, e: int) -> dict[str, Any]:

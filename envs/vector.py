@@ -1,6 +1,7 @@
 """The natively batched serving environment: N engines in one compiled step."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import gymnasium
@@ -76,6 +77,15 @@ class ServingVectorEnv(VectorEnv[dict[str, NDArray[np.float32]], NDArray[np.int6
         observation = self.batch.simulator.new_observation()
         self.batch.observe(everywhere, observation)
         return self._dict(observation), {}
+
+    def snapshot(self) -> dict[str, Any]:
+        """Where every episode and every generator is, to be pickled; see `ServingBatch.snapshot`."""
+        return {"batch": self.batch.snapshot(), "rngs": deepcopy(self._rngs)}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Take up a `snapshot` of an environment of the same settings: the next steps are the same, bit for bit."""
+        self._rngs = deepcopy(snapshot["rngs"])
+        self.batch.restore(snapshot["batch"])
 
     @staticmethod
     def _dict(observation: Observation) -> dict[str, NDArray[np.float32]]:

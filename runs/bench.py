@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from engine.files import write_whole
 from runs.code import code_digest
-from runs.folder import write_whole
 from runs.reporting import scores, suite
 from runs.reporting.collate import ReportError, collate
 

@@ -21,20 +21,22 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from controllers.controller import Controller, Plant
+from controllers.controller import Controller
 from controllers.fixed import Fixed
 from engine.backends.torch.config import TorchEngineConfig
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.core.metrics import request_table
+from engine.files import write_whole
 from engine.latency.table_file import LatencyTables
+from engine.plant import Plant
 from engine.workload.acceptance_log import AcceptanceLog, LoggedTurn
 from engine.workload.agreement import Agreement, AgreementModel
 from engine.workload.fit_agreement import fit_agreement
 from engine.workload.prompts import Prompts, PromptSource
 from engine.workload.workload import Workload
 from runs import calibration_cells as cells
-from runs import folder, live, simulated
+from runs import live, simulated
 from runs.calibration_cells import Cell, RealRun
 from runs.evaluation import LookupFit, Targets, load_latency, load_lookup, load_profile
 from runs.profiling import AGREEMENT, CARD
@@ -154,7 +156,7 @@ class Calibration(BaseModel):
         simulator = simulated.Simulator(
             profiled, [workload], latency=load_latency(profiled.latency), ttft_target=self.slo.ttft_target
         )
-        controller = Fixed(candidates=self.capacity_candidates, token_budget=self.capacity_budget)  # type: ignore[call-arg]
+        controller = Fixed(candidates=self.capacity_candidates, token_budget=self.capacity_budget)
         served = simulated.serve(simulator, workload, controller, self._plant(profiled), "off")
         # While the batch fills and empties the engine is slower than it can be.
         finish = np.sort(request_table(served.state)["finish_s"])
@@ -195,7 +197,7 @@ class Calibration(BaseModel):
                 "hydra.run.dir=DIR, or remove it"
             )
         out.mkdir(parents=True, exist_ok=True)
-        folder.write_whole(path, text.encode())
+        write_whole(path, text.encode())
 
     def _serve(
         self,

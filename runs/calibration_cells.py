@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from controllers.controller import Controller, Plant
+from controllers.controller import Controller
 from engine.backends.replay import Recording, replay
 from engine.backends.simulator import Simulator, batch_time, reading_time
 from engine.backends.torch.acceptance import agreement
@@ -22,6 +22,7 @@ from engine.config import EngineConfig, EngineLimits
 from engine.core.metrics import request_table, summarize
 from engine.core.state import State
 from engine.latency.table_file import LatencyTables
+from engine.plant import Plant
 from engine.workload.agreement import Agreement
 from engine.workload.prompts import Prompts
 from engine.workload.workload import Workload, offsets, run_lengths

@@ -19,10 +19,10 @@ from controllers.controller import Controller
 from engine.backends.torch.config import TorchEngineConfig
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
+from engine.files import write_whole
 from engine.workload.source import WorkloadSource
 from runs.code import code_digest
 from runs.evaluation import Evaluation, LookupFit, Targets
-from runs.folder import write_whole
 from runs.reporting.statistics import bootstrap_interval
 from runs.simulated import Charge
 

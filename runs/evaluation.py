@@ -12,7 +12,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from controllers.controller import Controller, Plant
+from controllers.controller import Controller
 from engine.backends.simulator import Simulator
 from engine.backends.torch.config import TorchEngineConfig
 from engine.config import EngineConfig, EngineLimits
@@ -24,6 +24,7 @@ from engine.latency.measured import MeasuredIterations
 from engine.latency.measured_card import MEASURED_FOREST
 from engine.latency.model import LatencyModel
 from engine.latency.predictors import DEFAULT_FOREST, Feature, Forest
+from engine.plant import Plant
 from engine.workload.prompts import Prompts, PromptSource, prompts_for
 from engine.workload.source import WorkloadSource
 from engine.workload.workload import Workload
@@ -135,9 +136,7 @@ class Evaluation(BaseModel):
     def _run_simulated(self, config: EngineConfig, on_progress: Progress | None) -> "Result":
         workload = self._draw()
         config = config.governed_by(self.controller.speculation)
-        simulator = Simulator(
-            config, [workload], latency=load_latency(config.latency), ttft_target=self.slo.ttft_target
-        )
+        simulator = Simulator(config, [workload], latency=load_truth(config), ttft_target=self.slo.ttft_target)
         plant = plant_of(config, simulator.limits, self.actions, self.lookup)
         served = simulated.serve(
             simulator, workload, self.controller, plant, self.charge_decisions, self._recording, on_progress
@@ -247,6 +246,12 @@ def draw(drawing: Drawing) -> Workload:
 def load_latency(name: str) -> LatencyModel:
     """`LatencyModel.load`, kept."""
     return LatencyModel.load(name)
+
+
+@lru_cache(maxsize=8)
+def load_truth(config: EngineConfig) -> LatencyModel:
+    """`EngineConfig.true_latency`, kept."""
+    return config.true_latency()
 
 
 @lru_cache(maxsize=8)

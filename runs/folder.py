@@ -58,16 +58,6 @@ def write_run(
             path.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its final name, then rename it: it is whole or not there."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _write_table(columns: dict[str, NDArray[Any]], path: Path) -> None:
     pq.write_table(pa.table(columns), path, compression="zstd", write_statistics=False)
 

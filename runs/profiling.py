@@ -25,6 +25,7 @@ from engine.backends.torch.engine import TorchEngine
 from engine.backends.torch.measure import collect, loads, measure
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
+from engine.files import write_whole
 from engine.latency.design import Space, design
 from engine.latency.measured import MeasuredIterations
 from engine.latency.measured_card import MEASURED_FOREST, card
@@ -32,7 +33,6 @@ from engine.latency.measured_fit import MemoryFigures, fit_table
 from engine.latency.predictors import Forest
 from engine.latency.table_file import dump
 from engine.models.corpus import cut_prompts, library_texts
-from runs.folder import write_whole
 
 log = logging.getLogger(__name__)
 

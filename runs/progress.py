@@ -7,15 +7,21 @@ from typing import Any
 
 
 @contextmanager
-def progress(what: str = "Serving") -> Iterator[Callable[[int, int], Any] | None]:
-    """Yields a function of (done, total) that draws a bar; None where nobody would see one."""
+def progress(what: str = "Serving") -> Iterator[Callable[..., Any] | None]:
+    """Yields a function of (done, total, note="") that draws a bar; None where nobody would see one."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(what, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+        task = bars.add_task(what, total=None, note="")
+        yield lambda done, total, note="": bars.update(task, completed=done, total=total, note=note)

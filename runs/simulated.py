@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from controllers.controller import CompiledController, Controller, Plant, as_dict
+from controllers.controller import CompiledController, Controller, as_dict
 from engine.backends.simulator import ITERATION, Simulator, log_iteration
+from engine.plant import Plant
 from engine.workload.workload import Workload
 from runs.serving import NO_ITERATIONS, Progress, Served, decide
 

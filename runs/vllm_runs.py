@@ -128,7 +128,7 @@ def simulate(run: VllmRun, **overrides: float) -> dict[str, NDArray[Any]]:
     )
     latency = LatencyModel.load(run.table, **overrides)
     simulator = Simulator(config, [_workload(run)], latency=latency, ttft_target=TTFT_TARGET_S)
-    simulator.run_to_end(Sarathi(total_budget=run.total_budget).loop(simulator, 0.0))  # type: ignore[call-arg]
+    simulator.run_to_end(Sarathi(total_budget=run.total_budget).loop(simulator, 0.0))
     return request_table(simulator.state)
 
 

@@ -135,7 +135,7 @@ class Simulator:
         max_candidates: int = core.MAX_CANDIDATES,
     ) -> None:
         self.config = config
-        self.latency = latency if latency is not None else LatencyModel.load(config.latency)
+        self.latency = latency if latency is not None else config.true_latency()
         self.limits = config.limits(self.latency)
         self.queue_rows = queue_rows
         self.max_candidates = max_candidates

@@ -5,6 +5,7 @@ loops call them without returning to Python; the class loads a shipped table, kn
 """
 
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,22 @@ from engine.latency.table_file import (
 )
 
 TABLES_FOLDER = Path(__file__).parent / "tables"
+
+OPERATOR_GROUPS = {
+    "per token": ("linear_s", "linear_slope_s", "head_s", "head_slope_s"),
+    "decode attention": ("decode_s",),
+    "prefill attention": ("fresh_s", "extra_s", "context_s"),
+    "drafter": ("draft_step_s", "unread_s", "draft_kv_token_s", "draft_prefill_s", "draft_prefill_token_s"),
+    "overheads": (
+        "fixed_s",
+        "per_request_s",
+        "speculation_s",
+        "speculation_request_s",
+        "idle_drafter_s",
+        "idle_drafter_request_s",
+    ),
+}
+"""Fields of `LatencyTables` that are in seconds, by what they are times of."""
 
 
 @kernel
@@ -275,6 +292,29 @@ class LatencyModel:
             kv_bytes_per_token=1,
             provenance={"source": "closed form", "base_s": base_s, "per_token_s": per_token_s},
         )
+
+    def mistimed(self, error: float, seed: int) -> "LatencyModel":
+        """The same engine with each group of operators off by a factor of its own, drawn from 1 - error to 1 + error.
+
+        What a controller predicts with then errs the way a profile of another GPU, driver or day does: the groups
+        (`OPERATOR_GROUPS`: per-token operators, decode attention, prefill attention, drafter, overheads) move against
+        one another, so that what is best moves too. ValueError for an error outside [0, 1).
+        """
+        if not 0.0 <= error < 1.0:
+            raise ValueError(f"timing_error={error!r} must be at least 0 and below 1")
+        if error == 0.0:
+            return self
+        factors = np.random.default_rng([seed, len(OPERATOR_GROUPS)]).uniform(
+            1.0 - error, 1.0 + error, len(OPERATOR_GROUPS)
+        )
+        changed = {
+            name: getattr(self.tables, name) * factor
+            for names, factor in zip(OPERATOR_GROUPS.values(), factors.tolist(), strict=True)
+            for name in names
+        }
+        twin = copy(self)
+        twin.tables = self.tables._replace(**changed)
+        return twin
 
     def kv_capacity_tokens(self, gpu_memory_utilization: float = 0.9) -> int:
         """Tokens whose keys and values fit beside weights, drafter and activations, over all GPUs of the engine.

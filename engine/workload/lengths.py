@@ -116,7 +116,8 @@ class QuantileLengths(LengthModel):
 class NamedLengths(LengthModel):
     """A data set's lengths by name; `length_tables.py` says where each figure comes from and which are estimates.
 
-    `prompt_scale` and `output_scale` multiply the lengths: for domain randomisation, or to match a longer product.
+    `prompt_scale` and `output_scale` multiply the lengths: for domain randomisation, or to match a longer product. A
+    total over `max_total_tokens` (None = any) shortens the prompt.
     """
 
     name: Literal[
@@ -132,6 +133,7 @@ class NamedLengths(LengthModel):
     ]
     prompt_scale: Positive = 1.0
     output_scale: Positive = 1.0
+    max_total_tokens: Annotated[int, Field(ge=2)] | None = None
 
     @property
     def model(self) -> LengthModel:
@@ -142,8 +144,10 @@ class NamedLengths(LengthModel):
 
     def draw(self, rng: np.random.Generator, num_requests: int) -> Lengths:
         drawn = self.model.draw(rng, num_requests)
-        return Lengths(
-            _whole(drawn.prompt_tokens * self.prompt_scale, None), _whole(drawn.output_tokens * self.output_scale, None)
+        return _bounded(
+            _whole(drawn.prompt_tokens * self.prompt_scale, None),
+            _whole(drawn.output_tokens * self.output_scale, None),
+            self.max_total_tokens,
         )
 
 

@@ -22,7 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 # Streams of one seed. A number is never given another meaning: that would change everybody's requests.
-ARRIVALS, LENGTHS, AGREEMENT, PROMPTS, SAMPLING = range(5)
+ARRIVALS, LENGTHS, AGREEMENT, PROMPTS, SAMPLING, DOMAIN = range(6)
 
 
 class WorkloadSource(BaseModel, ABC):

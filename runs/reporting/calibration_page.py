@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from runs.folder import write_whole
+from engine.files import write_whole
 from runs.reporting import calibration, calibration_figures, page, palette
 from runs.reporting.calibration import OWN_AGREEMENTS, PREDICTED, written_ratio
 from runs.reporting.tables import Column, Table, decimals, milliseconds, percent, seconds, text, whole

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from controllers.controller import Plant
 from engine.core.action import ActionGrid
 from engine.core.telemetry import LOAD_FIELDS, RATE_BANDS
 from engine.latency.lookup import LookupGrid, LookupTable
+from engine.plant import Plant
 
 QUEUE_ROWS = 4
 DEPTH = 8

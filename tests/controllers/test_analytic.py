@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from controllers.acceptance import MEMORY_S, PRIOR_ACCEPTANCE, PRIOR_COUNT, learn_acceptance, new_memory
 from controllers.analytic import LENGTH_MEMORY_S, PRIOR_OUTPUT_TOKENS, Analytic
-from controllers.controller import CompiledController, Plant, as_dict
+from controllers.controller import CompiledController, as_dict
 from controllers.fixed import Fixed
 from engine.backends.simulator import Simulator
 from engine.config import EngineConfig
@@ -28,6 +28,7 @@ from engine.core.metrics import request_table, summarize
 from engine.core.objective import Prices
 from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S, RATE_BANDS
 from engine.latency.lookup import LookupGrid, LookupTable
+from engine.plant import Plant
 from engine.workload.source import WorkloadSource
 from engine.workload.workload import Workload
 
@@ -311,7 +312,8 @@ class Reference:
         elapsed, decodes = load["interval_s"], load["num_decodes"]
         tokens = self._tokens(observation, elapsed)
         if elapsed > 0.0:
-            self.rate += (1.0 - math.exp(-elapsed / s.arrival_memory_s)) * (load["arrivals"] / elapsed - self.rate)
+            weight = -math.expm1(-elapsed / s.arrival_memory_s)
+            self.rate += weight / elapsed * load["arrivals"] - weight * self.rate
         fade = math.exp(-elapsed / LENGTH_MEMORY_S)
         self.finished = self.finished * fade + load["finished"]
         self.finished_tokens = self.finished_tokens * fade + load["finished_tokens"]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from controllers.analytic import Analytic
-from controllers.controller import CompiledController, Plant
+from controllers.controller import CompiledController
 from controllers.fixed import Fixed
 from controllers.mpc import Mpc
 from controllers.oracle import Oracle
@@ -26,6 +26,7 @@ from engine.core.action import ActionGrid
 from engine.core.metrics import request_table
 from engine.core.objective import Prices, charged
 from engine.latency.lookup import LookupTable
+from engine.plant import Plant
 from engine.workload.arrivals import PoissonArrivals
 from engine.workload.lengths import NamedLengths
 from engine.workload.source import SyntheticSource

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from controllers.controller import CompiledController, Plant, as_dict
+from controllers.controller import CompiledController, as_dict
 from controllers.fixed import Fixed
 from controllers.poster import G_WEIGHT, Poster
 from controllers.sarathi import Sarathi
@@ -27,6 +27,7 @@ from engine.core.telemetry import (
 )
 from engine.latency.lookup import LookupGrid, LookupTable
 from engine.latency.model import LatencyModel
+from engine.plant import Plant
 from engine.workload.agreement import IidAgreement
 from engine.workload.workload import Workload
 

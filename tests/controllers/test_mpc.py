@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from controllers.analytic import Analytic
-from controllers.controller import CompiledController, Plant, as_dict
+from controllers.controller import CompiledController, as_dict
 from controllers.fixed import Fixed
 from controllers.forecast import Now, predicted_cost
 from controllers.mpc import Mpc
@@ -23,6 +23,7 @@ from engine.core.metrics import request_table
 from engine.core.objective import Prices, charged
 from engine.core.telemetry import NO_DEADLINE_S
 from engine.latency.lookup import LookupTable
+from engine.plant import Plant
 from engine.workload.arrivals import PoissonArrivals
 from engine.workload.lengths import NamedLengths
 from engine.workload.source import SyntheticSource

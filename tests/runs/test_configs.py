@@ -12,11 +12,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
+from controllers.learned import Learned
+from controllers.policy import POLICIES_FOLDER
 from engine.backends.torch.config import TorchEngineConfig
 from engine.config import EngineConfig
 from engine.latency.model import available_tables
 from hydra_plugins.governor.sweeper import combine
 from runs.evaluation import Evaluation
+from runs.learning.distillation import Distillation
+from runs.learning.training import Training
 from runs.reporting.scores import ZERO
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -46,6 +50,57 @@ def test_every_choice_of_every_group_composes_and_instantiates(group: str, name:
     elif group.startswith("workload/"):
         extra = ["workload=synthetic"]
     evaluation(*extra, f"{group}={name}")
+
+
+TRAIN_CHOICES = [
+    (group, path.stem)
+    for group in ("env", "learner", "curriculum", "logger")
+    for path in sorted((CONF / group).glob("*.yaml"))
+    if (group, path.stem) != ("env", "training")
+]
+
+
+@pytest.mark.parametrize(("group", "name"), TRAIN_CHOICES, ids=lambda value: value)
+def test_every_choice_of_training_composes_and_instantiates(group: str, name: str) -> None:
+    where = "curriculum@env.curriculum" if group == "curriculum" else group
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose("train", [f"{where}={name}", "kind=made"])
+    made = instantiate(config, _convert_="all")
+    assert isinstance(made, Training)
+    assert sum(made.env.shares().values()) == made.env.num_envs
+    if group == "learner":
+        # The file says what each setting is, so it must say all of them.
+        own = {key for key in OmegaConf.to_container(config.learner) if key != "_target_"}  # type: ignore[union-attr]
+        assert own == set(type(made.learner).model_fields)
+
+
+def test_training_environments_hold_the_targets_of_the_suite() -> None:
+    with initialize_config_dir(str(CONF), version_base=None):
+        suite = compose("evaluate", ["experiment=bench"], return_hydra_config=True).hydra.sweeper.alternatives.load
+    targets = {(load.engine, load["slo.ttft_target"], load["slo.tpot_target"]) for load in suite}
+    trained = set()
+    for path in (CONF / "env").glob("vicuna_*.yaml"):
+        with initialize_config_dir(str(CONF), version_base=None):
+            env = instantiate(compose("train", [f"env={path.stem}", "kind=made"]).env, _convert_="all")
+        trained |= {(s.engine.name, s.slo.ttft_target, s.slo.tpot_target) for s in env.scenarios.values()}
+    assert trained == targets
+
+
+@pytest.mark.parametrize("engine", [name for name in SIMULATED_ENGINES if name.startswith("vicuna")])
+def test_every_vicuna_has_a_small_policy_that_fits_the_standard_choices(engine: str) -> None:
+    made = evaluation(f"engine={engine}", "controller=learned")
+    assert isinstance(made.controller, Learned)
+    assert made.controller.policy.header.actions == made.actions
+    assert (POLICIES_FOLDER / f"{engine}.npz").stat().st_size < 200_000
+    # An H100 has its A100's.
+    assert made.controller.policy.header.trained["engines"] == [engine.replace("h100", "a100")]
+
+
+@pytest.mark.parametrize("controller", ["analytic", "goodput"])
+def test_distillation_composes_and_instantiates(controller: str) -> None:
+    with initialize_config_dir(str(CONF), version_base=None):
+        made = instantiate(compose("distill", [f"controller={controller}"]), _convert_="all")
+    assert isinstance(made, Distillation)
 
 
 @pytest.mark.parametrize("name", SIMULATED_ENGINES)

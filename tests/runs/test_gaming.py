@@ -14,9 +14,10 @@ from hydra.utils import instantiate
 from numpy.typing import NDArray
 from pydantic import Field
 
-from controllers.controller import Controller, Plant, configured
+from controllers.controller import Controller, configured
 from controllers.fixed import Fixed
 from engine.core.telemetry import NUM_DECODES, NUM_WAITING
+from engine.plant import Plant
 from runs.evaluation import Evaluation
 from runs.reporting.scores import ZERO, score
 from runs.reporting.statistics import PairedDifference, paired_difference

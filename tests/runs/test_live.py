@@ -15,7 +15,7 @@ import torch
 from fake_runs import write_constant
 from hydra import compose, initialize_config_dir
 
-from controllers.controller import Controller, Plant
+from controllers.controller import Controller
 from controllers.fixed import Fixed
 from engine.backends.replay import replay
 from engine.backends.torch.config import TorchEngineConfig
@@ -23,6 +23,7 @@ from engine.backends.torch.engine import TorchEngine
 from engine.core.action import ActionError, ActionGrid
 from engine.core.metrics import request_table
 from engine.core.telemetry import NUM_DECODES, NUM_WAITING
+from engine.plant import Plant
 from engine.speculation.sampling import GREEDY, Sampling
 from engine.workload.prompts import Prompts
 from hydra_plugins.governor import launcher

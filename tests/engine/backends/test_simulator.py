@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from controllers.analytic import Analytic
-from controllers.controller import CompiledController, Plant
+from controllers.controller import CompiledController
 from controllers.fixed import Fixed
 from controllers.sarathi import Sarathi
 from engine.backends.simulator import ITERATION, Simulator
@@ -20,6 +20,7 @@ from engine.core.action import ActionGrid
 from engine.core.state import FINISHED, PREFILL_ORDERS
 from engine.latency.lookup import LookupTable
 from engine.latency.model import LatencyModel
+from engine.plant import Plant
 from engine.workload.agreement import IidAgreement
 from engine.workload.source import TraceSource
 from engine.workload.workload import Workload, WorkloadError

@@ -1,0 +1,168 @@
+"""A controller that may fail, asked within a time limit: an engine that serves people goes on without it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.core.action import ActionError, check_action
+from engine.core.telemetry import Observation
+
+log = logging.getLogger(__name__)
+
+Choose = Callable[[Mapping[str, NDArray[np.float32]]], Any]
+"""What a controller's `choose` is: one engine's telemetry in, (c, n) in tokens out."""
+
+SECONDS_PER_LOG_LINE = 10.0
+
+
+@dataclass
+class Tally:
+    """What became of the decisions that were wanted."""
+
+    asked: int = 0
+    """Decisions wanted while the controller was on."""
+    raised: int = 0
+    """The controller raised an exception."""
+    overran: int = 0
+    """It had not answered within the time limit, or was still busy with an earlier decision."""
+    refused: int = 0
+    """Its answer was none that an engine can run."""
+
+    @property
+    def failed(self) -> int:
+        """Decisions that the engine had to do without."""
+        return self.raised + self.overran + self.refused
+
+
+def check_decision(answer: Any, num_decodes: int) -> tuple[int, int]:
+    """(c, n) of what a controller answered for an engine with so many decoding requests.
+
+    Raises ActionError for anything but two whole numbers that an engine can run without standing still.
+    """
+    try:
+        candidates, token_budget = answer
+    except (TypeError, ValueError) as error:
+        raise ActionError(f"a decision is the two whole numbers (c, n), got {answer!r}") from error
+    for name, value in (("candidates", candidates), ("token_budget", token_budget)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise ActionError(f"{name}={value!r} must be a whole number of tokens")
+    check_action(int(candidates), max(int(token_budget), 1))
+    if token_budget < 0 or (token_budget == 0 and num_decodes == 0):
+        raise ActionError(
+            f"token_budget={token_budget} with {num_decodes} requests decoding: the engine would stand still"
+        )
+    return int(candidates), int(token_budget)
+
+
+class Guard:
+    """Asks a controller in a thread of its own, so that none of its faults reaches the engine.
+
+    A decision that raises, comes late or is nonsense is counted and logged, at most every `SECONDS_PER_LOG_LINE`; after
+    `most_failures` of them in a row the controller is not asked again.
+
+    Args:
+        choose: asked with telemetry that nobody writes to afterwards.
+        time_limit_s: how long one decision is waited for.
+        most_failures: decisions in a row that may fail before the controller is switched off.
+        clock: seconds, for the distance between log lines.
+        log: where the lines go.
+    """
+
+    def __init__(
+        self,
+        choose: Choose,
+        *,
+        time_limit_s: float,
+        most_failures: int,
+        clock: Callable[[], float] = time.monotonic,
+        log: logging.Logger = log,
+    ) -> None:
+        self.tally = Tally()
+        self.on = True
+        self._choose = choose
+        self._time_limit_s = time_limit_s
+        self._most_failures = most_failures
+        self._clock = clock
+        self._log = log
+        self._in_a_row = 0
+        self._logged_at = -np.inf
+        self._unlogged = 0
+        self._questions: SimpleQueue[Mapping[str, NDArray[np.float32]] | None] = SimpleQueue()
+        self._answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        self._busy = False
+        self._thread: threading.Thread | None = None
+
+    def ask(self, observation: Observation, num_decodes: int) -> tuple[int, int] | None:
+        """(c, n) for the first engine of `observation`, or None: the engine's own setting holds."""
+        if not self.on:
+            return None
+        self.tally.asked += 1
+        if self._busy and not self._answered(0.0):
+            self._fail("overran", "is still busy with an earlier decision")
+            return None
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="governor", daemon=True)
+            self._thread.start()
+        self._busy = True
+        self._questions.put({name: array[0] for name, array in zip(Observation._fields, observation, strict=True)})
+        answer = self._answered(self._time_limit_s)
+        if answer is None:
+            self._fail("overran", f"has not answered within {self._time_limit_s:g} s")
+            return None
+        decision, error = answer
+        if error is not None:
+            self._fail("raised", f"raised {type(error).__name__}: {error}")
+            return None
+        try:
+            candidates, token_budget = check_decision(decision, num_decodes)
+        except ActionError as refusal:
+            self._fail("refused", f"answered nonsense: {refusal}")
+            return None
+        self._in_a_row = 0
+        return candidates, token_budget
+
+    def close(self) -> None:
+        """Let the thread end; nothing is asked again."""
+        self.on = False
+        self._questions.put(None)
+
+    def _answered(self, wait_s: float) -> tuple[Any, BaseException | None] | None:
+        """The answer to the question asked last, if it comes within `wait_s`."""
+        try:
+            answer = self._answers.get(block=wait_s > 0.0, timeout=wait_s or None)
+        except Empty:
+            return None
+        self._busy = False
+        return answer
+
+    def _serve(self) -> None:
+        while (view := self._questions.get()) is not None:
+            try:
+                self._answers.put((self._choose(view), None))
+            except BaseException as error:
+                self._answers.put((None, error))
+
+    def _fail(self, kind: str, what: str) -> None:
+        setattr(self.tally, kind, getattr(self.tally, kind) + 1)
+        self._in_a_row += 1
+        self._unlogged += 1
+        if self._in_a_row >= self._most_failures:
+            self.close()
+            self._log.error("the controller is switched off after %d failures in a row; it %s", self._in_a_row, what)
+        elif self._clock() - self._logged_at >= SECONDS_PER_LOG_LINE:
+            self._log.warning(
+                "the controller %s; the engine's own setting holds for this step (%d failures since the last line)",
+                what,
+                self._unlogged,
+            )
+            self._logged_at = self._clock()
+            self._unlogged = 0

@@ -1,0 +1,1 @@
+"""From what a controller chooses to the schedules that serving engines load."""

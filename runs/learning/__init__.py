@@ -1,0 +1,1 @@
+"""Training policies: environments, learners, checkpoints and what is measured on the way."""

@@ -1,0 +1,124 @@
+"""What a training run leaves on the way: rows of metrics in a CSV and in W&B, and checkpoints that it goes on from."""
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+from engine.files import write_whole
+from runs.tracking import Tracking
+
+log = logging.getLogger(__name__)
+
+METRICS = "metrics.csv"
+CHECKPOINT = "checkpoint.pkl"
+SYNCED = "wandb.json"
+STEP = "train/env_steps"
+
+Row = dict[str, float]
+
+
+class Metrics:
+    """Rows of metrics by environment steps, rewritten whole so that a file never holds half a row, nor one twice.
+
+    After a kill the rows begin with those of the checkpoint; what was written after it is overwritten as training comes
+    by again. W&B is only told steps that it has not seen.
+    """
+
+    def __init__(self, folder: Path, tracking: Tracking, name: str, config: dict[str, Any]) -> None:
+        self.rows: list[Row] = []
+        self._folder = folder
+        self._run: Any = None
+        self._told = -1.0
+        if tracking.enabled:
+            self._begin(tracking, name, config)
+
+    def _begin(self, tracking: Tracking, name: str, config: dict[str, Any]) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        synced = self._folder / SYNCED
+        known = json.loads(synced.read_text(encoding="utf-8")) if synced.is_file() else {}
+        try:
+            self._run = wandb.init(
+                project=tracking.project,
+                mode="offline" if tracking.mode == "offline" else "online",
+                dir=self._folder,
+                id=known.get("id"),
+                resume="allow" if known else None,
+                name=name,
+                job_type="train",
+                config=config,
+                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_meta=True),
+            )
+            for prefix in ("train", "eval", "serving"):
+                self._run.define_metric(f"{prefix}/*", step_metric=STEP)
+        except wandb.Error as error:
+            log.warning("nothing is logged to Weights & Biases (%s); logger=none turns it off", error)
+            self._run = None
+            return
+        self._told = known.get("step", -1.0)
+
+    def add(self, row: Row) -> None:
+        """Append a row; write the CSV, and W&B if it has not been told yet."""
+        self.rows.append(row)
+        self.write()
+        if self._run is not None and row[STEP] > self._told:
+            self._told = row[STEP]
+            state = json.dumps({"id": self._run.id, "step": self._told})
+            # Before it is told: a kill in between loses a row in W&B, where the other order would tell one twice.
+            write_whole(self._folder / SYNCED, state.encode())
+            self._run.log({key: value for key, value in row.items() if math.isfinite(value)})
+
+    def write(self) -> None:
+        """Write the CSV as the rows are."""
+        columns = sorted({key for row in self.rows for key in row}, key=lambda key: (key != STEP, key))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
+        writer.writeheader()
+        for row in self.rows:
+            writer.writerow({key: f"{value:.6g}" if key != STEP else f"{value:.0f}" for key, value in row.items()})
+        write_whole(self._folder / METRICS, text.getvalue().encode())
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Tell W&B the outcome."""
+        if self._run is not None:
+            for key, value in summary.items():
+                if isinstance(value, int | float) and math.isfinite(value):
+                    self._run.summary[key] = value
+            self._run.finish()
+            self._run = None
+
+
+def save_checkpoint(folder: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint: the one before it stays until this one is whole."""
+    write_whole(folder / CHECKPOINT, pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+def load_checkpoint(folder: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The folder's checkpoint, if there is one.
+
+    Only files that this program wrote itself may be loaded: a checkpoint is a pickle.
+
+    Raises:
+        ValueError: it is of another configuration, or broken.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = pickle.loads(path.read_bytes())
+        made = content["fingerprint"]
+    except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, ImportError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); remove it to begin anew") from error
+    if made != fingerprint:
+        raise ValueError(
+            f"{path} is of another configuration or version of the code: set hydra.run.dir to another folder, or "
+            "remove it to begin anew"
+        )
+    return content
