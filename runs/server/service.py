@@ -81,7 +81,7 @@ class Service(BaseModel):
     max_waiting: Annotated[int, Field(ge=0)] = 256
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1024**2
     chat_template: Path | None = None
-    fallback: Fixed = Fixed(candidates=0, token_budget=512)  # type: ignore[call-arg]
+    fallback: Fixed = Fixed(candidates=0, token_budget=512)
     decision_limit_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.1
     drain_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 120.0
     seed: Annotated[int, Field(ge=0)] = 0
