@@ -88,8 +88,3 @@ def batched(observation: Mapping[str, NDArray[np.float32]]) -> Observation:
         accepted=observation["accepted"][None],
         rates=observation["rates"][None],
     )
-
-
-def as_dict(observation: Observation, e: int = 0) -> dict[str, Any]:
-    """Engine `e`'s rows of batched telemetry as the environment's observation dict (views)."""
-    return {name: array[e] for name, array in zip(Observation._fields, observation, strict=True)}

@@ -7,7 +7,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from engine.core.telemetry import Observation
+from engine.core.telemetry import as_dict
 from envs.batch import ServingBatch, given_workload, refuse_rendering
 from envs.reward import TERMS
 from envs.spaces import action_space, observation_space
@@ -112,10 +112,6 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
         self.observation_space: spaces.Space[Any] = observation_space(self.batch.queue_rows, self.batch.max_candidates)
         self.action_space: spaces.Space[Any] = action_space(self.batch.grid)
 
-    @staticmethod
-    def _single(observation: Observation) -> dict[str, NDArray[np.float32]]:
-        return {name: array[0] for name, array in zip(Observation._fields, observation, strict=True)}
-
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
@@ -125,7 +121,7 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
         self.batch.reset([0], [self.np_random], None if given is None else [given])
         observation = self.batch.simulator.new_observation()
         self.batch.observe([0], observation)
-        return self._single(observation), {}
+        return as_dict(observation), {}
 
     def step(
         self, action: NDArray[np.int64]
@@ -135,4 +131,4 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
         info: dict[str, Any] = {"reward_terms": dict(zip(TERMS, costs[0].tolist(), strict=True))}
         if over[0]:
             info["episode_summary"] = self.batch.summary(0)
-        return self._single(observation), float(-costs[0].sum()), False, bool(over[0]), info
+        return as_dict(observation), float(-costs[0].sum()), False, bool(over[0]), info

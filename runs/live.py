@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from controllers.controller import Controller, as_dict
+from controllers.controller import Controller
 from engine.backends.clock import Clock, WallClock
 from engine.backends.simulator import ITERATION, log_iteration
 from engine.core.action import ActionError, ActionGrid
+from engine.core.telemetry import as_dict
 from engine.plant import Plant
 from engine.workload.prompts import Prompts
 from runs.serving import NO_ITERATIONS, Progress, Served, decide

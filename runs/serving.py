@@ -1,6 +1,5 @@
 """What simulated and real runs have in common: how a controller is asked, and what serving leaves."""
 
-import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controllers.controller import Controller
+from engine.backends.guard import check_decision
 from engine.backends.simulator import ITERATION
-from engine.core.action import ActionError, check_action
+from engine.core.action import ActionError
 from engine.core.state import State
 
 Progress = Callable[[int, int], Any]
@@ -52,13 +52,7 @@ def decide(controller: Controller, view: dict[str, Any], decoding: int) -> tuple
     chosen = controller.choose(view)
     seconds = time.perf_counter() - begin
     try:
-        candidates, token_budget = map(operator.index, chosen)
-    except (TypeError, ValueError) as error:
-        raise ActionError(f"{controller.label()} chose {chosen!r}, which is no pair of integers (c, n)") from error
-    check_action(candidates, max(token_budget, 1))
-    if token_budget < 1 and (token_budget < 0 or decoding == 0):
-        raise ActionError(
-            f"{controller.label()} chose token_budget={token_budget} with nothing to decode: the engine would "
-            "stand still; choose at least 1 when no request is decoding"
-        )
+        candidates, token_budget = check_decision(chosen, decoding)
+    except ActionError as error:
+        raise ActionError(f"{controller.label()} answered nonsense: {error}") from error
     return candidates, token_budget, seconds

@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from controllers.controller import CompiledController, Controller, as_dict
+from controllers.controller import CompiledController, Controller
 from engine.backends.simulator import ITERATION, Simulator, log_iteration
+from engine.core.telemetry import as_dict
 from engine.plant import Plant
 from engine.workload.workload import Workload
 from runs.serving import NO_ITERATIONS, Progress, Served, decide

@@ -8,20 +8,24 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.core.action import ActionError, check_action
-from engine.core.telemetry import Observation
 
 log = logging.getLogger(__name__)
 
-Choose = Callable[[Mapping[str, NDArray[np.float32]]], Any]
-"""What a controller's `choose` is: one engine's telemetry in, (c, n) in tokens out."""
+View = Mapping[str, NDArray[np.float32]]
+"""One engine's telemetry (`engine.core.telemetry.as_dict`)."""
+
+Choose = Callable[[View], Any]
+"""What a controller's `choose` is: telemetry in, (c, n) in tokens out."""
 
 SECONDS_PER_LOG_LINE = 10.0
+
+Fault = Literal["raised", "overran", "nonsense"]
 
 
 @dataclass
@@ -34,13 +38,18 @@ class Tally:
     """The controller raised an exception."""
     overran: int = 0
     """It had not answered within the time limit, or was still busy with an earlier decision."""
-    refused: int = 0
+    nonsense: int = 0
     """Its answer was none that an engine can run."""
 
     @property
     def failed(self) -> int:
         """Decisions that the engine had to do without."""
-        return self.raised + self.overran + self.refused
+        return sum(self.faults.values())
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """What went wrong, and how often."""
+        return {name: getattr(self, name) for name in ("raised", "overran", "nonsense")}
 
 
 def check_decision(answer: Any, num_decodes: int) -> tuple[int, int]:
@@ -66,13 +75,15 @@ def check_decision(answer: Any, num_decodes: int) -> tuple[int, int]:
 class Guard:
     """Asks a controller in a thread of its own, so that none of its faults reaches the engine.
 
-    A decision that raises, comes late or is nonsense is counted and logged, at most every `SECONDS_PER_LOG_LINE`; after
-    `most_failures` of them in a row the controller is not asked again.
+    A decision that raises, comes late or is nonsense is counted and logged, at most every `SECONDS_PER_LOG_LINE`, the
+    first exception with its traceback. While the controller is still busy with a decision that came too late it is not
+    asked, and nobody waits: overruns cost at most `time_limit_s` for each decision it makes. After `most_failures`
+    questions in a row without an answer in time the controller is not asked again.
 
     Args:
         choose: asked with telemetry that nobody writes to afterwards.
         time_limit_s: how long one decision is waited for.
-        most_failures: decisions in a row that may fail before the controller is switched off.
+        most_failures: questions in a row that may fail before the controller is switched off.
         clock: seconds, for the distance between log lines.
         log: where the lines go.
     """
@@ -96,36 +107,36 @@ class Guard:
         self._in_a_row = 0
         self._logged_at = -np.inf
         self._unlogged = 0
-        self._questions: SimpleQueue[Mapping[str, NDArray[np.float32]] | None] = SimpleQueue()
+        self._questions: SimpleQueue[View | None] = SimpleQueue()
         self._answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
         self._busy = False
         self._thread: threading.Thread | None = None
 
-    def ask(self, observation: Observation, num_decodes: int) -> tuple[int, int] | None:
-        """(c, n) for the first engine of `observation`, or None: the engine's own setting holds."""
+    def ask(self, view: View, num_decodes: int) -> tuple[int, int] | None:
+        """(c, n) for an engine with so many decoding requests, or None: the engine's own setting holds."""
         if not self.on:
             return None
         self.tally.asked += 1
         if self._busy and not self._answered(0.0):
-            self._fail("overran", "is still busy with an earlier decision")
+            self._count("overran", "is still busy with an earlier decision")
             return None
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="governor", daemon=True)
             self._thread.start()
         self._busy = True
-        self._questions.put({name: array[0] for name, array in zip(Observation._fields, observation, strict=True)})
+        self._questions.put(view)
         answer = self._answered(self._time_limit_s)
         if answer is None:
             self._fail("overran", f"has not answered within {self._time_limit_s:g} s")
             return None
         decision, error = answer
         if error is not None:
-            self._fail("raised", f"raised {type(error).__name__}: {error}")
+            self._fail("raised", f"raised {type(error).__name__}: {error}", error)
             return None
         try:
             candidates, token_budget = check_decision(decision, num_decodes)
         except ActionError as refusal:
-            self._fail("refused", f"answered nonsense: {refusal}")
+            self._fail("nonsense", f"answered nonsense: {refusal}")
             return None
         self._in_a_row = 0
         return candidates, token_budget
@@ -151,18 +162,24 @@ class Guard:
             except BaseException as error:
                 self._answers.put((None, error))
 
-    def _fail(self, kind: str, what: str) -> None:
-        setattr(self.tally, kind, getattr(self.tally, kind) + 1)
+    def _fail(self, kind: Fault, what: str, error: BaseException | None = None) -> None:
+        """A question that got no answer to use."""
         self._in_a_row += 1
-        self._unlogged += 1
+        self._count(kind, what, error)
         if self._in_a_row >= self._most_failures:
             self.close()
             self._log.error("the controller is switched off after %d failures in a row; it %s", self._in_a_row, what)
-        elif self._clock() - self._logged_at >= SECONDS_PER_LOG_LINE:
+
+    def _count(self, kind: Fault, what: str, error: BaseException | None = None) -> None:
+        """A decision that the engine does without."""
+        setattr(self.tally, kind, getattr(self.tally, kind) + 1)
+        self._unlogged += 1
+        if self._clock() - self._logged_at >= SECONDS_PER_LOG_LINE:
             self._log.warning(
                 "the controller %s; the engine's own setting holds for this step (%d failures since the last line)",
                 what,
                 self._unlogged,
+                exc_info=error if self.tally.raised == 1 else None,
             )
             self._logged_at = self._clock()
             self._unlogged = 0

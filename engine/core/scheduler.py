@@ -50,7 +50,8 @@ def advance_clock(state, e, to):
     """
     engine = state.engines[e]
     elapsed = to - engine.now
-    engine.tpot_cost += engine.tpot_weight * elapsed
+    # The weights of requests that came and went leave rounding behind, which may be below zero.
+    engine.tpot_cost += max(engine.tpot_weight, 0.0) * elapsed
     engine.lateness += engine.overdue * elapsed
     while engine.next_deadline < engine.num_requests:
         request = state.requests[e, engine.next_deadline]

@@ -3,7 +3,7 @@
 Nothing here knows an output length, a future arrival or a future agreement.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,6 +99,11 @@ def allocate_observation(num_engines: int, queue_rows: int, max_candidates: int)
         accepted=np.zeros((num_engines, depth), dtype=np.float32),
         rates=np.zeros((num_engines, RATE_BANDS), dtype=np.float32),
     )
+
+
+def as_dict(observation: Observation, e: int = 0) -> dict[str, NDArray[Any]]:
+    """Engine `e`'s rows of batched telemetry by name, as the environment has them (views)."""
+    return {name: array[e] for name, array in zip(Observation._fields, observation, strict=True)}
 
 
 @kernel

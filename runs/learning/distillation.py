@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from controllers.controller import Controller, as_dict
+from controllers.controller import Controller
 from controllers.tabulated import Table, TableHeader, Tabulated, save_table, tabulate
 from engine.backends.simulator import Simulator
-from engine.core.telemetry import DECODE_KV_TOKENS, NUM_DECODES, WAITING_TOKENS
+from engine.core.telemetry import DECODE_KV_TOKENS, NUM_DECODES, WAITING_TOKENS, as_dict
 from runs.code import code_digest
 from runs.evaluation import Targets
 from runs.learning.scenarios import Scenario, TrainingEnv

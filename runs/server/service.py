@@ -29,7 +29,7 @@ from engine.workload.prompts import Prompts
 from runs import live
 from runs.code import code_digest
 from runs.evaluation import LookupFit, Targets, plant_of, profile_of
-from runs.server.guard import Guard
+from runs.server.guard import Guarded
 from runs.server.ledger import Ledger
 from runs.server.metrics import Metrics
 from runs.server.routes import Api
@@ -61,7 +61,8 @@ class Service(BaseModel):
         max_body_bytes: of one HTTP request.
         chat_template: file of a Jinja template for chats; None: the model's own, or a plain one (`PLAIN_CHAT`).
         fallback: c and n when the controller raises, overruns or asks for the impossible.
-        decision_limit_s: longest that a decision may take.
+        decision_limit_s: longest that a decision is waited for.
+        most_failures: failed decisions in a row that switch the controller off.
         drain_s: longest that accepted requests are worked on after SIGTERM.
         seed: of requests that bring none.
         access_log: log every HTTP request.
@@ -83,6 +84,7 @@ class Service(BaseModel):
     chat_template: Path | None = None
     fallback: Fixed = Fixed(candidates=0, token_budget=512)
     decision_limit_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.1
+    most_failures: Annotated[int, Field(ge=1)] = 100
     drain_s: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 120.0
     seed: Annotated[int, Field(ge=0)] = 0
     access_log: bool = False
@@ -131,7 +133,9 @@ class Service(BaseModel):
         plant = plant_of(predicted, config.limits, grid, self.lookup)
         live.prepare(engine, _warm_up_prompts(tokenizer, config), self.controller, plant)
         metrics = Metrics(self.model, config.max_model_len, config.limits.total_blocks, config.block_size)
-        guard = Guard(self.controller, self.fallback, engine.max_candidates, self.decision_limit_s)
+        guard = Guarded(
+            self.controller, self.fallback, engine.max_candidates, self.decision_limit_s, self.most_failures
+        )
         worker = Worker(engine, guard, config.max_num_seqs + self.max_waiting, Ledger(out), metrics)
         metrics.watch(worker)
         language = Language(tokenizer, template)
@@ -213,7 +217,7 @@ class Server:
             "cancelled": over["abort"],
             "failed": over["error"],
             "refused": self._metrics.counted("governor_requests_refused"),
-            "decision_faults": dict(guard.faults),
+            "decision_faults": guard.faults,
             "fallback_decisions": guard.fallbacks,
             "requests_lost_from_this_file": worker.lost,
             "drained": self._drained and not worker.broken and not worker.num_open,

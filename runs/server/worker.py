@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -23,7 +24,7 @@ from engine.backends.torch.generation import Ending
 from engine.core.state import State
 from engine.speculation.sampling import Sampling
 from runs.live import Decision, Governed
-from runs.server.guard import Guard
+from runs.server.guard import Guarded
 from runs.server.ledger import Ledger
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class Worker:
     def __init__(
         self,
         engine: TorchEngine,
-        guard: Guard,
+        guard: Guarded,
         most_open: int,
         ledger: Ledger,
         watcher: Watcher,
@@ -150,7 +151,7 @@ class Worker:
         self._tickets: dict[int, Ticket] = {}
         self._retire_at = RETIRE_AT
         self._beat = time.perf_counter()
-        self.decision_s: list[float] = []
+        self.decision_s = array("d")
         """Seconds of the latest decisions."""
 
     @property
@@ -175,7 +176,7 @@ class Worker:
         return self._engine
 
     @property
-    def guard(self) -> Guard:
+    def guard(self) -> Guarded:
         """Who decides."""
         return self._guard
 
@@ -231,6 +232,7 @@ class Worker:
             if self._thread.is_alive():
                 log.error("the engine's thread hangs: what it was doing is lost")
                 self.broken = True
+        self._guard.close()
 
     def history(self) -> State:
         """The engine's state as if no row had been taken out of its table; when the worker is closed, and once."""
@@ -370,7 +372,7 @@ class Worker:
             accepted_tokens=since("total_accepted"),
             drafts=int(observation.drafted[0, 0]),
             accepted_by_depth=observation.accepted[0].copy(),
-            faults=dict(self._guard.faults),
+            faults=self._guard.faults,
         )
         self._call(self._hand_out, emissions, iteration)
 

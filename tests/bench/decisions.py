@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from controllers.compiled import KernelController
-from controllers.controller import Controller, as_dict
+from controllers.controller import Controller
 from engine.core.telemetry import (
     DECODE_KV_TOKENS,
     FREE_KV_TOKENS,
@@ -38,6 +38,7 @@ from engine.core.telemetry import (
     WAITING_TOKENS,
     Observation,
     allocate_observation,
+    as_dict,
 )
 from tests.bench import measure
 from tests.bench.plant import plant, simulator

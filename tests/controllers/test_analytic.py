@@ -19,14 +19,14 @@ from pydantic import ValidationError
 
 from controllers.acceptance import MEMORY_S, PRIOR_ACCEPTANCE, PRIOR_COUNT, learn_acceptance, new_memory
 from controllers.analytic import LENGTH_MEMORY_S, PRIOR_OUTPUT_TOKENS, Analytic
-from controllers.controller import CompiledController, as_dict
+from controllers.controller import CompiledController
 from controllers.fixed import Fixed
 from engine.backends.simulator import Simulator
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.core.metrics import request_table, summarize
 from engine.core.objective import Prices
-from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S, RATE_BANDS
+from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S, RATE_BANDS, as_dict
 from engine.latency.lookup import LookupGrid, LookupTable
 from engine.plant import Plant
 from engine.workload.source import WorkloadSource

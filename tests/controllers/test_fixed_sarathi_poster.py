@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from controllers.controller import CompiledController, as_dict
+from controllers.controller import CompiledController
 from controllers.fixed import Fixed
 from controllers.poster import G_WEIGHT, Poster
 from controllers.sarathi import Sarathi
@@ -24,6 +24,7 @@ from engine.core.telemetry import (
     NUM_DECODES,
     RATE_BANDS,
     TTFT_TARGET_S,
+    as_dict,
 )
 from engine.latency.lookup import LookupGrid, LookupTable
 from engine.latency.model import LatencyModel

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from controllers.analytic import Analytic
-from controllers.controller import CompiledController, as_dict
+from controllers.controller import CompiledController
 from controllers.fixed import Fixed
 from controllers.forecast import Now, predicted_cost
 from controllers.mpc import Mpc
@@ -21,7 +21,7 @@ from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.core.metrics import request_table
 from engine.core.objective import Prices, charged
-from engine.core.telemetry import NO_DEADLINE_S
+from engine.core.telemetry import NO_DEADLINE_S, as_dict
 from engine.latency.lookup import LookupTable
 from engine.plant import Plant
 from engine.workload.arrivals import PoissonArrivals

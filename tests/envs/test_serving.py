@@ -88,7 +88,7 @@ def test_a_process_that_imported_nothing_makes_both_forms_by_id() -> None:
         "print(single.reset(seed=0)[0]['queue'].shape, many.reset(seed=0)[0]['queue'].shape)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "error", "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["ServingEnv ServingVectorEnv", "(4, 2) (2, 4, 2)"]

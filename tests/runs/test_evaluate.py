@@ -33,7 +33,7 @@ def run(call_app: Callable[..., int]) -> Callable[..., int]:
 def in_process_of_its_own(*overrides: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "runs.evaluate", *overrides]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 def summary_of(out: Path) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def test_a_sweep_goes_over_paths(here: Path) -> None:
     command = [sys.executable, "-m", "runs.evaluate", "-m", "engine=one.yaml,two.yaml", "workload=poisson_lmsys"]
     command += ["workload.num_requests=5", "controller=fixed", "logger=none", "hydra.sweep.dir=out"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     made = [(here / "out" / str(job) / "config.yaml").read_text() for job in (0, 1)]
     assert ["name: one" in made[0], "name: two" in made[1]] == [True, True]

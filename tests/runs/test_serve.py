@@ -305,7 +305,7 @@ def test_a_controller_that_fails_costs_no_answer(served: Running, monkeypatch: p
         eventually(lambda: served.num_open() == 0)
         assert counters(served)[f"governor_decision_faults_total {fault}"] == before + 12, "c = 0: a token an iteration"
     monkeypatch.setattr(drill, "instead", None)
-    monkeypatch.setattr(served.server.worker.guard, "_limit_s", 0.0)
+    monkeypatch.setattr(served.server.worker.guard._guard, "_time_limit_s", 0.0)
     assert served.complete().choices[0].text == right
     assert counters(served)["governor_decision_faults_total overran"] >= 1
     assert served.http.get("/health").status_code == 200

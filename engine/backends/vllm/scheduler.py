@@ -15,7 +15,7 @@ from vllm.v1.request import Request
 from engine.backends.guard import Guard
 from engine.backends.vllm.config import USUAL_TTFT_TARGET_S, GovernorConfig, GovernorError
 from engine.backends.vllm.observer import Observer
-from engine.core.telemetry import Observation
+from engine.core.telemetry import as_dict
 
 TRIED = "0.32."
 # vLLM shows the lines of its own loggers only.
@@ -68,16 +68,15 @@ class Governor:
 
     def _rehearse(self, controller: Any) -> None:
         """One decision on an engine without requests, so that compiling it is nobody's wait."""
-        observation = self.observer.observe(0)
-        controller.choose({name: array[0] for name, array in zip(Observation._fields, observation, strict=True)})
+        controller.choose(as_dict(self.observer.observe(0)))
 
     def decide(self, drafted: int) -> tuple[int, int] | None:
         """(c of the next drafts, total tokens of this step), or None where vLLM's own setting holds.
 
         `drafted` is what the latest drafts were asked for.
         """
-        observation = self.observer.observe(drafted)
-        decision = self.guard.ask(observation, self.observer.num_decodes)
+        view = as_dict(self.observer.observe(drafted))
+        decision = self.guard.ask(view, self.observer.num_decodes)
         if decision is None:
             return None
         candidates, token_budget = decision

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from engine.backends.guard import SECONDS_PER_LOG_LINE, Guard, check_decision
 from engine.core.action import MAX_TOKEN_BUDGET, ActionError
 from engine.core.state import MAX_CANDIDATES
-from engine.core.telemetry import allocate_observation
+from engine.core.telemetry import allocate_observation, as_dict
 
-SEEN = allocate_observation(1, 4, 4)
+SEEN = as_dict(allocate_observation(1, 4, 4))
 LONG_S = 60.0
 
 
@@ -35,7 +35,7 @@ def test_the_controller_sees_one_engine_by_the_names_of_the_telemetry() -> None:
     guard = _guard(lambda view: views.append(view) or (0, 64))
     guard.ask(SEEN, 0)
     assert {name: array.shape for name, array in views[0].items()} == {
-        name: getattr(SEEN, name)[0].shape for name in SEEN._fields
+        name: array.shape for name, array in SEEN.items()
     }
 
 
@@ -74,7 +74,7 @@ def test_one_that_raises_is_done_without_and_asked_again() -> None:
 def test_nonsense_is_refused(nonsense: Any) -> None:
     guard = _guard(lambda view: nonsense)
     assert guard.ask(SEEN, num_decodes=0) is None
-    assert guard.tally.refused == 1
+    assert guard.tally.nonsense == 1
 
 
 def test_no_prompt_tokens_are_no_nonsense_while_requests_decode() -> None:
@@ -114,7 +114,7 @@ def test_a_late_decision_is_not_waited_for_and_never_used() -> None:
     # The late answer may be on its way; once it is there it is dropped, and the next question is asked anew.
     while guard.ask(SEEN, 1) is None:
         pass
-    assert guard.tally.raised == guard.tally.refused == 0
+    assert guard.tally.raised == guard.tally.nonsense == 0
     guard.close()
 
 
@@ -141,7 +141,7 @@ def test_failures_with_successes_between_never_switch_it_off() -> None:
     for _ in range(40):
         guard.ask(SEEN, 1)
     assert guard.on
-    assert guard.tally.refused == 20
+    assert guard.tally.nonsense == 20
 
 
 def test_the_log_is_written_at_most_every_few_seconds(caplog: pytest.LogCaptureFixture) -> None:

@@ -143,7 +143,7 @@ def test_a_faulty_controller_costs_no_request(tmp_path: Path, cls: Any, fault: s
     governed = scheduler(cls, Setup(governor=governor))
     engine = _served(governed, _workload())
     tally = governed.governor.guard.tally
-    kind = {"raises": tally.raised, "hangs": tally.overran, "answers": tally.refused}[fault]
+    kind = {"raises": tally.raised, "hangs": tally.overran, "answers": tally.nonsense}[fault]
     assert kind == tally.failed > 0
     if fault == "hangs":
         # It never comes back from its first fault.
