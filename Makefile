@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --dist loadfile
 
 # vLLM pins torch, numba and much else: an environment of its own.
 test-vllm: $(VLLM_VENV)/.installed
