@@ -11,11 +11,13 @@ from pydantic import Field
 from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
 from controllers.network import ACTIVATIONS, Network
 from controllers.policy import Residual
+from runs.learning.choices import ChoicesPolicy
 from runs.learning.cloning import Clone, clone
 from runs.learning.reinforcement import Run
 from runs.learning.scenarios import TrainingEnv
@@ -195,7 +197,7 @@ class PPOLearner(SB3Learner):
         settings = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return self.algorithm(self._policy, policy_kwargs=self._policy_settings, **settings, **self.common(env, seed))
 
-    _policy: ClassVar[str] = "MlpPolicy"
+    _policy: ClassVar[str | type[BasePolicy]] = ChoicesPolicy
 
     @property
     def _policy_settings(self) -> dict[str, Any]:
@@ -215,6 +217,7 @@ class MaskablePPOLearner(PPOLearner):
     """PPO that never tries a choice whose effect is that of a smaller one (Huang and Ontañón, FLAIRS 2022)."""
 
     algorithm: ClassVar[type[BaseAlgorithm]] = MaskablePPO
+    _policy: ClassVar[str | type[BasePolicy]] = "MlpPolicy"
     masked: ClassVar[bool] = True
 
 
@@ -226,7 +229,7 @@ class RecurrentPPOLearner(PPOLearner):
     """
 
     algorithm: ClassVar[type[BaseAlgorithm]] = RecurrentPPO
-    _policy: ClassVar[str] = "MlpLstmPolicy"
+    _policy: ClassVar[str | type[BasePolicy]] = "MlpLstmPolicy"
 
     lstm_hidden: Count = 32
 

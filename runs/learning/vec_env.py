@@ -157,6 +157,10 @@ class Group:
         self.charged[e] = charged = self._charge(e)
         self.rates[:, e] = charged.per_second, charged.objective
 
+    def look(self, inputs: NDArray[np.float32]) -> None:
+        """Write the policy's inputs, (count, F), and keep what `analytic` would choose."""
+        _look(self.observation, self.sight, self.count, inputs, self.base)
+
     def chosen(self, rules: Rules) -> NDArray[np.int64]:
         """(count, 2) the indices that a policy without memory of its own would choose now."""
         pairs = np.zeros((self.count, 2), dtype=np.int64)
@@ -198,9 +202,12 @@ class GovernorVecEnv(VecEnv):
         self.stage = training.stage(0.0)
         self._form = form
         self.groups: list[Group] = []
+        self._slices: list[slice] = []
         first = seed * 1_000_003
         for name, count in training.shares().items():
             self.groups.append(Group(name, training.scenarios[name], training, count, first))
+            begin = self._slices[-1].stop if self._slices else 0
+            self._slices.append(slice(begin, begin + count))
             first += count
         self._many = training.spread
         self._inputs = len(training.inputs)
@@ -218,15 +225,9 @@ class GovernorVecEnv(VecEnv):
             group.reset()
         self._returns[:] = 0.0
         self._lengths[:] = 0
-        return self._see()
-
-    def _see(self) -> NDArray[np.float32]:
         inputs = np.zeros((self.num_envs, self._inputs), dtype=np.float32)
-        first = 0
-        for group in self.groups:
-            rows = slice(first, first + group.count)
-            _look(group.observation, group.sight, group.count, inputs[rows], group.base)
-            first += group.count
+        for group, rows in zip(self.groups, self._slices, strict=True):
+            group.look(inputs[rows])
         return inputs
 
     def step_async(self, actions: NDArray[Any]) -> None:
@@ -240,17 +241,15 @@ class GovernorVecEnv(VecEnv):
         rewards = np.zeros(self.num_envs, dtype=np.float32)
         dones = np.zeros(self.num_envs, dtype=np.bool_)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        first = 0
-        for group in self.groups:
-            rows = slice(first, first + group.count)
-            self._step_group(group, pairs[rows], rewards[rows], dones[rows], infos, first)
-            first += group.count
+        inputs = np.zeros((self.num_envs, self._inputs), dtype=np.float32)
+        for group, rows in zip(self.groups, self._slices, strict=True):
+            self._step_group(group, pairs[rows], rewards[rows], dones[rows], infos[rows], inputs[rows])
         self._returns += rewards
         self._lengths += 1
         for i in np.flatnonzero(dones).tolist():
             infos[i]["episode"] = {"r": float(self._returns[i]), "l": int(self._lengths[i])}
             self._returns[i], self._lengths[i] = 0.0, 0
-        return self._see(), rewards, dones, infos
+        return inputs, rewards, dones, infos
 
     def _step_group(
         self,
@@ -259,8 +258,9 @@ class GovernorVecEnv(VecEnv):
         rewards: NDArray[np.float32],
         dones: NDArray[np.bool_],
         infos: list[dict[str, Any]],
-        first: int,
+        inputs: NDArray[np.float32],
     ) -> None:
+        """One decision in the environments of a scenario, whose rows are given."""
         actions = np.empty_like(pairs)
         _shift(group.sight, group.base, pairs, actions)
         fields, _, _, over, raw = group.env.step(actions)
@@ -272,9 +272,9 @@ class GovernorVecEnv(VecEnv):
         dones[:] = over
         for e in ended:
             last = Observation(**{name: array[None] for name, array in raw["final_obs"][e].items()})
-            inputs = np.zeros(self._inputs, dtype=np.float32)
-            _look_last(last, group.sight, e, inputs)
-            infos[first + e] |= {"terminal_observation": inputs, "TimeLimit.truncated": True}
+            seen = np.zeros(self._inputs, dtype=np.float32)
+            _look_last(last, group.sight, e, seen)
+            infos[e] |= {"terminal_observation": seen, "TimeLimit.truncated": True}
             figures = raw["final_info"]["episode_summary"]
             self._episodes.append(
                 Episode(
@@ -288,6 +288,7 @@ class GovernorVecEnv(VecEnv):
             )
             group.begun(e)
         group.observation = Observation(**fields)
+        group.look(inputs)
 
     def _reward(
         self, group: Group, terms: dict[str, NDArray[np.float64]], elapsed: NDArray[np.float64]
@@ -319,11 +320,8 @@ class GovernorVecEnv(VecEnv):
     def action_masks(self) -> NDArray[np.bool_]:
         """(num_envs, choices of c + choices of n): False where a choice has the effect of a smaller one."""
         mask = np.ones((self.num_envs, sum(self._many)), dtype=np.bool_)
-        first = 0
-        for group in self.groups:
-            sight = group.sight
-            _mask(group.observation, sight.candidates, sight.budgets, mask[first : first + group.count])
-            first += group.count
+        for group, rows in zip(self.groups, self._slices, strict=True):
+            _mask(group.observation, group.sight.candidates, group.sight.budgets, mask[rows])
         return mask
 
     def take_episodes(self) -> list[Episode]:

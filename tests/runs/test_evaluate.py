@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import wandb
 
 from controllers.fixed import Fixed
 from runs import evaluate, folder
@@ -303,6 +304,7 @@ def test_offline_logging_stays_in_the_run_folder(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     arguments = [text for text in TINY if text != "logger=none"]
     assert run(*arguments, "logger=offline", "controller=fixed", f"hydra.run.dir={tmp_path}") == 0
+    wandb.teardown()  # its own process writes the file, and has written it when it has ended
     (logged,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert b"serving/tpot_s" in logged.read_bytes()
     assert "wandb" not in capfd.readouterr().out
