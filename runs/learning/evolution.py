@@ -124,8 +124,7 @@ class _Search:
         saved = load_checkpoint(self.folder, self.training.fingerprint)
         if saved is not None:
             self.__dict__.update(saved["search"])
-            self.metrics.rows = saved["rows"]
-            self.metrics.write()
+            self.metrics.resume(saved["rows"])
             log.info("goes on from generation %d", self.generation)
         validation = Validation(self.training.env, self.training.validation_workloads, reference)
         while self.generation < self.settings.generations:

@@ -101,8 +101,7 @@ class _Iteration:
         saved = load_checkpoint(self.folder, self.training.fingerprint)
         if saved is not None:
             self.__dict__.update(saved["state"])
-            self.metrics.rows = saved["rows"]
-            self.metrics.write()
+            self.metrics.resume(saved["rows"])
             log.info("goes on from round %d, moment %d", self.round, self.moments)
         validation = Validation(self.training.env, self.training.validation_workloads, reference)
         better = True

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 
 METRICS = "metrics.csv"
 CHECKPOINT = "checkpoint.pkl"
-SYNCED = "wandb.json"
+IDENTITY = "wandb.json"
 STEP = "train/env_steps"
 
 Row = dict[str, float]
@@ -26,15 +27,15 @@ Row = dict[str, float]
 class Metrics:
     """Rows of metrics by environment steps, rewritten whole so that a file never holds half a row, nor one twice.
 
-    After a kill the rows begin with those of the checkpoint; what was written after it is overwritten as training comes
-    by again. W&B is only told steps that it has not seen.
+    After a kill the rows begin with those of the checkpoint (`resume`); what was written after it is overwritten as
+    training comes by again. W&B then gets all rows anew under their steps: what a kill kept it from writing is made up
+    for, and of what it has it drops the repetition (offline: the files of the killed run are removed).
     """
 
     def __init__(self, folder: Path, tracking: Tracking, name: str, config: dict[str, Any]) -> None:
         self.rows: list[Row] = []
         self._folder = folder
         self._run: Any = None
-        self._told = -1.0
         if tracking.enabled:
             self._begin(tracking, name, config)
 
@@ -42,15 +43,18 @@ class Metrics:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        synced = self._folder / SYNCED
-        known = json.loads(synced.read_text(encoding="utf-8")) if synced.is_file() else {}
+        identity = self._folder / IDENTITY
+        known = json.loads(identity.read_text(encoding="utf-8"))["id"] if identity.is_file() else None
+        if known is not None:
+            for killed in (self._folder / "wandb").glob(f"offline-run-*-{known}"):
+                shutil.rmtree(killed)
         try:
             self._run = wandb.init(
                 project=tracking.project,
                 mode="offline" if tracking.mode == "offline" else "online",
                 dir=self._folder,
-                id=known.get("id"),
-                resume="allow" if known else None,
+                id=known,
+                resume=None if known is None else "allow",
                 name=name,
                 job_type="train",
                 config=config,
@@ -62,20 +66,26 @@ class Metrics:
             log.warning("nothing is logged to Weights & Biases (%s); logger=none turns it off", error)
             self._run = None
             return
-        self._told = known.get("step", -1.0)
+        write_whole(identity, json.dumps({"id": self._run.id}).encode())
 
     def add(self, row: Row) -> None:
-        """Append a row; write the CSV, and W&B if it has not been told yet."""
+        """Append a row; write the CSV, and tell W&B."""
         self.rows.append(row)
-        self.write()
-        if self._run is not None and row[STEP] > self._told:
-            self._told = row[STEP]
-            state = json.dumps({"id": self._run.id, "step": self._told})
-            # Before it is told: a kill in between loses a row in W&B, where the other order would tell one twice.
-            write_whole(self._folder / SYNCED, state.encode())
-            self._run.log({key: value for key, value in row.items() if math.isfinite(value)})
+        self._write()
+        self._tell(row)
 
-    def write(self) -> None:
+    def resume(self, rows: list[Row]) -> None:
+        """Go on from the rows of a checkpoint."""
+        self.rows = rows
+        self._write()
+        for row in rows:
+            self._tell(row)
+
+    def _tell(self, row: Row) -> None:
+        if self._run is not None:
+            self._run.log({key: value for key, value in row.items() if math.isfinite(value)}, step=int(row[STEP]))
+
+    def _write(self) -> None:
         """Write the CSV as the rows are."""
         columns = sorted({key for row in self.rows for key in row}, key=lambda key: (key != STEP, key))
         text = io.StringIO()

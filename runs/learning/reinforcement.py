@@ -83,8 +83,7 @@ class Run(BaseCallback):
         self.best, self.episodes, self.returns = own["best"], own["episodes"], own["returns"]
         self.next_log, self.next_validation = own["next_log"], own["next_validation"]
         self.wall_s, self.prepared, self.logged_at = own["wall_s"], own["prepared"], own["logged_at"]
-        self.metrics.rows = own["rows"]
-        self.metrics.write()
+        self.metrics.resume(own["rows"])
         random.setstate(saved["random"][0])
         np.random.set_state(saved["random"][1])  # noqa: NPY002 - SB3 draws from the global generators
         torch.set_rng_state(saved["random"][2])

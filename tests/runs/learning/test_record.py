@@ -1,0 +1,74 @@
+"""The log of a training run: a row once, whatever happened on the way."""
+
+from __future__ import annotations
+
+import csv
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from wandb.proto.wandb_internal_pb2 import Record
+
+from runs.learning.record import METRICS, STEP, Metrics, Row
+from runs.tracking import Tracking
+
+BLOCK = 32768
+HEADER = struct.Struct("<IHB")
+WHOLE_OR_LAST = (1, 4)
+
+
+def records(path: Path) -> Iterator[Any]:
+    """What a .wandb file holds: LevelDB's log format behind seven bytes."""
+    content, at, record = path.read_bytes(), 7, b""
+    while at + HEADER.size <= len(content):
+        if BLOCK - at % BLOCK < HEADER.size:
+            at += BLOCK - at % BLOCK
+            continue
+        _, size, kind = HEADER.unpack_from(content, at)
+        at += HEADER.size
+        record += content[at : at + size]
+        at += size
+        if kind in WHOLE_OR_LAST:
+            yield Record.FromString(record)
+            record = b""
+
+
+def told(folder: Path) -> list[tuple[int, float]]:
+    """Step and return of every row in W&B's files."""
+    rows = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for record in records(path):
+            if record.WhichOneof("record_type") == "history":
+                values = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+                rows.append((int(values["_step"]), json.loads(values["train/return"])))
+    return rows
+
+
+def row(step: int) -> Row:
+    return {STEP: float(step), "train/return": -0.5 * step, "train/nothing": float("nan")}
+
+
+def test_a_run_gone_on_with_has_every_row_once_in_the_csv_and_in_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    tracking = Tracking(mode="offline")
+    killed = Metrics(tmp_path, tracking, "drill", {"seed": 0})
+    for step in (0, 10, 20, 30):
+        killed.add(row(step))
+    # Of the last rows nobody knows what W&B had written when the process was killed.
+    killed._run.finish()
+    checkpointed = killed.rows[:2]
+    again = Metrics(tmp_path, tracking, "drill", {"seed": 0})
+    again.resume(checkpointed)
+    for step in (20, 30, 40):
+        again.add(row(step))
+    again.finish({"objective_ratio": 1.0})
+    wandb.teardown()
+    assert told(tmp_path) == [(step, -0.5 * step) for step in (0, 10, 20, 30, 40)]
+    with (tmp_path / METRICS).open(encoding="utf-8") as file:
+        assert [int(line[STEP]) for line in csv.DictReader(file)] == [0, 10, 20, 30, 40]
