@@ -2,12 +2,14 @@
 
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from zipfile import BadZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from controllers.analytic import Analytic
@@ -160,21 +162,8 @@ class Policy:
         Raises:
             PolicyError: no such policy, a broken file, another schema, or an observation layout that has changed since.
         """
-        path = Path(name_or_path)
-        if path.suffix != ".npz":
-            path = POLICIES_FOLDER / f"{name_or_path}.npz"
-        if not path.is_file():
-            shipped = ", ".join(shipped_policies()) or "none"
-            raise PolicyError(
-                f"no policy {str(name_or_path)!r}: give the path of a .npz, or one of those shipped: {shipped}"
-            )
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                text = str(stored[HEADER])
-                arrays = {name: stored[name] for name in ARRAYS}
-        except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
-            raise PolicyError(f"{path} is no policy that python -m runs.train wrote: {error}") from error
-        header = _header(path, text)
+        path, plain, arrays = read_stored(name_or_path, "policy", "runs.train", SCHEMA, ARRAYS)
+        header = _header(path, plain)
         network = Network(
             mean=arrays["mean"].astype(np.float32),
             scale=arrays["scale"].astype(np.float32),
@@ -187,15 +176,40 @@ class Policy:
         return cls(header, network)
 
 
-def _header(path: Path, text: str) -> Header:
+def read_stored(
+    name_or_path: str | Path, kind: str, maker: str, schema: int, names: Iterable[str]
+) -> tuple[Path, Any, dict[str, NDArray[Any]]]:
+    """Path, header and arrays of a file shipped in `controllers/policies` by name, or of one by path.
+
+    Raises PolicyError: it is not there, or is no `kind` that `maker` wrote with this `schema`.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".npz":
+        path = POLICIES_FOLDER / f"{name_or_path}.npz"
+    if not path.is_file():
+        shipped = ", ".join(shipped_policies()) or "none"
+        raise PolicyError(
+            f"no {kind} {str(name_or_path)!r}: give the path of a .npz that python -m {maker} wrote, or one of those "
+            f"shipped: {shipped}"
+        )
     try:
-        plain = json.loads(text)
-        if plain.get("schema_version") != SCHEMA:
-            raise PolicyError(
-                f"{path} has schema {plain.get('schema_version')}, this version reads {SCHEMA}: train it again"
-            )
+        with np.load(path, allow_pickle=False) as stored:
+            header = json.loads(str(stored[HEADER]))
+            version = header.get("schema_version")
+            arrays = {name: stored[name] for name in names if version == schema}
+    except (OSError, KeyError, ValueError, EOFError, AttributeError, BadZipFile) as error:
+        raise PolicyError(f"{path} is no {kind} that python -m {maker} wrote: {error}") from error
+    if version != schema:
+        raise PolicyError(
+            f"{path} has schema {version}, this version reads {schema}: make it anew with python -m {maker}"
+        )
+    return path, header, arrays
+
+
+def _header(path: Path, plain: Any) -> Header:
+    try:
         header = Header.model_validate(plain)
-    except (ValidationError, json.JSONDecodeError, AttributeError) as error:
+    except ValidationError as error:
         raise PolicyError(f"{path} is no policy that python -m runs.train wrote: {error}") from error
     now = input_names(header.layout, header.actions, header.residual)
     if header.features != now:

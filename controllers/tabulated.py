@@ -1,12 +1,10 @@
 """A lookup table of (c, n) over the batch, its cached tokens and the queue: a policy without a network."""
 
 import io
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from controllers.compiled import KernelController
 from controllers.controller import configured
-from controllers.policy import POLICIES_FOLDER, PolicyError, refuse_other_choices
+from controllers.policy import PolicyError, read_stored, refuse_other_choices
 from engine.compiled import kernel
 from engine.core.action import ActionGrid
 from engine.core.telemetry import DECODE_KV_TOKENS, NUM_DECODES, WAITING_TOKENS
@@ -128,20 +126,11 @@ def save_table(path: Path, header: TableHeader, table: Table) -> None:
 
 def load_table(name_or_path: str) -> tuple[TableHeader, Table]:
     """A table shipped in `controllers/policies` by name, or one by path. PolicyError when it cannot be used."""
-    path = Path(name_or_path)
-    if path.suffix != ".npz":
-        path = POLICIES_FOLDER / f"{name_or_path}.npz"
-    if not path.is_file():
-        raise PolicyError(f"no table {name_or_path!r}: python -m runs.distill writes one")
+    path, plain, arrays = read_stored(name_or_path, "table", "runs.distill", SCHEMA, Table._fields)
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            header = TableHeader.model_validate(json.loads(str(stored["header"])))
-            table = Table(*(stored[name] for name in Table._fields))
-    except (OSError, KeyError, ValueError, ValidationError, EOFError, BadZipFile) as error:
+        return TableHeader.model_validate(plain), Table(**arrays)
+    except ValidationError as error:
         raise PolicyError(f"{path} is no table that python -m runs.distill wrote: {error}") from error
-    if header.schema_version != SCHEMA:
-        raise PolicyError(f"{path} has schema {header.schema_version}, this version reads {SCHEMA}: distill it again")
-    return header, table
 
 
 @configured

@@ -269,7 +269,7 @@ def test_files_that_cannot_be_used_are_refused_with_the_reason(tmp_path: Path) -
     old = [*Policy.load(path).header.features[:-1], "forgotten"]
     with pytest.raises(PolicyError, match=r"no longer observed: forgotten; observed now: slower_n_1024"):
         Policy.load(_rewritten(path, features=old))
-    with pytest.raises(PolicyError, match="has schema 0, this version reads 1: train it again"):
+    with pytest.raises(PolicyError, match="has schema 0, this version reads 1: make it anew"):
         Policy.load(_rewritten(path, schema_version=0))
     policy().save(path)
     with pytest.raises(PolicyError, match="do not fit"):
