@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import platform
 import time
 from collections.abc import Collection, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.backends.clock import Clock, WallClock
+from engine.backends.real import RequestError
 from engine.backends.replay import Recording
 from engine.backends.torch.generation import Ending, Generation
 from engine.backends.torch.model import PagedModel
@@ -29,10 +32,6 @@ from engine.speculation.drafter import Batch, Drafter, NoDrafter
 from engine.speculation.sampling import GREEDY, Sampling, draw, most_probable
 from engine.speculation.tree import Drafts
 from engine.speculation.verify import accept_greedy, accept_sampled
-
-
-class RequestError(ValueError):
-    """A request cannot be served by this engine; the message says which limit it breaks."""
 
 
 class TorchEngine:
@@ -267,6 +266,20 @@ class TorchEngine:
         self._generations = {}
         self._retired, self._earliest = 0, 0.0
         self.clock = WallClock() if clock is None else clock
+
+    def about(self) -> dict[str, Any]:
+        """The device and software it runs on; JSON-able."""
+        device = self.model.device
+        return {
+            "device": str(device),
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        }
+
+    def close(self) -> None:
+        """Nothing is held that goes not with the object."""
 
     def _release(self, now: float) -> bool:
         """Let arrivals join the queue; whether anybody wants anything."""
