@@ -35,6 +35,7 @@ def job(config: DictConfig) -> None:
 
 
 def _warn(export: Export) -> None:
+    assert isinstance(export.engine, EngineConfig), "one that runs for real is refused"
     if export.format == "sglang" and export.engine.prefill in ("chunked", "whole"):
         log.warning(
             "SGLang runs prompts and decodes in batches of their own while it speculates: engine.prefill=first (or "

@@ -1,4 +1,4 @@
-"""What engines that run a model in real time have in common: their verbs, their settings, and how they are warmed up."""
+"""What engines that run a model in real time have in common: their verbs, their settings, how they are warmed up."""
 
 from __future__ import annotations
 

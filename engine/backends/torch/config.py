@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from engine.backends.torch.model import PagedModel
     from engine.speculation.drafter import Drafter
 
+
 class TorchEngineConfig(RealEngineConfig):
     """A Hugging Face model with its drafter, run for real on this machine.
 

@@ -37,6 +37,9 @@ from engine.core.state import CANCELLED
 from engine.core.telemetry import Observation, allocate_observation
 from engine.speculation.sampling import GREEDY, Sampling
 
+_running: list[VllmEngine] = []
+"""Those of this process that are not closed."""
+
 
 class Driver:
     """In the governor's place: the decision of a step is what the engine's owner gave.
@@ -147,7 +150,9 @@ class VllmEngine:
         """Requests that ended with it."""
         self._requests: dict[int, Request] = {}
         self._outputs: dict[int, list[int]] = {}
+        self._earliest = 0.0
         self.reset(clock)
+        _running.append(self)
 
     def submit(
         self,
@@ -341,7 +346,14 @@ class VllmEngine:
 
     def close(self) -> None:
         """Shut vLLM down."""
-        self._core.shutdown()
+        if self not in _running:
+            return
+        _running.remove(self)
+        if _running:
+            # Engines of one process share vLLM's communicators, which its shutdown ends for all.
+            self._scheduler.shutdown()
+        else:
+            self._core.shutdown()
 
 
 def _started(config: VllmEngineConfig) -> EngineCore:

@@ -68,9 +68,9 @@ class VllmEngineConfig(RealEngineConfig):
         decodes = self.max_num_seqs * (1 + self.most_candidates)
         if self.max_num_batched_tokens <= decodes:
             raise ValueError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens} leaves no prompt token beside {self.max_num_seqs} "
-                f"decoding requests with {self.most_candidates} candidates each ({decodes} tokens): raise it, or lower "
-                "max_num_seqs"
+                f"max_num_batched_tokens={self.max_num_batched_tokens} leaves no prompt token beside "
+                f"{self.max_num_seqs} decoding requests with {self.most_candidates} candidates each ({decodes} "
+                "tokens): raise it, or lower max_num_seqs"
             )
         return self
 
@@ -128,10 +128,8 @@ class VllmEngineConfig(RealEngineConfig):
     def arguments(self, on_processor: bool) -> dict[str, Any]:
         """vLLM's own settings (`EngineArgs`), but for the scheduler's class."""
         target, drafter = self.folders()
-        speculation: dict[str, Any] | None = {"num_speculative_tokens": self.num_speculative_tokens}
-        if self.drafter == "none":
-            speculation = None
-        elif self.drafter == "model":
+        speculation: dict[str, Any] = {"num_speculative_tokens": self.num_speculative_tokens}
+        if self.drafter == "model":
             speculation |= {"method": "draft_model", "model": drafter}
         else:
             lookup = {"prompt_lookup_min": self.ngram_shortest, "prompt_lookup_max": self.ngram_longest}
@@ -139,7 +137,7 @@ class VllmEngineConfig(RealEngineConfig):
         cache_bytes = self.kv_cache_memory_bytes or (CPU_CACHE_BYTES if on_processor else None)
         return {
             "model": target,
-            "speculative_config": speculation,
+            "speculative_config": None if self.drafter == "none" else speculation,
             "dtype": self.dtype,
             "enforce_eager": self.enforce_eager,
             "max_num_seqs": self.max_num_seqs,

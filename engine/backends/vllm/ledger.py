@@ -18,7 +18,7 @@ from engine.core.state import DECODING, NOT_ADMITTED, State
 
 @dataclass(frozen=True)
 class Entry:
-    """A request in a step: its row, the tokens it gets, and whether its drafter proposed fewer than it was asked for."""
+    """A request in a step: its row, the tokens it gets, whether its drafter proposed fewer than it was asked for."""
 
     row: int
     tokens: int
@@ -50,7 +50,7 @@ class Ledger:
         decodes = [entry for entry in entries if requests["phase"][entry.row] == DECODING]
         prefills = [entry for entry in entries if requests["phase"][entry.row] != DECODING]
         new = [entry.row for entry in prefills if requests["phase"][entry.row] == NOT_ADMITTED]
-        if new and new != sorted(new) or new and new[0] < self.state.engines[0]["next_new"]:
+        if new and (new != sorted(new) or new[0] != self.state.engines[0]["next_new"]):
             raise RuntimeError(f"requests {new} enter out of order of arrival")
         self._batch, self._decodes = decodes + prefills, len(decodes)
         rows = np.array([entry.row for entry in self._batch], dtype=np.int32)
