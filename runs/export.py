@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from engine.config import EngineConfig
 from runs import mistakes
 from runs.exporting.export import EXPORTED, Export, Exported
 from runs.progress import progress

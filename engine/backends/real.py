@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, Self
 
@@ -14,6 +15,8 @@ from engine.backends.clock import Clock
 from engine.config import EngineLimits
 from engine.core.state import State
 from engine.core.telemetry import Observation
+from engine.latency.design import Point
+from engine.latency.measured_fit import MemoryFigures
 from engine.speculation.allocation import Speculation
 from engine.speculation.sampling import GREEDY, Sampling
 from engine.workload.prompts import Prompts
@@ -30,6 +33,35 @@ WARMUP_BUDGET = 512
 
 class RequestError(ValueError):
     """A request cannot be served by this engine; the message says which limit it breaks."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One iteration as a serving loop pays for it, its controller's decision aside.
+
+    Seconds from the telemetry before it to the outputs stored after it, of these inside the drafter, and inside the
+    target's forward.
+    """
+
+    seconds: float
+    draft_s: float
+    forward_s: float
+
+
+class Rehearsing(Protocol):
+    """Puts an engine that has nothing to do into a state, and runs an iteration from there repeatedly."""
+
+    def arrange(self, point: Point, rng: np.random.Generator) -> None:
+        """Bring the engine to the beginning of the iteration; prompts start at random places of a text."""
+
+    def run(self) -> Timing:
+        """The arranged iteration once."""
+
+    def planned(self) -> dict[str, int]:
+        """What the latest iteration was, as the scheduler counts (see `engine.core.state.ENGINE`)."""
+
+    def clear(self) -> None:
+        """Empty the engine."""
 
 
 class RealEngine(Protocol):
@@ -78,6 +110,12 @@ class RealEngine(Protocol):
 
     def reset(self, clock: Clock | None = None) -> None:
         """Forget every request and begin again at 0 s, on a clock that starts now unless given; models stay loaded."""
+
+    def rehearsal(self, text: NDArray[np.int32]) -> Rehearsing:
+        """What measures this engine's iterations."""
+
+    def memory(self) -> MemoryFigures:
+        """What weights and cache take."""
 
     def about(self) -> dict[str, Any]:
         """The device and software it runs on; JSON-able."""

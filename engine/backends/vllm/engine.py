@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,7 +35,11 @@ from engine.core.live import append, cancel, grown
 from engine.core.scheduler import advance_clock, has_work, release
 from engine.core.state import CANCELLED
 from engine.core.telemetry import Observation, allocate_observation
+from engine.latency.measured_fit import MemoryFigures, weight_bytes
 from engine.speculation.sampling import GREEDY, Sampling
+
+if TYPE_CHECKING:
+    from engine.backends.vllm.rehearsal import VllmRehearsal
 
 _running: list[VllmEngine] = []
 """Those of this process that are not closed."""
@@ -330,6 +334,37 @@ class VllmEngine:
                 self._core.add_request(request)
         self._earliest = max(self._earliest, math.nextafter(now, math.inf))
         return bool(has_work(self.state, 0))
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        """The largest n that a step has room for beside its decodes."""
+        settings = self._core.vllm_config
+        return int(self._scheduler.max_num_scheduled_tokens) - settings.scheduler_config.max_num_seqs * (
+            1 + self.max_candidates
+        )
+
+    @property
+    def runner(self) -> Any:
+        """vLLM's model runner, in this process."""
+        executor: Any = self._core.model_executor
+        return executor.driver_worker.worker.model_runner
+
+    def rehearsal(self, text: NDArray[np.int32]) -> VllmRehearsal:
+        """What measures this engine's iterations."""
+        from engine.backends.vllm.rehearsal import VllmRehearsal
+
+        return VllmRehearsal(self, text)
+
+    def memory(self) -> MemoryFigures:
+        """What weights and cache take."""
+        drafter = getattr(getattr(self.runner, "drafter", None), "model", None)
+        cached = sum(tensor.size for tensor in self._scheduler.kv_cache_config.kv_cache_tensors)
+        return MemoryFigures(
+            total_bytes=float(current_platform.get_device_total_memory()),
+            weight_bytes=weight_bytes(self.runner.model),
+            drafter_weight_bytes=0.0 if drafter is None else weight_bytes(drafter),
+            kv_bytes_per_token=cached // ((self.limits.total_blocks + 1) * self.limits.block_size),
+        )
 
     def about(self) -> dict[str, Any]:
         """The device and software it runs on; JSON-able."""
