@@ -2,8 +2,8 @@
 
     python -m tests.engine.backends.vllm.drill http://127.0.0.1:8000 --model tiny --streams 200 --leaving 40
 
-Prints one JSON object. A stream is whole when it ends with one finish reason, one usage and one `[DONE]`, and its tokens
-are as many as asked for.
+Prints one JSON object. A stream is whole when it ends with one finish reason, one usage and one `[DONE]`, and has the
+tokens that were asked for.
 """
 
 from __future__ import annotations
