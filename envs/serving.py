@@ -1,14 +1,18 @@
 """`governor/Serving-v0`: one serving engine whose actions are candidate counts and token budgets."""
 
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from engine.core.telemetry import as_dict
-from envs.batch import ServingBatch, given_workload, refuse_rendering
+from envs.batch import ServingBatch
+from envs.episodes import Episodes, given_workload, refuse_rendering
+from envs.real import RealEpisodes, runs_for_real
 from envs.reward import TERMS
 from envs.spaces import action_space, observation_space
 
@@ -87,8 +91,10 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
 
     ## Arguments
 
-    - `engine`: name of a shipped latency table or an `EngineConfig`.
-    - `workload`: a `WorkloadSource`, which draws a workload per episode, or one `Workload` for all of them.
+    - `engine`: name of a shipped latency table or an `EngineConfig`; or a real engine: `vllm`, a `VllmEngineConfig` or
+      a `TorchEngineConfig`.
+    - `workload`: a `WorkloadSource`, which draws a workload per episode, or one `Workload` for all of them; a real
+      engine also takes `Prompts`.
     - `ttft_target`: l, in s.
     - `prices`: `engine.core.objective.Prices`.
     - `grid`: `engine.core.action.ActionGrid`, the choices.
@@ -101,14 +107,24 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
       about as much as serving it; None draws a new workload for every episode.
 
     `reset(options={"workload": workload})` plays one given workload, for comparisons on common random numbers.
+
+    ## Real engines
+
+    Spaces, info and reward are the same; times are those that the iterations take. The engine's clock stands still
+    between two steps, so a learner may take its time (`decision_s` is charged all the same), and jumps over times
+    without work. An episode is then not repeatable to the bit, and `spec.nondeterministic` says so. vLLM verifies the
+    c of an action one iteration later (`docs/vllm.md`). `close()` shuts the engine down.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012
+    _spec: EnvSpec | None = None
 
     def __init__(self, render_mode: str | None = None, **settings: Any) -> None:
         refuse_rendering(render_mode)
         self.render_mode = None
-        self.batch = ServingBatch(1, **settings)
+        self.batch: Episodes = (
+            RealEpisodes(**settings) if runs_for_real(settings.get("engine")) else ServingBatch(1, **settings)
+        )
         self.observation_space: spaces.Space[Any] = observation_space(self.batch.queue_rows, self.batch.max_candidates)
         self.action_space: spaces.Space[Any] = action_space(self.batch.grid)
 
@@ -119,7 +135,7 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
         super().reset(seed=seed)
         given = given_workload(options)
         self.batch.reset([0], [self.np_random], None if given is None else [given])
-        observation = self.batch.simulator.new_observation()
+        observation = self.batch.new_observation()
         self.batch.observe([0], observation)
         return as_dict(observation), {}
 
@@ -132,3 +148,18 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
         if over[0]:
             info["episode_summary"] = self.batch.summary(0)
         return as_dict(observation), float(-costs[0].sum()), False, bool(over[0]), info
+
+    def close(self) -> None:
+        """Let go of the engine."""
+        self.batch.close()
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """How the environment was made."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        if spec is not None and isinstance(self.batch, RealEpisodes):
+            spec = replace(spec, nondeterministic=True)
+        self._spec = spec

@@ -11,7 +11,8 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from engine.core.telemetry import Observation
-from envs.batch import ServingBatch, given_workload, refuse_rendering
+from envs.batch import ServingBatch
+from envs.episodes import given_workload, refuse_rendering
 from envs.reward import TERMS
 from envs.spaces import action_space, observation_space
 
@@ -74,7 +75,7 @@ class ServingVectorEnv(VectorEnv[dict[str, NDArray[np.float32]], NDArray[np.int6
         given = given_workload(options)
         everywhere = range(self.num_envs)
         self.batch.reset(everywhere, self._rngs, None if given is None else [given] * self.num_envs)
-        observation = self.batch.simulator.new_observation()
+        observation = self.batch.new_observation()
         self.batch.observe(everywhere, observation)
         return self._dict(observation), {}
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from controllers.controller import Controller
 from engine.backends.torch.config import TorchEngineConfig
+from engine.backends.vllm.engine_config import VllmEngineConfig
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.files import write_whole
@@ -86,7 +87,7 @@ class Capacity(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    engine: EngineConfig | TorchEngineConfig
+    engine: EngineConfig | TorchEngineConfig | VllmEngineConfig
     workload: WorkloadSource
     controller: Controller
     actions: ActionGrid = ActionGrid()

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,8 +14,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from controllers.controller import Controller
+from engine.backends.real import RealEngineConfig
 from engine.backends.simulator import Simulator
 from engine.backends.torch.config import TorchEngineConfig
+from engine.backends.vllm.engine_config import VllmEngineConfig
 from engine.config import EngineConfig, EngineLimits
 from engine.core.action import ActionGrid
 from engine.core.metrics import request_table, summarize
@@ -109,7 +112,7 @@ class Evaluation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    engine: EngineConfig | TorchEngineConfig
+    engine: EngineConfig | TorchEngineConfig | VllmEngineConfig
     workload: WorkloadSource
     controller: Controller
     actions: ActionGrid = ActionGrid()
@@ -129,7 +132,7 @@ class Evaluation(BaseModel):
         Raises:
             ValueError: the workload, the engine or an action is impossible; the message names row or key.
         """
-        if isinstance(self.engine, TorchEngineConfig):
+        if isinstance(self.engine, RealEngineConfig):
             return self._run_live(self.engine, on_progress)
         return self._run_simulated(self.engine, on_progress)
 
@@ -144,18 +147,19 @@ class Evaluation(BaseModel):
         result = self._result(served, workload, config.variant, self.actions)
         return replace(result, summary=result.summary | {"sim_wall_s": served.wall_s})
 
-    def _run_live(self, config: TorchEngineConfig, on_progress: Progress | None) -> "Result":
+    def _run_live(self, config: RealEngineConfig, on_progress: Progress | None) -> "Result":
         predicted = profile_of(config, self.controller, self.actions)
         config = config.governed_by(self.controller.speculation)
         tokenizer = config.tokenizer()
         prompts = self._prompts(tokenizer, config.limits)
         engine = config.build(ttft_target=self.slo.ttft_target)
-        grid = live.grid_within(self.actions, engine)
-        plant = plant_of(predicted, config.limits, grid, self.lookup)
-        served = live.serve(engine, prompts, self.controller, plant, self._recording, on_progress)
-        result = self._result(served, prompts, config.variant, grid)
-        result.summary["run"]["backend"] = live.describe(config, engine)
-        return replace(result, outputs=live.outputs(engine, prompts, tokenizer))
+        with closing(engine):
+            grid = live.grid_within(self.actions, engine)
+            plant = plant_of(predicted, config.limits, grid, self.lookup)
+            served = live.serve(engine, prompts, self.controller, plant, self._recording, on_progress)
+            result = self._result(served, prompts, config.variant, grid)
+            result.summary["run"]["backend"] = live.describe(config, engine)
+            return replace(result, outputs=live.outputs(engine, prompts, tokenizer))
 
     @property
     def _recording(self) -> bool:
@@ -288,7 +292,7 @@ def plant_of(engine: EngineConfig | None, limits: EngineLimits, grid: ActionGrid
     return Plant(grid, _no_profile if engine is None else lambda: load_lookup(engine, grid, limits, fit))
 
 
-def profile_of(config: TorchEngineConfig, controller: Controller, actions: ActionGrid) -> EngineConfig | None:
+def profile_of(config: RealEngineConfig, controller: Controller, actions: ActionGrid) -> EngineConfig | None:
     """The measured iteration times of a real engine; a controller that needs them is refused without, and soon."""
     if config.profile is not None:
         return load_profile(config.profile)

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from engine.config import EngineConfig
 from runs import mistakes
 from runs.exporting.export import EXPORTED, Export, Exported
 from runs.progress import progress
@@ -35,6 +36,7 @@ def job(config: DictConfig) -> None:
 
 
 def _warn(export: Export) -> None:
+    assert isinstance(export.engine, EngineConfig), "one that runs for real is refused"
     if export.format == "sglang" and export.engine.prefill in ("chunked", "whole"):
         log.warning(
             "SGLang runs prompts and decodes in batches of their own while it speculates: engine.prefill=first (or "

@@ -7,13 +7,14 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from controllers.controller import Controller
 from engine.backends.clock import Clock, WallClock
+from engine.backends.real import RealEngine, RealEngineConfig, submit_beginnings, warm_up
 from engine.backends.simulator import ITERATION, log_iteration
 from engine.core.action import ActionError, ActionGrid
 from engine.core.telemetry import as_dict
@@ -21,15 +22,6 @@ from engine.plant import Plant
 from engine.workload.prompts import Prompts
 from runs.serving import NO_ITERATIONS, Progress, Served, decide
 
-if TYPE_CHECKING:
-    from engine.backends.torch.config import TorchEngineConfig
-    from engine.backends.torch.engine import TorchEngine
-
-WARMUP_REQUESTS = 8
-WARMUP_PROMPT_TOKENS = 256
-WARMUP_OUTPUT_TOKENS = 8
-WARMUP_CANDIDATES = 4
-WARMUP_BUDGET = 512
 SECONDS_PER_PROGRESS = 0.2
 
 
@@ -76,14 +68,14 @@ class Governed:
         choose: gets the observation and how many requests are decoding.
     """
 
-    def __init__(self, engine: TorchEngine, choose: Callable[[dict[str, Any], int], Decision]) -> None:
+    def __init__(self, engine: RealEngine, choose: Callable[[dict[str, Any], int], Decision]) -> None:
         self._engine, self._choose = engine, choose
         self.observation = engine.new_observation()
         """What the latest decision was made on."""
         self._view = as_dict(self.observation)
 
     def step(self) -> Decision:
-        """Observe, choose, run one iteration; the engine has something to do (`TorchEngine.poll`)."""
+        """Observe, choose, run one iteration; the engine has something to do (`RealEngine.poll`)."""
         engine = self._engine
         engine.observe(self.observation)
         decision = self._choose(self._view, int(engine.state.engines[0]["num_decoding"]))
@@ -92,7 +84,7 @@ class Governed:
 
 
 def serve(
-    engine: TorchEngine,
+    engine: RealEngine,
     prompts: Prompts,
     controller: Controller,
     plant: Plant,
@@ -147,7 +139,7 @@ def serve(
     return Served(engine.state, np.concatenate(rows) if rows else NO_ITERATIONS, wall_s, np.array(spent))
 
 
-def outputs(engine: TorchEngine, prompts: Prompts, tokenizer: Any) -> list[Output]:
+def outputs(engine: RealEngine, prompts: Prompts, tokenizer: Any) -> list[Output]:
     """What every request got, after `serve`."""
     generated = [engine.output(number) for number in range(prompts.num_requests)]
     return [
@@ -156,7 +148,7 @@ def outputs(engine: TorchEngine, prompts: Prompts, tokenizer: Any) -> list[Outpu
     ]
 
 
-def grid_within(actions: ActionGrid, engine: TorchEngine) -> ActionGrid:
+def grid_within(actions: ActionGrid, engine: RealEngine) -> ActionGrid:
     """The choices that this engine's drafter can serve. Raises ActionError when no choice of c is left."""
     choices = [c for c in actions.candidate_choices if c <= engine.max_candidates]
     if not choices:
@@ -167,22 +159,16 @@ def grid_within(actions: ActionGrid, engine: TorchEngine) -> ActionGrid:
     return ActionGrid(candidate_choices=tuple(choices), budget_choices=actions.budget_choices)
 
 
-def describe(config: TorchEngineConfig, engine: TorchEngine) -> dict[str, Any]:
+def describe(config: RealEngineConfig, engine: RealEngine) -> dict[str, Any]:
     """On what and with what settings the engine runs, and how busy the machine is (1-minute load); JSON-able."""
-    import torch
-    import transformers
-
-    device = engine.model.device
+    about = engine.about()
     return {
         **config.model_dump(mode="json", exclude={"name"}),
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        **about,
+        "device_name": about["device_name"] or _processor(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
 
 
@@ -190,7 +176,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def prepare(engine: TorchEngine, prompts: Prompts, controller: Controller, plant: Plant) -> None:
+def prepare(engine: RealEngine, prompts: Prompts, controller: Controller, plant: Plant) -> None:
     """Begin anew, warmed up: first calls compile, and first touch memory, which is not the engine's speed."""
     controller.reset(plant)
     _warm_up(engine, prompts, controller)
@@ -198,22 +184,14 @@ def prepare(engine: TorchEngine, prompts: Prompts, controller: Controller, plant
     engine.reset()
 
 
-def _warm_up(engine: TorchEngine, prompts: Prompts, controller: Controller) -> None:
+def _warm_up(engine: RealEngine, prompts: Prompts, controller: Controller) -> None:
     """Serve the beginnings of the first prompts: without candidates, with some, and as the controller says."""
-    for candidates in (0, min(WARMUP_CANDIDATES, engine.max_candidates)):
-        _submit_beginnings(engine, prompts)
-        engine.run(candidates, WARMUP_BUDGET)
-    _submit_beginnings(engine, prompts)
+    warm_up(engine, prompts)
+    submit_beginnings(engine, prompts)
     _drive(engine, controller, lambda _: None)
 
 
-def _submit_beginnings(engine: TorchEngine, prompts: Prompts) -> None:
-    for i in range(min(WARMUP_REQUESTS, prompts.num_requests)):
-        most = min(WARMUP_OUTPUT_TOKENS, int(prompts.max_tokens[i]))
-        engine.submit(prompts.tokens[i][:WARMUP_PROMPT_TOKENS], most, prompts.sampling[i])
-
-
-def _drive(engine: TorchEngine, controller: Controller, after: Callable[[Decision], None]) -> None:
+def _drive(engine: RealEngine, controller: Controller, after: Callable[[Decision], None]) -> None:
     """Observe, choose, step until no request is left, waiting where none has arrived; `after` gets the decisions."""
     governed = Governed(engine, Strict(controller, engine.max_candidates))
     while True:

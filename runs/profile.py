@@ -96,13 +96,18 @@ def bench_arguments(arguments: Sequence[str]) -> list[str] | None:
     if OPTION in rest:
         place = rest.index(OPTION)
         end = place + 1
-        while end < len(rest) and (rest[end].endswith(".json") or Path(rest[end]).is_file()):
+        while end < len(rest) and _names_a_result(rest[end]):
             end += 1
         quoted = ("'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in rest[place + 1 : end])
         return [*rest[:place], f"files=[{','.join(quoted)}]", *rest[end:]]
     if any(word.startswith(f"{KEY}=") for word in rest):
         return [f"files={word.removeprefix(f'{KEY}=')}" if word.startswith(f"{KEY}=") else word for word in rest]
     return None
+
+
+def _names_a_result(word: str) -> bool:
+    # A setting may end as a result does: base=table.json.
+    return (word.endswith(".json") and "=" not in word) or Path(word).is_file()
 
 
 measure = hydra.main(version_base=None, config_path="../conf", config_name="profile")(job)

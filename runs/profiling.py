@@ -19,17 +19,19 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from engine.backends.real import RealEngine
 from engine.backends.torch.acceptance import agreement, speculate
 from engine.backends.torch.config import TorchEngineConfig
 from engine.backends.torch.engine import TorchEngine
 from engine.backends.torch.measure import collect, loads, measure
+from engine.backends.vllm.engine_config import VllmEngineConfig
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.files import write_whole
 from engine.latency.design import Space, design
 from engine.latency.measured import MeasuredIterations
 from engine.latency.measured_card import MEASURED_FOREST, card
-from engine.latency.measured_fit import MemoryFigures, fit_table
+from engine.latency.measured_fit import fit_table
 from engine.latency.predictors import Forest
 from engine.latency.table_file import dump
 from engine.models.corpus import cut_prompts, library_texts
@@ -74,7 +76,7 @@ class Profile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    engine: TorchEngineConfig
+    engine: TorchEngineConfig | VllmEngineConfig
     actions: ActionGrid = ActionGrid()
     minutes: Annotated[float, Field(gt=0.0)] = 4.0
     points: Annotated[int, Field(ge=50)] = 300
@@ -84,10 +86,10 @@ class Profile(BaseModel):
 
     @model_validator(mode="after")
     def _mixes(self) -> Profile:
-        if self.engine.prefill != "chunked":
+        if self.engine.limits.prefill != "chunked":
             raise ValueError(
-                f"engine.prefill={self.engine.prefill}: iterations that mix prompts with decodes cannot be measured; "
-                "profile with engine.prefill=chunked, the profile holds for every other"
+                f"engine.prefill={self.engine.limits.prefill}: iterations that mix prompts with decodes cannot be "
+                "measured; profile with engine.prefill=chunked, the profile holds for every other"
             )
         return self
 
@@ -121,7 +123,7 @@ class Profile(BaseModel):
         measured = collect(out / VISITS)
         provenance = self._provenance(engine, out, measured)
         name = f"{self.engine.name}_measured"
-        document = fit_table(measured, name, _memory(engine), provenance)
+        document = fit_table(measured, name, engine.memory(), provenance)
         scores = card(measured, self.predictor, self.seed)
         partial = out / f".{ITERATIONS}.partial"
         measured.write(partial)
@@ -150,7 +152,7 @@ class Profile(BaseModel):
 
     def _speculation(
         self,
-        engine: TorchEngine,
+        engine: RealEngine,
         prompts: list[NDArray[np.int32]],
         space: Space,
         out: Path,
@@ -164,9 +166,11 @@ class Profile(BaseModel):
             if on_progress is not None:
                 on_progress(done + 1, len(space.candidates))
         write_whole(out / ACCEPTANCE, "".join(json.dumps(turn) + "\n" for turn in run.turns).encode())
-        partial = out / f".{AGREEMENT}.partial.npz"
-        np.savez_compressed(partial, **agreement(engine, prompts, run.outputs))  # type: ignore[arg-type]
-        os.replace(partial, out / AGREEMENT)
+        if isinstance(engine, TorchEngine):
+            # Only a drafter of our own can be asked what it would have proposed at every position.
+            partial = out / f".{AGREEMENT}.partial.npz"
+            np.savez_compressed(partial, **agreement(engine, prompts, run.outputs))  # type: ignore[arg-type]
+            os.replace(partial, out / AGREEMENT)
         content = {
             "drafter": self.engine.drafter,
             "workload": "held-out prompts, greedy",
@@ -176,7 +180,7 @@ class Profile(BaseModel):
         _write_json(out / TOKENS_PER_ITERATION, content)
         return gains
 
-    def _engine_yaml(self, engine: TorchEngine, name: str, out: Path) -> str:
+    def _engine_yaml(self, engine: RealEngine, name: str, out: Path) -> str:
         limits = engine.limits
         settings = EngineConfig(
             name=name,
@@ -191,9 +195,9 @@ class Profile(BaseModel):
         target = f"{EngineConfig.__module__}.{EngineConfig.__qualname__}"
         return yaml.safe_dump({"_target_": target, **settings.model_dump(mode="json")}, sort_keys=False)
 
-    def _provenance(self, engine: TorchEngine, out: Path, measured: MeasuredIterations) -> dict[str, Any]:
+    def _provenance(self, engine: RealEngine, out: Path, measured: MeasuredIterations) -> dict[str, Any]:
         load = loads(out / VISITS)
-        device = engine.model.device
+        about = engine.about()
         return {
             "source": "whole iterations measured by python -m runs.profile",
             "engine": self.engine.model_dump(mode="json", exclude={"profile"}),
@@ -204,11 +208,12 @@ class Profile(BaseModel):
             "processor": _processor(),
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "device": "cpu" if about["device"] == "cpu" else about["device_name"],
             "load_average_median": round(float(np.median(load)), 2),
             "load_average_max": round(max(load), 2),
             "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers", "numpy", "scikit-learn")},
+            **{package: found for package, found in about.items() if package in ("torch", "transformers", "vllm")},
+            **{package: version(package) for package in ("numpy", "scikit-learn")},
         }
 
 
@@ -219,27 +224,6 @@ class Result:
     measured: MeasuredIterations
     card: dict[str, dict[str, float]]
     tokens_per_iteration: dict[int, float]
-
-
-def _memory(engine: TorchEngine) -> MemoryFigures:
-    pool = engine.model.pool
-    cached = sum(tensor.numel() * tensor.element_size() for tensor in (*pool.keys, *pool.values))
-    device = engine.model.device
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    runner = getattr(engine.drafter, "_runner", None)
-    return MemoryFigures(
-        total_bytes=float(total),
-        weight_bytes=_weights(engine.model.model),
-        drafter_weight_bytes=0.0 if runner is None else _weights(runner.model),
-        kv_bytes_per_token=cached // (pool.num_blocks * pool.block_size),
-    )
-
-
-def _weights(model: Any) -> float:
-    return float(sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
 
 
 def _processor() -> str:

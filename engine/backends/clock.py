@@ -30,3 +30,35 @@ class WallClock:
         """Sleep until `moment`."""
         while (left := moment - self.now()) > 0:
             time.sleep(left)
+
+
+class SteppedClock:
+    """Real time while it runs; between `stop` and `go` it stands still, and it jumps over what is waited for.
+
+    For whoever steps an engine by hand: nothing passes while he thinks, and nobody sleeps for an arrival.
+    """
+
+    def __init__(self) -> None:
+        self._passed = 0.0
+        self._going: float | None = None
+
+    def now(self) -> float:
+        """Seconds that the clock ran or jumped."""
+        return self._passed + (0.0 if self._going is None else time.perf_counter() - self._going)
+
+    def wait_until(self, moment: float) -> None:
+        """Jump to `moment`, if that is to come."""
+        self.advance(moment - self.now())
+
+    def advance(self, seconds: float) -> None:
+        """Let so many seconds pass at once; fewer than none are none."""
+        self._passed += max(0.0, seconds)
+
+    def go(self) -> None:
+        """Run with real time from here."""
+        if self._going is None:
+            self._going = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stand still from here."""
+        self._passed, self._going = self.now(), None

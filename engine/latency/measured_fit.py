@@ -30,6 +30,11 @@ class MemoryFigures:
     kv_bytes_per_token: int
 
 
+def weight_bytes(model: Any) -> float:
+    """What the weights of a torch module take."""
+    return float(sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
+
+
 def fit_table(
     measured: MeasuredIterations, name: str, memory: MemoryFigures, provenance: dict[str, Any]
 ) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from hydra_plugins.governor._jobs import INTERRUPTED, Jobs, begin, work
 
 SECONDS_PER_NOTE = 10.0
 MOST_PER_SHARE = 16
-REAL_ENGINES = "engine.backends.torch."
+REAL_ENGINES = ("engine.backends.torch.", "engine.backends.vllm.")
 """Where the classes of engines that run in real time are."""
 
 

@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from controllers.controller import Controller
 from controllers.fixed import Fixed
+from engine.backends.real import RealEngineConfig
 from engine.backends.torch.config import TorchEngineConfig
+from engine.backends.vllm.engine_config import VllmEngineConfig
 from engine.config import EngineConfig
 from engine.core.action import MAX_TOKEN_BUDGET, ActionGrid
 from engine.core.state import MAX_CANDIDATES
@@ -94,7 +96,7 @@ class Export(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    engine: EngineConfig | TorchEngineConfig
+    engine: EngineConfig | TorchEngineConfig | VllmEngineConfig
     workload: WorkloadSource
     controller: Controller
     format: Literal["vllm", "sglang", "trtllm", "llamacpp"] = "vllm"
@@ -113,7 +115,7 @@ class Export(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if isinstance(self.engine, TorchEngineConfig):
+        if isinstance(self.engine, RealEngineConfig):
             raise ValueError(
                 f"engine={self.engine.name} runs for real, and schedules are played back in the simulator: measure it "
                 "with python -m runs.profile, then give engine=PATH of the engine.yaml that it writes"

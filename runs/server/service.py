@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from controllers.controller import Controller
 from controllers.fixed import Fixed
+from engine.backends.real import WARMUP_OUTPUT_TOKENS
 from engine.backends.torch.config import TorchEngineConfig
 from engine.backends.torch.engine import TorchEngine
 from engine.core.action import ActionGrid
@@ -284,7 +285,7 @@ class _Http(uvicorn.Server):
 def _warm_up_prompts(tokenizer: Any, config: TorchEngineConfig) -> Prompts:
     length = max(1, min(WARMUP_TOKENS, config.max_model_len // 2, config.limits.total_blocks * config.block_size // 4))
     cut = cut_prompts(library_texts(held_out=True), tokenizer, [length] * WARMUP_PROMPTS, np.random.default_rng(0))
-    most = np.full(WARMUP_PROMPTS, min(live.WARMUP_OUTPUT_TOKENS, config.max_model_len - length), dtype=np.int64)
+    most = np.full(WARMUP_PROMPTS, min(WARMUP_OUTPUT_TOKENS, config.max_model_len - length), dtype=np.int64)
     tokens = [one.tokens for one in cut]
     return Prompts(
         "warm-up", np.zeros(WARMUP_PROMPTS), tokens, most, [GREEDY] * WARMUP_PROMPTS, [one.name for one in cut]

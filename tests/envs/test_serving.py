@@ -28,7 +28,7 @@ from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S, PREEMPTIONS, TTFT_
 from engine.latency.table_file import LatencyTableError
 from engine.workload.workload import WorkloadError
 from envs import SERVING_ID
-from envs.batch import ServingBatch
+from envs.episodes import Episodes
 from envs.reward import TERMS
 from envs.serving import ServingEnv
 from envs.spaces import LOAD_BOUNDS
@@ -522,5 +522,5 @@ def test_the_class_docstring_lists_the_load_fields_and_choices_that_there_are() 
 
 def test_the_class_docstring_explains_every_argument() -> None:
     explained = re.findall(r"^ *- `(\w+)`:", ServingEnv.__doc__ or "", flags=re.MULTILINE)
-    accepted = list(inspect.signature(ServingBatch.__init__).parameters)
+    accepted = list(inspect.signature(Episodes.__init__).parameters)
     assert explained == [name for name in accepted if name not in ("self", "num_envs")]

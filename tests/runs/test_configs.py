@@ -26,7 +26,7 @@ from runs.reporting.scores import ZERO
 CONF = Path(__file__).resolve().parents[2] / "conf"
 EVALUATE_GROUPS = ("engine", "workload", "controller", "actions", "logger", "experiment")
 REAL_ENGINES = sorted(path.stem for path in (CONF / "engine").glob("torch_*.yaml"))
-SIMULATED_ENGINES = sorted({path.stem for path in (CONF / "engine").glob("*.yaml")} - set(REAL_ENGINES))
+SIMULATED_ENGINES = sorted({path.stem for path in (CONF / "engine").glob("*.yaml")} - {*REAL_ENGINES, "vllm"})
 CHOICES = [
     (str(path.parent.relative_to(CONF)), path.stem)
     for group in EVALUATE_GROUPS

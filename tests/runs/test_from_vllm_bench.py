@@ -312,6 +312,18 @@ def test_both_spellings_are_one_command_and_its_engine_serves_in_every_app(run: 
     assert evaluation.run().summary["requests_finished"] == 5
 
 
+def test_a_setting_that_ends_as_a_result_does_is_no_result() -> None:
+    words = ["--from-vllm-bench", "a.json", "b.json", "base=measured/table.json", "name=mine"]
+    assert profile.bench_arguments(words) == ["files=['a.json','b.json']", "base=measured/table.json", "name=mine"]
+
+
+def test_positions_that_a_server_could_have_drafted_and_did_not_are_left_out(tmp_path: Path) -> None:
+    drafts = {"spec_decode_num_drafts": 304, "spec_decode_draft_tokens": 608}
+    rates = {"spec_decode_per_position_acceptance_rates": [0.55, 0.33, 0.0, 0.0]}
+    run = read_bench_runs([write(tmp_path, "governed", reported(2.0) | drafts | rates)])[0]
+    assert (run.candidates, run.acceptance) == (2, (0.55, 0.33))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

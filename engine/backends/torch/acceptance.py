@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.backends.real import RealEngine
 from engine.backends.torch.engine import TorchEngine
 from engine.speculation.model import ModelDrafter
 from engine.speculation.ngram import NgramDrafter, NgramIndex
@@ -33,7 +34,7 @@ class SpeculationRun:
 
 
 def speculate(
-    engine: TorchEngine, prompts: Sequence[NDArray[np.int32]], max_tokens: int, candidates: int, token_budget: int
+    engine: RealEngine, prompts: Sequence[NDArray[np.int32]], max_tokens: int, candidates: int, token_budget: int
 ) -> SpeculationRun:
     """Serve the prompts greedily at one c, all arriving at once, and note every verification."""
     engine.reset(engine.clock)

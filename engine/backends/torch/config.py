@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from threadpoolctl import threadpool_limits
 
 from engine.backends.clock import Clock
+from engine.backends.real import EMBEDDED, RealEngineConfig, refuse_sharing, tokenizer_of
 from engine.config import EngineLimits, Prefill
 from engine.speculation.allocation import CHAINS, Speculation
 
@@ -22,18 +22,12 @@ if TYPE_CHECKING:
     from engine.backends.torch.model import PagedModel
     from engine.speculation.drafter import Drafter
 
-EMBEDDED = "embedded"
-"""In place of a folder or a hub id: the model that ships with the project."""
 
-_UNNAMED = {"name", "layers", "max_num_seqs", "max_model_len", "block_size", "watermark", "num_kv_blocks", "profile"}
-"""Settings that `name` stands for, or that say what the engine has room for."""
-
-
-class TorchEngineConfig(BaseModel):
+class TorchEngineConfig(RealEngineConfig):
     """A Hugging Face model with its drafter, run for real on this machine.
 
     Args:
-        name: how reports call it.
+        name, max_num_seqs, max_model_len, block_size, profile: see `RealEngineConfig`.
         target: a local folder, a hub id, or `embedded` for the target that ships with the project.
         layers: deepen the target to this many layers, which change its cost and not its output (`engine.models.deepen`
             says how); None: as it is.
@@ -48,19 +42,13 @@ class TorchEngineConfig(BaseModel):
         threads: torch's threads on CPU.
         fused: take the shorter way through Llama-family models.
         exact: float64 and batch-independent rounding, for tests.
-        max_num_seqs: most requests in one batch.
-        max_model_len: most prompt + output tokens of one request.
-        block_size: tokens per KV block.
         watermark: share of KV blocks kept free when a new request is admitted.
         num_kv_blocks: KV blocks; 0: enough for `max_num_seqs` requests of `max_model_len` tokens.
         prefill: how prompts meet decodes: `chunked`, `whole`, `first` or `turns`, as in `engine.config.EngineConfig`.
-        profile: the engine yaml that `runs.profile` wrote for this engine on this machine, from which controllers
-            predict iteration times; None: there is none, and controllers that predict are refused.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    unnamed = RealEngineConfig.unnamed | {"layers", "watermark", "num_kv_blocks"}
 
-    name: str
     target: Annotated[str, Field(min_length=1)] = EMBEDDED
     layers: Annotated[int, Field(ge=1)] | None = None
     drafter: Literal["model", "ngram", "none"] = "model"
@@ -75,23 +63,9 @@ class TorchEngineConfig(BaseModel):
     threads: Annotated[int, Field(ge=1)] = 1
     fused: bool = True
     exact: bool = False
-    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64
-    max_model_len: Annotated[int, Field(ge=2)] = 2048
-    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
     watermark: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
     num_kv_blocks: Annotated[int, Field(ge=0)] = 0
     prefill: Prefill = "chunked"
-    profile: Path | None = None
-
-    @property
-    def variant(self) -> str:
-        """`name`, and what differs from the defaults of that which changes speed or text.
-
-        Two runs are compared as runs of one engine only if these are equal.
-        """
-        settings = self.model_dump(mode="json", exclude=_UNNAMED)
-        defaults = {name: field.default for name, field in type(self).model_fields.items()}
-        return " ".join([self.name, *(f"{key}={value}" for key, value in settings.items() if value != defaults[key])])
 
     @property
     def speculation(self) -> Speculation:
@@ -108,10 +82,7 @@ class TorchEngineConfig(BaseModel):
         wanted, known = asdict(speculation), {"allocation", "branching", "draft_depth"}
         simulated = [name for name in wanted.keys() - known if wanted[name] != getattr(CHAINS, name)]
         if wanted["allocation"] not in get_args(type(self).model_fields["allocation"].annotation) or simulated:
-            raise ValueError(
-                f"this controller needs candidates shared out by {speculation.variant!r}, which only simulated engines "
-                "do; choose another controller, or a simulated engine (engine=vicuna_7b_a100, or a profile of this one)"
-            )
+            raise refuse_sharing(speculation)
         return self.model_copy(update={name: wanted[name] for name in known})
 
     @property
@@ -133,15 +104,11 @@ class TorchEngineConfig(BaseModel):
 
     def tokenizer(self) -> Any:
         """The target's tokenizer."""
-        if self.target == EMBEDDED:
-            from engine.models.load import load_tokenizer
+        return tokenizer_of(self.target)
 
-            return load_tokenizer()
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.target)
-
-    def build(self, *, ttft_target: float, clock: Clock | None = None, record: bool = False) -> TorchEngine:
+    def build(
+        self, *, ttft_target: float, queue_rows: int = 64, clock: Clock | None = None, record: bool = False
+    ) -> TorchEngine:
         """Load the models and return the engine; its clock starts when this returns.
 
         Raises:
@@ -168,6 +135,7 @@ class TorchEngineConfig(BaseModel):
             self._drafter(model, limits),
             self.speculation,
             ttft_target=ttft_target,
+            queue_rows=queue_rows,
             clock=clock,
             record=record,
         )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 import time
 from collections.abc import Collection, Sequence
-from typing import Any
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from engine.backends.clock import Clock, WallClock
+from engine.backends.real import RequestError
 from engine.backends.replay import Recording
 from engine.backends.torch.generation import Ending, Generation
 from engine.backends.torch.model import PagedModel
@@ -24,15 +28,15 @@ from engine.core.redistribute import redistribute
 from engine.core.scheduler import advance_clock, commit, has_work, plan, release
 from engine.core.state import FINISHED
 from engine.core.telemetry import Observation, allocate_observation, observe
+from engine.latency.measured_fit import MemoryFigures, weight_bytes
 from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.drafter import Batch, Drafter, NoDrafter
 from engine.speculation.sampling import GREEDY, Sampling, draw, most_probable
 from engine.speculation.tree import Drafts
 from engine.speculation.verify import accept_greedy, accept_sampled
 
-
-class RequestError(ValueError):
-    """A request cannot be served by this engine; the message says which limit it breaks."""
+if TYPE_CHECKING:
+    from engine.backends.torch.rehearsal import Rehearsal
 
 
 class TorchEngine:
@@ -267,6 +271,42 @@ class TorchEngine:
         self._generations = {}
         self._retired, self._earliest = 0, 0.0
         self.clock = WallClock() if clock is None else clock
+
+    def rehearsal(self, text: NDArray[np.int32]) -> Rehearsal:
+        """What measures this engine's iterations."""
+        from engine.backends.torch.rehearsal import Rehearsal
+
+        return Rehearsal(self, text)
+
+    def memory(self) -> MemoryFigures:
+        """What weights and cache take."""
+        pool, device = self.model.pool, self.model.device
+        cached = sum(tensor.numel() * tensor.element_size() for tensor in (*pool.keys, *pool.values))
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+        else:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        runner = getattr(self.drafter, "_runner", None)
+        return MemoryFigures(
+            total_bytes=float(total),
+            weight_bytes=weight_bytes(self.model.model),
+            drafter_weight_bytes=0.0 if runner is None else weight_bytes(runner.model),
+            kv_bytes_per_token=cached // (pool.num_blocks * pool.block_size),
+        )
+
+    def about(self) -> dict[str, Any]:
+        """The device and software it runs on; JSON-able."""
+        device = self.model.device
+        return {
+            "device": str(device),
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        }
+
+    def close(self) -> None:
+        """Nothing is held that goes not with the object."""
 
     def _release(self, now: float) -> bool:
         """Let arrivals join the queue; whether anybody wants anything."""

@@ -1,4 +1,4 @@
-"""Measures the points of a design on a torch engine, in rounds, so that it can be killed and go on.
+"""Measures the points of a design on a real engine, in rounds, so that it can be killed and go on.
 
 Every round visits all points in another random order, so that a machine that slows down slows no part of the design in
 particular, and a burst of load meets a few repeats of many points instead of all of a few. Each visit is one line of a
@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.torch.engine import TorchEngine
-from engine.backends.torch.rehearsal import Rehearsal, Timing
+from engine.backends.real import RealEngine, Rehearsing, Timing
 from engine.latency.design import Point, digest
 from engine.latency.measured import MeasuredIterations
 
@@ -34,7 +33,7 @@ class AnotherProfileError(ValueError):
 
 
 def measure(
-    engine: TorchEngine,
+    engine: RealEngine,
     text: NDArray[np.int32],
     points: Sequence[Point],
     visits: Path,
@@ -56,7 +55,7 @@ def measure(
     known = _begin(visits, points, identity)
     done = {(visit["round"], visit["point"]) for visit in known}
     spent = sum(visit["wall_s"] for visit in known)
-    rehearsal = Rehearsal(engine, text)
+    rehearsal = engine.rehearsal(text)
     with visits.open("a", encoding="utf-8") as file:
         for turn in count():
             order = np.random.default_rng([seed, turn]).permutation(len(points)).tolist()
@@ -109,7 +108,7 @@ def loads(visits: Path) -> list[float]:
     return [visit["load"] for visit in _lines(visits)]
 
 
-def _visit(rehearsal: Rehearsal, point: Point, rng: np.random.Generator) -> dict[str, Any]:
+def _visit(rehearsal: Rehearsing, point: Point, rng: np.random.Generator) -> dict[str, Any]:
     begin = time.perf_counter()
     rehearsal.arrange(point, rng)
     first = rehearsal.run().seconds

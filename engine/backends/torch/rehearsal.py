@@ -9,28 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.backends.real import Timing
 from engine.backends.torch.engine import TorchEngine
 from engine.latency.design import SPARE_TOKENS, Point
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One iteration as a serving loop pays for it, its controller's decision aside.
-
-    Seconds from the telemetry before it to the outputs stored after it, of these inside the drafter, and inside the
-    target's forward.
-    """
-
-    seconds: float
-    draft_s: float
-    forward_s: float
 
 
 class Rehearsal:

@@ -1,16 +1,24 @@
-"""vLLM under a governor: schedulers for its `--scheduler-cls` that ask a controller for c and n before every step.
+"""vLLM under a governor: schedulers for its `--scheduler-cls` that ask a controller for c and n before every step, and
+vLLM in this process as an engine that is stepped from outside.
 
-`docs/vllm.md` says how to start it and which versions were tried. vLLM does not promise this interface.
+`docs/vllm.md` says how to start it and which versions were tried. vLLM does not promise this interface. Nothing of vLLM
+is imported before it is asked for: `engine_config` works without it.
 """
 
-try:
-    import vllm  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "engine.backends.vllm needs vLLM 0.32, which is not installed here: pip install 'governor-serving[vllm]', or "
-        "the CPU build as docs/vllm.md says"
-    ) from error
+from typing import TYPE_CHECKING, Any
 
-from engine.backends.vllm.scheduler import GovernedAsyncScheduler, GovernedScheduler
+if TYPE_CHECKING:
+    from engine.backends.vllm.scheduler import GovernedAsyncScheduler, GovernedScheduler
 
 __all__ = ["GovernedAsyncScheduler", "GovernedScheduler"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from engine.backends.vllm.missing import require_vllm
+
+    require_vllm()
+    from engine.backends.vllm import scheduler
+
+    return getattr(scheduler, name)

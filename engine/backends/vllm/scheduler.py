@@ -98,13 +98,17 @@ class _Governed(Scheduler):
                 f"--scheduler-cls engine.backends.vllm.{type(self).__name__} with async_scheduling={ahead}: "
                 f"give --scheduler-cls engine.backends.vllm.{wanted.__name__}"
             )
-        self.governor = Governor(self)
+        self.governor = self._new_governor()
         self._decision: tuple[int, int] | None = None
         # The latest drafts were asked for so many candidates.
         self._drafted = 0
         if self.dynamic_sd_lookup is None and self.num_spec_tokens > 0:
             # Where vLLM knows that draft lengths vary, it pads nobody's to the largest.
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
+
+    def _new_governor(self) -> Any:
+        """Who decides, built when the scheduler is."""
+        return Governor(self)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's own, with the total of this step's tokens as the controller says, never above vLLM's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,8 +35,8 @@ class Scripted:
 
 
 class Faulty(Scripted):
-    """Decides well at first (vLLM's start asks once) and every `good_every`-th time; else raises, hangs, or answers
-    `nonsense`."""
+    """Decides well at first (vLLM's start asks once) and every `good_every`-th time; else raises, sleeps for a second,
+    hangs, or answers `nonsense`."""
 
     def __init__(self, fault: str, good_every: int, nonsense: Any = None) -> None:
         super().__init__([(1, 64)])
@@ -50,6 +51,8 @@ class Faulty(Scripted):
             return answer
         if self.fault == "raises":
             raise RuntimeError("no idea")
+        if self.fault == "sleeps":
+            time.sleep(1.0)
         if self.fault == "hangs":
             FREE.wait()
         return self.nonsense

@@ -1,0 +1,439 @@
+"""vLLM in this process as an engine that is stepped from outside, like the simulator and the torch engine."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor import Executor
+from vllm.v1.request import Request
+
+from engine.backends.clock import Clock, WallClock
+from engine.backends.real import RequestError
+from engine.backends.vllm.engine_config import VllmEngineConfig
+from engine.backends.vllm.ledger import Entry, Ledger
+from engine.backends.vllm.observer import Observer, decode_tokens, decodes
+from engine.backends.vllm.scheduler import _Governed
+from engine.config import EngineLimits
+from engine.core import state as core
+from engine.core.live import append, cancel, grown
+from engine.core.scheduler import advance_clock, has_work, release
+from engine.core.state import CANCELLED
+from engine.core.telemetry import Observation, allocate_observation
+from engine.latency.measured_fit import MemoryFigures, weight_bytes
+from engine.speculation.sampling import GREEDY, Sampling
+
+if TYPE_CHECKING:
+    from engine.backends.vllm.rehearsal import VllmRehearsal
+
+_running: list[VllmEngine] = []
+"""Those of this process that are not closed."""
+
+
+class Driver:
+    """In the governor's place: the decision of a step is what the engine's owner gave.
+
+    Args:
+        scheduler: vLLM's, to be stepped by nobody else.
+    """
+
+    steers_candidates = True
+
+    def __init__(self, scheduler: Any) -> None:
+        self.action = (0, 1)
+        """(c, n) of the next step."""
+        self.observer: Observer
+        """Set anew by every reset of the engine, like `ledger`."""
+        self.ledger: Ledger
+        self.ran_out: set[str] = set()
+        """Requests whose drafter proposed fewer candidates than it was asked for."""
+        self._scheduler = scheduler
+
+    def decide(self, drafted: int) -> tuple[int, int]:
+        """(c of the next drafts, total tokens of this step)."""
+        scheduler = self._scheduler
+        decoding = [request for request in scheduler.running if decodes(request)]
+        self.ran_out = {request.request_id for request in decoding if len(request.spec_token_ids) < drafted}
+        tokens = sum(decode_tokens(request, scheduler.max_model_len) for request in decoding)
+        return self.action[0], self.action[1] + tokens
+
+
+class DrivenScheduler(_Governed):
+    """vLLM's scheduler, told c and n from outside; what it does is written into a ledger."""
+
+    governor: Driver
+
+    def _new_governor(self) -> Driver:
+        return Driver(self)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        entries = [
+            Entry(int(request_id), tokens, request_id in self.governor.ran_out)
+            for request_id, tokens in scheduler_output.num_scheduled_tokens.items()
+        ]
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        self.governor.ledger.planned(entries, self._drafted, self.governor.action[1], free)
+        super()._update_after_schedule(scheduler_output)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self.governor.ledger.preempted(int(request.request_id))
+
+    @property
+    def drafted(self) -> int:
+        """What the latest drafts were asked for."""
+        return self._drafted
+
+    def begin(self) -> None:
+        """Nothing was drafted for those that come."""
+        self._drafted = 0
+
+    def shutdown(self) -> None:
+        """vLLM's own."""
+        Scheduler.shutdown(self)
+
+
+class VllmEngine:
+    """Serves token-id prompts with vLLM, one `step` an iteration.
+
+    The c of a step is drafted at its end and verified in the next; its n holds at once. Requests are counted in the
+    request table by the same code as on every other engine, and observed as a governed vLLM observes.
+
+    Args:
+        config: what vLLM is started with.
+        ttft_target: latency requirement on TTFT in s, which telemetry and lateness are counted against.
+        queue_rows: M, the requests an observation lists one by one.
+        clock: real time by default.
+    """
+
+    def __init__(
+        self, config: VllmEngineConfig, *, ttft_target: float, queue_rows: int = 64, clock: Clock | None = None
+    ) -> None:
+        self.queue_rows = queue_rows
+        self.max_candidates = config.most_candidates
+        self._core = _started(config)
+        self._scheduler: Any = self._core.scheduler
+        cache = self._scheduler.kv_cache_config
+        pool = self._scheduler.kv_cache_manager
+        self.limits = EngineLimits(
+            cache.num_blocks - 1,
+            self._scheduler.block_size,
+            int(pool.watermark_blocks),
+            config.max_num_seqs,
+            config.max_model_len,
+        )
+        self._vocabulary = int(self._core.vllm_config.model_config.get_vocab_size())
+        self._ttft_target = ttft_target
+        self.state = core.allocate(
+            1,
+            64,
+            total_blocks=self.limits.total_blocks,
+            block_size=self.limits.block_size,
+            watermark_blocks=self.limits.watermark_blocks,
+            max_num_seqs=self.limits.max_num_seqs,
+            ttft_target=ttft_target,
+        )
+        self.emitted: list[tuple[int, list[int]]] = []
+        """(request, tokens) of the latest iteration."""
+        self.finished: list[int] = []
+        """Requests that ended with it."""
+        self._requests: dict[int, Request] = {}
+        self._outputs: dict[int, list[int]] = {}
+        self._earliest = 0.0
+        self.reset(clock)
+        _running.append(self)
+
+    def submit(
+        self,
+        prompt: Sequence[int] | NDArray[np.integer],
+        max_tokens: int,
+        sampling: Sampling = GREEDY,
+        *,
+        stop: Collection[int] = (),
+        arrival: float | None = None,
+    ) -> int:
+        """Queue a request and return its number.
+
+        Args:
+            prompt: token ids.
+            max_tokens: most tokens to generate.
+            sampling: how tokens are chosen.
+            stop: tokens that end the output.
+            arrival: s on the engine's clock, possibly in the future; now if not given. Requests are submitted in order
+                of arrival, none before `earliest_arrival`.
+
+        Raises:
+            RequestError: when the request cannot be served, or arrives before one submitted earlier.
+        """
+        tokens = np.array(prompt, dtype=np.int32)
+        self._check(tokens, max_tokens)
+        if arrival is None:
+            arrival = max(self.clock.now(), self._earliest)
+        elif arrival < self._earliest:
+            raise RequestError(
+                f"arrival={arrival} s is in the past: the latest arrival was, or arrivals were looked at, at "
+                f"{self._earliest} s"
+            )
+        self._earliest = arrival
+        self.state = grown(self.state, int(self.state.engines["num_requests"][0]) + 1)
+        self._scheduler.governor.ledger.state = self.state
+        number = int(append(self.state, 0, arrival, len(tokens), max_tokens))
+        self._requests[number] = Request(
+            request_id=str(number),
+            prompt_token_ids=tokens.tolist(),
+            sampling_params=SamplingParams(
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                seed=None if sampling.greedy else sampling.seed % 2**63,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                stop_token_ids=sorted(stop),
+                detokenize=False,
+            ),
+            pooling_params=None,
+            arrival_time=arrival,
+        )
+        self._outputs[number] = []
+        return number
+
+    def _check(self, prompt: NDArray[np.int32], max_tokens: int) -> None:
+        if prompt.ndim != 1 or prompt.size == 0 or max_tokens < 1:
+            raise RequestError(f"prompt of shape {prompt.shape}, max_tokens={max_tokens}: need at least one token each")
+        if prompt.min() < 0 or prompt.max() >= self._vocabulary:
+            raise RequestError(f"prompt holds token {prompt.max()}; ids are 0 to {self._vocabulary - 1}")
+        most = min(self.limits.max_model_len, self.limits.total_blocks * self.limits.block_size)
+        if prompt.size + max_tokens > most:
+            raise RequestError(
+                f"prompt of {prompt.size} and max_tokens={max_tokens} exceed {most} tokens, the engine's context or "
+                "cache"
+            )
+
+    def cancel(self, number: int) -> bool:
+        """Drop a request, keeping the output it has; returns False when it was over already."""
+        if not cancel(self.state, 0, number):
+            return False
+        # One that has not arrived is skipped when it does.
+        self._core.abort_requests([str(number)])
+        return True
+
+    def output(self, number: int) -> list[int]:
+        """Tokens generated so far."""
+        return list(self._outputs[number])
+
+    @property
+    def earliest_arrival(self) -> float:
+        """When the next request to be submitted may have arrived at the earliest, in s."""
+        return self._earliest
+
+    @property
+    def next_arrival(self) -> float | None:
+        """When the next submitted request arrives, in s; None when all have."""
+        engine = self.state.engines[0]
+        if engine["released"] == engine["num_requests"]:
+            return None
+        return float(self.state.requests["arrival"][0, engine["released"]])
+
+    def new_observation(self) -> Observation:
+        """Fresh zeroed observation arrays of this engine's shapes."""
+        return allocate_observation(1, self.queue_rows, self.max_candidates)
+
+    def observe(self, observation: Observation) -> None:
+        """Write telemetry into `observation` (see `engine.core.telemetry`), as a governed vLLM's controller sees it."""
+        seen = self._scheduler.governor.observer.observe(self._scheduler.drafted)
+        observation.load[:], observation.queue[:], observation.rates[:] = seen.load, seen.queue, seen.rates
+        for into, counts in ((observation.drafted, seen.drafted), (observation.accepted, seen.accepted)):
+            into[:] = counts[:, : into.shape[1]]
+
+    def step(self, candidates: int, token_budget: int) -> bool:
+        """Run one iteration at the given c and n; False, at once, when no request has arrived that is unfinished."""
+        start = self.clock.now()
+        if not self._release(start):
+            return False
+        driver = self._scheduler.governor
+        driver.action = (min(candidates, self.max_candidates), token_budget)
+        answers, ran = self._core.step()
+        self._core.post_step(ran)
+        self._store(answers, self.clock.now() - start)
+        return True
+
+    def _store(self, answers: Any, elapsed: float) -> None:
+        """Append what was emitted to the outputs, and close the step in the ledger."""
+        ledger = self._scheduler.governor.ledger
+        found = {int(answer.request_id): answer for outputs in answers.values() for answer in outputs.outputs}
+        self.emitted, self.finished, counts, ended = [], [], [], []
+        for number in ledger.rows:
+            answer = found.get(number)
+            tokens = [] if answer is None else list(answer.new_token_ids)
+            over = answer is not None and answer.finish_reason is not None
+            counts.append(len(tokens))
+            ended.append(over)
+            if tokens:
+                self._outputs[number].extend(tokens)
+                self.emitted.append((number, tokens))
+            if over:
+                self.finished.append(number)
+        ledger.done(counts, ended, elapsed, self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+    def run(self, candidates: int, token_budget: int) -> None:
+        """Step at one c and n, waiting for arrivals, until every submitted request is over."""
+        while True:
+            if not self.step(candidates, token_budget):
+                moment = self.next_arrival
+                if moment is None:
+                    return
+                self.clock.wait_until(moment)
+
+    def poll(self) -> bool:
+        """Take in the requests that have arrived by now; whether there is anything for `step` to run."""
+        return self._release(self.clock.now())
+
+    def reset(self, clock: Clock | None = None) -> None:
+        """Forget every request and begin again at 0 s, on a clock that starts now unless given; models stay loaded."""
+        scheduler = self._scheduler
+        if scheduler.requests:
+            self._core.abort_requests(list(scheduler.requests))
+        if scheduler.has_finished_requests():
+            # Request numbers begin anew: an empty step tells the workers that those before are over.
+            self._core.step()
+        core.clear(self.state, 0)
+        self._requests, self._outputs = {}, {}
+        self.emitted, self.finished = [], []
+        self._earliest = 0.0
+        self.clock: Clock = WallClock() if clock is None else clock
+        scheduler.begin()
+        scheduler.governor.ledger = Ledger(self.state)
+        scheduler.governor.observer = Observer(
+            scheduler, ttft_target=self._ttft_target, queue_rows=self.queue_rows, clock=self.clock.now
+        )
+
+    def _release(self, now: float) -> bool:
+        """Let arrivals join vLLM's queue; whether anybody wants anything."""
+        engine = self.state.engines
+        before = int(engine["released"][0])
+        advance_clock(self.state, 0, now)
+        release(self.state, 0)
+        for number in range(before, int(engine["released"][0])):
+            request = self._requests.pop(number)
+            if self.state.requests["phase"][0, number] != CANCELLED:
+                self._core.add_request(request)
+        self._earliest = max(self._earliest, math.nextafter(now, math.inf))
+        return bool(has_work(self.state, 0))
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        """The largest n that a step has room for beside its decodes."""
+        settings = self._core.vllm_config
+        return int(self._scheduler.max_num_scheduled_tokens) - settings.scheduler_config.max_num_seqs * (
+            1 + self.max_candidates
+        )
+
+    @property
+    def runner(self) -> Any:
+        """vLLM's model runner, in this process."""
+        executor: Any = self._core.model_executor
+        return executor.driver_worker.worker.model_runner
+
+    def rehearsal(self, text: NDArray[np.int32]) -> VllmRehearsal:
+        """What measures this engine's iterations."""
+        from engine.backends.vllm.rehearsal import VllmRehearsal
+
+        return VllmRehearsal(self, text)
+
+    def memory(self) -> MemoryFigures:
+        """What weights and cache take."""
+        drafter = getattr(getattr(self.runner, "drafter", None), "model", None)
+        cached = sum(tensor.size for tensor in self._scheduler.kv_cache_config.kv_cache_tensors)
+        return MemoryFigures(
+            total_bytes=float(current_platform.get_device_total_memory()),
+            weight_bytes=weight_bytes(self.runner.model),
+            drafter_weight_bytes=0.0 if drafter is None else weight_bytes(drafter),
+            kv_bytes_per_token=cached // ((self.limits.total_blocks + 1) * self.limits.block_size),
+        )
+
+    def about(self) -> dict[str, Any]:
+        """The device and software it runs on; JSON-able."""
+        model = self._core.vllm_config.model_config
+        processor = current_platform.is_cpu()
+        return {
+            "device": current_platform.device_type,
+            "device_name": platform.processor() if processor else current_platform.get_device_name(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "vllm": sys.modules["vllm"].__version__,
+        }
+
+    def close(self) -> None:
+        """Shut vLLM down."""
+        if self not in _running:
+            return
+        _running.remove(self)
+        if _running:
+            # Engines of one process share vLLM's communicators, which its shutdown ends for all.
+            self._scheduler.shutdown()
+        else:
+            self._core.shutdown()
+
+
+def _started(config: VllmEngineConfig) -> EngineCore:
+    """vLLM's engine, its scheduler driven from outside. Raises ValueError for what vLLM refuses."""
+    on_processor = current_platform.is_cpu()
+    if on_processor:
+        torch.set_num_threads(config.threads)
+    with _environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind"), _scannable_llvmlite():
+        arguments = EngineArgs(**config.arguments(on_processor), scheduler_cls=DrivenScheduler, disable_log_stats=True)
+        settings = arguments.create_engine_config()
+        return EngineCore(settings, Executor.get_class(settings), log_stats=False)
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Within, these environment variables are set: what vLLM takes from nowhere else."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _scannable_llvmlite() -> Iterator[None]:
+    """Within, vLLM 0.32's worker survives its look at every module.
+
+    On a processor without Triton it takes `__dict__` of all they hold. Numba's handle of LLVM makes a C function of
+    that name, and the start ends with "'_lib_fn_wrapper' object has no attribute 'get'".
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    functions = getattr(getattr(ffi, "lib", None), "_fntab", None)
+    if functions is None:
+        yield
+        return
+    before = functions.get("__dict__")
+    functions["__dict__"] = {}
+    try:
+        yield
+    finally:
+        del functions["__dict__"]
+        if before is not None:
+            functions["__dict__"] = before

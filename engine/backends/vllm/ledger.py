@@ -1,0 +1,84 @@
+"""What a vLLM scheduler does, kept in the request table that every engine here is measured by.
+
+Nothing of vLLM is imported: the scheduler's owner tells of what happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.core.foreign import preempt, take_up
+from engine.core.live import stop_after
+from engine.core.scheduler import commit
+from engine.core.state import DECODING, NOT_ADMITTED, State
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A request in a step: its row, the tokens it gets, whether its drafter proposed fewer than it was asked for."""
+
+    row: int
+    tokens: int
+    ran_out: bool = False
+
+
+class Ledger:
+    """Writes steps into engine 0 of a state.
+
+    Args:
+        state: with the requests appended and released.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self._batch: list[Entry] = []
+        self._decodes = 0
+
+    def preempted(self, row: int) -> None:
+        """A running request lost its blocks, before the step is planned."""
+        preempt(self.state, 0, row)
+
+    def planned(self, entries: Sequence[Entry], candidates: int, token_budget: int, free_blocks: int) -> None:
+        """A step was scheduled for these requests; `candidates` is the c that its drafts were asked for.
+
+        Raises RuntimeError when a new request enters before an earlier one: nothing here serves in another order.
+        """
+        requests = self.state.requests[0]
+        decodes = [entry for entry in entries if requests["phase"][entry.row] == DECODING]
+        prefills = [entry for entry in entries if requests["phase"][entry.row] != DECODING]
+        new = [entry.row for entry in prefills if requests["phase"][entry.row] == NOT_ADMITTED]
+        if new and (new != sorted(new) or new[0] != self.state.engines[0]["next_new"]):
+            raise RuntimeError(f"requests {new} enter out of order of arrival")
+        self._batch, self._decodes = decodes + prefills, len(decodes)
+        rows = np.array([entry.row for entry in self._batch], dtype=np.int32)
+        tokens = np.array([entry.tokens for entry in self._batch], dtype=np.int32)
+        take_up(self.state, 0, rows, tokens, self._decodes, candidates, token_budget, free_blocks)
+
+    def done(self, emitted: Sequence[int], ended: Sequence[bool], elapsed: float, free_blocks: int) -> None:
+        """The step is over, `elapsed` s after it began.
+
+        emitted: tokens of each request, in the order of `rows` · ended: whether it is finished · free_blocks: after
+        those of the finished are given back.
+        """
+        state = self.state
+        for i, (entry, tokens, over) in enumerate(zip(self._batch, emitted, ended, strict=True)):
+            if i < self._decodes:
+                state.accepted[0, i] = tokens - 1
+                # The tokens behind a request's end are cut off, accepted or not.
+                if over:
+                    state.reach[0, i] = tokens - 1
+                elif entry.ran_out:
+                    state.reach[0, i] = max(int(state.reach[0, i]), tokens)
+            request = state.requests[0, entry.row]
+            if over and request["generated"] + tokens < request["output"]:
+                stop_after(state, 0, entry.row, tokens)
+        commit(state, 0, elapsed)
+        state.engines["free_blocks"][0] = free_blocks
+
+    @property
+    def rows(self) -> list[int]:
+        """The requests of the latest step, in the order that `done` takes."""
+        return [entry.row for entry in self._batch]

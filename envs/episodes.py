@@ -1,0 +1,208 @@
+"""What episodes on simulated and on real engines have in common: settings, where workloads come from, actions."""
+
+from collections.abc import Mapping, Sequence
+from types import NoneType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.real import RealEngineConfig
+from engine.config import EngineConfig
+from engine.core.action import ActionError, ActionGrid
+from engine.core.objective import Prices
+from engine.core.state import State
+from engine.core.telemetry import Observation
+from engine.workload.agreement import DrafterAgreement
+from engine.workload.arrivals import PoissonArrivals
+from engine.workload.lengths import NamedLengths
+from engine.workload.prompts import Prompts
+from engine.workload.source import SyntheticSource, WorkloadSource
+from engine.workload.workload import Workload
+from envs.reward import episode_summary
+
+LARGEST_SEED = 2**31 - 1
+
+Given = Workload | Prompts
+"""Requests that are played as they are; a simulated engine takes a workload only."""
+
+Origin = tuple[WorkloadSource | Given, int]
+"""Where an episode's requests come from: a source and the seed they were drawn with, or the requests themselves."""
+
+
+def default_workload() -> WorkloadSource:
+    """Poisson arrivals at 4 requests/s with ShareGPT lengths, 200 requests an episode."""
+    return SyntheticSource(
+        arrivals=PoissonArrivals(rate=4.0),
+        lengths=NamedLengths(name="sharegpt"),
+        agreement=DrafterAgreement(),
+        num_requests=200,
+        name="poisson_sharegpt",
+    )
+
+
+def check_whole(**settings: Any) -> None:
+    for name, value in settings.items():
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def check_seconds(name: str, value: Any, above_zero: bool) -> None:
+    number = isinstance(value, int | float | np.number) and bool(np.isfinite(value))
+    if not number or value < 0.0 or (above_zero and value == 0.0):
+        raise ValueError(f"{name}={value!r} must be a number of seconds {'above' if above_zero else 'of at least'} 0")
+
+
+def check_type(name: str, value: Any, *kinds: type) -> None:
+    if not isinstance(value, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
+        raise ValueError(f"{name}={value!r} must be of type {expected}")
+
+
+def refuse_rendering(render_mode: str | None) -> None:
+    """ValueError for any render mode but None."""
+    if render_mode is not None:
+        raise ValueError(f"render_mode={render_mode!r}: this environment has nothing to render, leave it None")
+
+
+def given_workload(options: Mapping[str, Any] | None) -> Given | None:
+    """The workload in a reset's options, if any; ValueError for options that do not exist."""
+    unknown = sorted(set(options or {}) - {"workload"})
+    if unknown:
+        raise ValueError(f"reset(options=...) knows 'workload' only, got {', '.join(map(repr, unknown))}")
+    return (options or {}).get("workload")
+
+
+class Episodes:
+    """N engines with episodes: actions in, telemetry and costs out.
+
+    Args are those of `envs.serving.ServingEnv`.
+    """
+
+    takes: tuple[type, ...] = (Workload,)
+    """Requests that can be given."""
+
+    def __init__(
+        self,
+        num_envs: int,
+        *,
+        engine: str | EngineConfig | RealEngineConfig = "vicuna_7b_a100",
+        workload: WorkloadSource | Given | None = None,
+        ttft_target: float = 1.0,
+        prices: Prices | None = None,
+        grid: ActionGrid | None = None,
+        queue_rows: int = 64,
+        decide_every: int = 1,
+        decision_s: float = 20e-6,
+        episode_s: float | None = None,
+        episode_decisions: int | None = None,
+        distinct_workloads: int | None = 64,
+    ) -> None:
+        check_whole(num_envs=num_envs, queue_rows=queue_rows, decide_every=decide_every)
+        if episode_s is not None:
+            check_seconds("episode_s", episode_s, above_zero=True)
+        if episode_decisions is not None:
+            check_whole(episode_decisions=episode_decisions)
+        if distinct_workloads is not None:
+            check_whole(distinct_workloads=distinct_workloads)
+        check_seconds("ttft_target", ttft_target, above_zero=True)
+        check_seconds("decision_s", decision_s, above_zero=False)
+        check_type("engine", engine, str, EngineConfig, RealEngineConfig)
+        check_type("workload", workload, WorkloadSource, *self.takes, NoneType)
+        check_type("prices", prices, Prices, NoneType)
+        check_type("grid", grid, ActionGrid, NoneType)
+        self.num_envs = num_envs
+        self.source = workload if workload is not None else default_workload()
+        self.prices = prices if prices is not None else Prices()
+        self.grid = grid if grid is not None else ActionGrid()
+        self.queue_rows = queue_rows
+        self.max_candidates = max(self.grid.candidate_choices)
+        self.decide_every = decide_every
+        self.decision_s = decision_s
+        self.episode_s = np.inf if episode_s is None else episode_s
+        self.episode_decisions = np.inf if episode_decisions is None else episode_decisions
+        self.ttft_target = ttft_target
+        self.distinct_workloads = distinct_workloads
+        self.decisions = np.zeros(num_envs, dtype=np.int64)
+        self._choices = np.array([len(self.grid.candidate_choices), len(self.grid.budget_choices)])
+        self._values = (self.grid.candidates, self.grid.budgets)
+        self._may_cut = bool(np.isfinite(self.episode_s) or np.isfinite(self.episode_decisions))
+        self._unit_prices = self.prices.per_unit(ttft_target)
+        self._drawn: dict[int, Any] = {}
+
+    def draws_from(self, source: WorkloadSource) -> None:
+        """Draw the workloads of coming episodes from another source; episodes that have begun go on."""
+        self.source = source
+        self._drawn.clear()
+
+    def _draw(self, rng: np.random.Generator) -> Origin:
+        if not isinstance(self.source, WorkloadSource):
+            return self.source, 0
+        return self.source, int(
+            rng.integers(LARGEST_SEED if self.distinct_workloads is None else self.distinct_workloads)
+        )
+
+    def _made(self, origin: Origin) -> Any:
+        """The requests of an origin, as the engine takes them."""
+        source, seed = origin
+        if not isinstance(source, WorkloadSource) or self.distinct_workloads is None or source != self.source:
+            return self._make(source, seed)
+        if seed not in self._drawn:
+            self._drawn[seed] = self._make(source, seed)
+        return self._drawn[seed]
+
+    def _make(self, source: WorkloadSource | Given, seed: int) -> Any:
+        raise NotImplementedError
+
+    def _origins_of(self, rngs: Sequence[np.random.Generator], given: Sequence[Given] | None) -> list[Origin]:
+        if given is None:
+            return [self._draw(rng) for rng in rngs]
+        for workload in given:
+            check_type("options['workload']", workload, *self.takes)
+        return [(workload, 0) for workload in given]
+
+    def _check_actions(self, actions: NDArray[np.int64]) -> None:
+        if actions.shape != (self.num_envs, 2) or actions.dtype.kind not in "iu":
+            raise ActionError(
+                f"actions must be integers of shape ({self.num_envs}, 2): the indices of c and n, got "
+                f"{actions.dtype} of shape {actions.shape}"
+            )
+        if (actions < 0).any() or (actions >= self._choices).any():
+            row = int(((actions < 0) | (actions >= self._choices)).any(axis=1).argmax())
+            self.grid.values(actions[row])
+
+    @property
+    def state(self) -> State:
+        """The engines' state; RuntimeError before the first reset."""
+        raise NotImplementedError
+
+    def reset(
+        self, envs: Sequence[int], rngs: Sequence[np.random.Generator], workloads: Sequence[Given] | None = None
+    ) -> None:
+        """Begin a new episode in each of `envs`, with requests drawn from its generator or given."""
+        raise NotImplementedError
+
+    def new_observation(self) -> Observation:
+        """Fresh zeroed observation arrays."""
+        raise NotImplementedError
+
+    def observe(self, envs: Sequence[int], observation: Observation) -> None:
+        """Write the telemetry of `envs` into their rows of `observation`."""
+        raise NotImplementedError
+
+    def step(self, actions: NDArray[np.int64]) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_]]:
+        """One decision in every engine.
+
+        Args:
+            actions: (N, 2) indices of c and n.
+
+        Returns fresh telemetry arrays, the costs of this decision (N, len(TERMS)), and which episodes are over (N,).
+        """
+        raise NotImplementedError
+
+    def summary(self, e: int) -> dict[str, Any]:
+        """The reported figures of engine `e`'s episode."""
+        return episode_summary(self.state, e, self.prices)
+
+    def close(self) -> None:
+        """Let go of the engines."""
