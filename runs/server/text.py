@@ -106,7 +106,8 @@ class TextStream:
     """The text of tokens that come bit by bit, as soon as it is certain, up to a stop string.
 
     Bytes of a character that is not whole, and what may be the beginning of a stop string, are held back. The parts add
-    up to the text of all tokens, or to what stands before the first stop string in it.
+    up to the text of all tokens, or to what stands before the stop string that is complete first (of two that end at
+    the same place, the longer one), however the tokens come.
     """
 
     def __init__(self, decode: Decode, stops: Sequence[str] = ()) -> None:
@@ -125,10 +126,10 @@ class TextStream:
         self._held = ""
         if not self._stops:
             return text
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
             self.stopped = True
-            return text[: min(places)]
+            return text[: min(found)[1]]
         if not last:
             kept = max(_overlap(text, stop) for stop in self._stops)
             text, self._held = text[: len(text) - kept], text[len(text) - kept :]

@@ -34,13 +34,20 @@ def test_the_parts_add_up_to_the_text_of_all_tokens(tokens: list[int], cuts: lis
     assert said(TextStream(LANGUAGE.decode), tokens, cuts) == LANGUAGE.decode(tokens)
 
 
+def test_a_stop_string_within_a_longer_one_that_began_before_is_met_first() -> None:
+    tokens = LANGUAGE.encode("\naa")
+    for cuts in ([], [1], [2], [1, 2]):
+        assert said(TextStream(LANGUAGE.decode, ["\naa", "a"]), tokens, cuts) == "\n"
+
+
 @given(st.data())
 def test_the_text_ends_before_the_first_stop_string_wherever_tokens_are_cut(data: st.DataObject) -> None:
     text = data.draw(st.text("ab\n é漢", min_size=1, max_size=40))
     stops = data.draw(st.lists(st.text("ab\n é漢", min_size=1, max_size=4), min_size=1, max_size=3))
     tokens = LANGUAGE.encode(text)
     stream = TextStream(LANGUAGE.decode, stops)
-    first = min((text.index(stop) for stop in stops if stop in text), default=len(text))
+    found = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+    _, first = min(found, default=(len(text), len(text)))
     assert said(stream, tokens, data.draw(st.lists(st.integers(0, 60), max_size=10))) == text[:first]
     assert stream.stopped is any(stop in text for stop in stops)
 
