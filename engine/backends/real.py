@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from engine.backends.clock import Clock
+from engine.backends.clock import Clock, WallClock
 from engine.config import EngineLimits
-from engine.core.state import State
-from engine.core.telemetry import Observation
+from engine.core import state as core
+from engine.core.live import append, grown
+from engine.core.scheduler import advance_clock, has_work, release
+from engine.core.telemetry import Observation, allocate_observation
 from engine.latency.design import Point
 from engine.latency.measured_fit import MemoryFigures
 from engine.speculation.allocation import Speculation
@@ -64,17 +68,49 @@ class Rehearsing(Protocol):
         """Empty the engine."""
 
 
-class RealEngine(Protocol):
-    """Serves token-id prompts with a model, one `step` an iteration."""
+class RealEngine(ABC):
+    """Serves token-id prompts with a model, one `step` an iteration.
 
-    clock: Clock
-    state: State
-    """One engine; its totals and timelines are what was served."""
-    limits: EngineLimits
-    queue_rows: int
-    max_candidates: int
-    """The largest c that the drafter can serve."""
+    Args:
+        limits: as the scheduler knows them.
+        vocab_size: prompts hold token ids below it.
+        max_candidates: the largest c that the drafter can serve.
+        ttft_target: latency requirement on TTFT in s, which telemetry and lateness are counted against.
+        queue_rows: M, the requests an observation lists one by one.
+        clock: real time unless given.
+    """
 
+    def __init__(
+        self,
+        limits: EngineLimits,
+        vocab_size: int,
+        max_candidates: int,
+        *,
+        ttft_target: float,
+        queue_rows: int,
+        clock: Clock | None,
+    ) -> None:
+        self.limits, self.max_candidates, self.queue_rows = limits, max_candidates, queue_rows
+        self.state = core.allocate(
+            1,
+            64,
+            total_blocks=limits.total_blocks,
+            block_size=limits.block_size,
+            watermark_blocks=limits.watermark_blocks,
+            max_num_seqs=limits.max_num_seqs,
+            ttft_target=ttft_target,
+            prefill=limits.prefill,
+        )
+        """One engine; its totals and timelines are what was served."""
+        self.clock: Clock = WallClock() if clock is None else clock
+        self.emitted: list[tuple[int, list[int]]] = []
+        """(request, tokens) of the latest iteration."""
+        self.finished: list[int] = []
+        """Requests that ended with it."""
+        self._vocab_size = vocab_size
+        self._earliest = 0.0
+
+    @abstractmethod
     def submit(
         self,
         prompt: Sequence[int] | NDArray[np.integer],
@@ -84,42 +120,130 @@ class RealEngine(Protocol):
         stop: Collection[int] = (),
         arrival: float | None = None,
     ) -> int:
-        """Queue a request and return its number, counted from 0 since the reset. Raises RequestError."""
+        """Queue a request and return its number, counted from 0 since the reset.
 
+        Args:
+            prompt: token ids.
+            max_tokens: most tokens to generate.
+            sampling: how tokens are chosen.
+            stop: tokens that end the output.
+            arrival: s on the engine's clock, possibly in the future; now if not given. Requests are submitted in order
+                of arrival, none before `earliest_arrival`.
+
+        Raises:
+            RequestError: when the request cannot be served, or arrives before one submitted earlier.
+        """
+
+    def _append(
+        self, prompt: Sequence[int] | NDArray[np.integer], max_tokens: int, arrival: float | None
+    ) -> tuple[NDArray[np.int32], float, int]:
+        """Add a request to the table; its tokens, arrival and row. Raises RequestError."""
+        tokens = np.array(prompt, dtype=np.int32)
+        self._check(tokens, max_tokens)
+        if arrival is None:
+            arrival = max(self.clock.now(), self._earliest)
+        elif arrival < self._earliest:
+            raise RequestError(
+                f"arrival={arrival} s is in the past: the latest arrival was, or arrivals were looked at, at "
+                f"{self._earliest} s"
+            )
+        self._earliest = arrival
+        self.state = grown(self.state, int(self.state.engines["num_requests"][0]) + 1)
+        return tokens, arrival, int(append(self.state, 0, arrival, len(tokens), max_tokens))
+
+    def _check(self, prompt: NDArray[np.int32], max_tokens: int) -> None:
+        if prompt.ndim != 1 or prompt.size == 0 or max_tokens < 1:
+            raise RequestError(f"prompt of shape {prompt.shape}, max_tokens={max_tokens}: need at least one token each")
+        if prompt.min() < 0 or prompt.max() >= self._vocab_size:
+            raise RequestError(f"prompt holds token {prompt.max()}; ids are 0 to {self._vocab_size - 1}")
+        most = min(self.limits.max_model_len, self.limits.total_blocks * self.limits.block_size)
+        if prompt.size + max_tokens > most:
+            raise RequestError(
+                f"prompt of {prompt.size} and max_tokens={max_tokens} exceed {most} tokens, the engine's context or "
+                "cache"
+            )
+
+    @abstractmethod
+    def cancel(self, number: int) -> bool:
+        """Drop a request, keeping the output it has; returns False when it was over already."""
+
+    @abstractmethod
     def output(self, number: int) -> list[int]:
         """Tokens generated so far."""
 
     @property
+    def earliest_arrival(self) -> float:
+        """When the next request to be submitted may have arrived at the earliest, in s.
+
+        An arrival while an iteration runs is one that the scheduler has not looked for yet.
+        """
+        return self._earliest
+
+    @property
     def next_arrival(self) -> float | None:
         """When the next submitted request arrives, in s; None when all have."""
+        engine = self.state.engines[0]
+        if engine["released"] == engine["num_requests"]:
+            return None
+        return float(self.state.requests["arrival"][0, engine["released"]])
 
     def poll(self) -> bool:
         """Take in the requests that have arrived by now; whether there is anything for `step` to run."""
+        return self._release(self.clock.now())
+
+    def _release(self, now: float) -> bool:
+        """Let arrivals join the queue; whether anybody wants anything."""
+        before = int(self.state.engines["released"][0])
+        advance_clock(self.state, 0, now)
+        release(self.state, 0)
+        self._arrived(range(before, int(self.state.engines["released"][0])))
+        self._earliest = max(self._earliest, math.nextafter(now, math.inf))
+        return bool(has_work(self.state, 0))
+
+    def _arrived(self, rows: range) -> None:  # noqa: B027 - only who has a queue beside the table needs it
+        """The requests of these rows joined the queue."""
 
     def new_observation(self) -> Observation:
         """Fresh zeroed observation arrays of this engine's shapes."""
+        return allocate_observation(1, self.queue_rows, self.max_candidates)
 
+    @abstractmethod
     def observe(self, observation: Observation) -> None:
         """Write telemetry into `observation` (see `engine.core.telemetry`)."""
 
+    @abstractmethod
     def step(self, candidates: int, token_budget: int) -> bool:
         """Run one iteration at the given c and n; False, at once, when no request has arrived that is unfinished."""
 
     def run(self, candidates: int, token_budget: int) -> None:
         """Step at one c and n, waiting for arrivals, until every submitted request is over."""
+        while True:
+            if not self.step(candidates, token_budget):
+                moment = self.next_arrival
+                if moment is None:
+                    return
+                self.clock.wait_until(moment)
 
     def reset(self, clock: Clock | None = None) -> None:
         """Forget every request and begin again at 0 s, on a clock that starts now unless given; models stay loaded."""
+        core.clear(self.state, 0)
+        self.emitted, self.finished = [], []
+        self._earliest = 0.0
+        self.clock = WallClock() if clock is None else clock
 
+    @abstractmethod
     def rehearsal(self, text: NDArray[np.int32]) -> Rehearsing:
         """What measures this engine's iterations."""
 
+    @abstractmethod
     def memory(self) -> MemoryFigures:
         """What weights and cache take."""
 
+    @abstractmethod
     def about(self) -> dict[str, Any]:
         """The device and software it runs on; JSON-able."""
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of what it holds; it serves no more."""
 

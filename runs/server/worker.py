@@ -19,7 +19,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.torch.engine import RequestError, TorchEngine
+from engine.backends.real import RequestError
+from engine.backends.torch.engine import TorchEngine
 from engine.backends.torch.generation import Ending
 from engine.core.state import State
 from engine.speculation.sampling import Sampling

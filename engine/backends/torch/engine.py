@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import time
@@ -14,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.backends.clock import Clock, WallClock
-from engine.backends.real import RequestError
+from engine.backends.clock import Clock
+from engine.backends.real import RealEngine
 from engine.backends.replay import Recording
 from engine.backends.torch.generation import Ending, Generation
 from engine.backends.torch.model import PagedModel
@@ -23,11 +22,11 @@ from engine.backends.torch.planned import Planned
 from engine.backends.torch.table import CacheTable
 from engine.config import EngineLimits
 from engine.core import state as core
-from engine.core.live import append, cancel, grown, retire, stop_after
+from engine.core.live import cancel, retire, stop_after
 from engine.core.redistribute import redistribute
-from engine.core.scheduler import advance_clock, commit, has_work, plan, release
+from engine.core.scheduler import commit, plan
 from engine.core.state import FINISHED
-from engine.core.telemetry import Observation, allocate_observation, observe
+from engine.core.telemetry import Observation, observe
 from engine.latency.measured_fit import MemoryFigures, weight_bytes
 from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.drafter import Batch, Drafter, NoDrafter
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from engine.backends.torch.rehearsal import Rehearsal
 
 
-class TorchEngine:
+class TorchEngine(RealEngine):
     """Serves token-id prompts with a model and a drafter, one `step` an iteration.
 
     Args:
@@ -66,40 +65,24 @@ class TorchEngine:
         clock: Clock | None = None,
         record: bool = False,
     ) -> None:
-        self.model, self.limits = model, limits
+        self.model = model
         self.drafter: Drafter = NoDrafter() if drafter is None else drafter
         self.speculation = speculation
-        self.queue_rows = queue_rows
-        self.max_candidates = min(max_candidates, self.drafter.most_candidates)
         self.table = CacheTable(limits)
         if (model.pool.num_blocks, model.pool.block_size) != (self.table.num_blocks, limits.block_size):
             raise ValueError(
                 f"the model's cache has {model.pool.num_blocks} blocks of {model.pool.block_size} tokens; these limits "
                 f"need {self.table.num_blocks} of {limits.block_size} (CacheTable(limits).num_blocks)"
             )
-        self.state = core.allocate(
-            1,
-            64,
-            total_blocks=limits.total_blocks,
-            block_size=limits.block_size,
-            watermark_blocks=limits.watermark_blocks,
-            max_num_seqs=limits.max_num_seqs,
-            ttft_target=ttft_target,
-            prefill=limits.prefill,
-        )
-        self.clock: Clock = WallClock() if clock is None else clock
+        most = min(max_candidates, self.drafter.most_candidates)
+        super().__init__(limits, model.vocab_size, most, ttft_target=ttft_target, queue_rows=queue_rows, clock=clock)
         self.recording = Recording() if record else None
-        self.emitted: list[tuple[int, list[int]]] = []
-        """(request, tokens) of the latest iteration."""
-        self.finished: list[int] = []
-        """Requests that ended with it."""
         self.draft_s = 0.0
         """Seconds the drafter took in the latest iteration."""
         self.forward_s = 0.0
         """Seconds from the start of the target's forward in the latest iteration until its choices were known."""
         self._generations: dict[int, Generation] = {}
         self._retired = 0
-        self._earliest = 0.0
 
     def submit(
         self,
@@ -111,48 +94,13 @@ class TorchEngine:
         ending: Ending | None = None,
         arrival: float | None = None,
     ) -> int:
-        """Queue a request and return its number.
-
-        Args:
-            prompt: token ids.
-            max_tokens: most tokens to generate.
-            sampling: how tokens are chosen.
-            stop: tokens that end the output.
-            ending: looks at the tokens for another end.
-            arrival: s on the engine's clock, possibly in the future; now if not given. Requests are submitted in order
-                of arrival, none before `earliest_arrival`.
-
-        Raises:
-            RequestError: when the request cannot be served, or arrives before one submitted earlier.
-        """
-        tokens = np.array(prompt, dtype=np.int32)
-        self._check(tokens, max_tokens)
-        if arrival is None:
-            arrival = max(self.clock.now(), self._earliest)
-        elif arrival < self._earliest:
-            raise RequestError(
-                f"arrival={arrival} s is in the past: the latest arrival was, or arrivals were looked at, at "
-                f"{self._earliest} s"
-            )
-        self._earliest = arrival
-        self.state = grown(self.state, int(self.state.engines["num_requests"][0]) + 1)
-        number = int(append(self.state, 0, arrival, len(tokens), max_tokens)) + self._retired
+        """See `RealEngine.submit`; `ending` looks at the tokens for another end."""
+        tokens, arrival, row = self._append(prompt, max_tokens, arrival)
+        number = row + self._retired
         self._generations[number] = Generation(tokens, sampling, frozenset(stop), ending, sampling.generator())
         if self.recording is not None:
             self.recording.requests.append((arrival, len(tokens), max_tokens))
         return number
-
-    def _check(self, prompt: NDArray[np.int32], max_tokens: int) -> None:
-        if prompt.ndim != 1 or prompt.size == 0 or max_tokens < 1:
-            raise RequestError(f"prompt of shape {prompt.shape}, max_tokens={max_tokens}: need at least one token each")
-        if prompt.min() < 0 or prompt.max() >= self.model.vocab_size:
-            raise RequestError(f"prompt holds token {prompt.max()}; ids are 0 to {self.model.vocab_size - 1}")
-        most = min(self.limits.max_model_len, self.limits.total_blocks * self.limits.block_size)
-        if prompt.size + max_tokens > most:
-            raise RequestError(
-                f"prompt of {prompt.size} and max_tokens={max_tokens} exceed {most} tokens, the engine's context or "
-                "cache"
-            )
 
     def cancel(self, number: int) -> bool:
         """Drop a request, keeping the output it has; returns False when it was over already."""
@@ -191,26 +139,6 @@ class TorchEngine:
         self._retired += len(rows)
         return rows
 
-    @property
-    def earliest_arrival(self) -> float:
-        """When the next request to be submitted may have arrived at the earliest, in s.
-
-        An arrival while an iteration runs is one that the scheduler has not looked for yet.
-        """
-        return self._earliest
-
-    @property
-    def next_arrival(self) -> float | None:
-        """When the next submitted request arrives, in s; None when all have."""
-        engine = self.state.engines[0]
-        if engine["released"] == engine["num_requests"]:
-            return None
-        return float(self.state.requests["arrival"][0, engine["released"]])
-
-    def new_observation(self) -> Observation:
-        """Fresh zeroed observation arrays of this engine's shapes."""
-        return allocate_observation(1, self.queue_rows, self.max_candidates)
-
     def observe(self, observation: Observation) -> None:
         """Write telemetry into `observation` (see `engine.core.telemetry`)."""
         observe(self.state, 0, observation)
@@ -247,30 +175,15 @@ class TorchEngine:
             self.recording.iterations.append((start, elapsed, candidates, token_budget, decodes))
         return True
 
-    def run(self, candidates: int, token_budget: int) -> None:
-        """Step at one c and n, waiting for arrivals, until every submitted request is over."""
-        while True:
-            if not self.step(candidates, token_budget):
-                moment = self.next_arrival
-                if moment is None:
-                    return
-                self.clock.wait_until(moment)
-
-    def poll(self) -> bool:
-        """Take in the requests that have arrived by now; whether there is anything for `step` to run."""
-        return self._release(self.clock.now())
-
     def reset(self, clock: Clock | None = None) -> None:
-        """Forget every request and begin again at 0 s, on a clock that starts now unless given; models stay loaded."""
+        """See `RealEngine.reset`."""
+        super().reset(clock)
         for number in self._generations:
             self.drafter.forget(number)
-        core.clear(self.state, 0)
         self.table = CacheTable(self.limits)
         self.recording = None if self.recording is None else Recording()
-        self.emitted, self.finished = [], []
         self._generations = {}
-        self._retired, self._earliest = 0, 0.0
-        self.clock = WallClock() if clock is None else clock
+        self._retired = 0
 
     def rehearsal(self, text: NDArray[np.int32]) -> Rehearsal:
         """What measures this engine's iterations."""
@@ -307,13 +220,6 @@ class TorchEngine:
 
     def close(self) -> None:
         """Nothing is held that goes not with the object."""
-
-    def _release(self, now: float) -> bool:
-        """Let arrivals join the queue; whether anybody wants anything."""
-        advance_clock(self.state, 0, now)
-        release(self.state, 0)
-        self._earliest = max(self._earliest, math.nextafter(now, math.inf))
-        return bool(has_work(self.state, 0))
 
     def _seat(self) -> Planned:
         """Give the planned batch its memory and look it up."""

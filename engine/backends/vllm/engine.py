@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import sys
@@ -23,18 +22,16 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 
-from engine.backends.clock import Clock, WallClock
-from engine.backends.real import RequestError
+from engine.backends.clock import Clock
+from engine.backends.real import RealEngine
 from engine.backends.vllm.engine_config import VllmEngineConfig
 from engine.backends.vllm.ledger import Entry, Ledger
 from engine.backends.vllm.observer import Observer, decode_tokens, decodes
 from engine.backends.vllm.scheduler import _Governed
 from engine.config import EngineLimits
-from engine.core import state as core
-from engine.core.live import append, cancel, grown
-from engine.core.scheduler import advance_clock, has_work, release
+from engine.core.live import cancel
 from engine.core.state import CANCELLED
-from engine.core.telemetry import Observation, allocate_observation
+from engine.core.telemetry import Observation
 from engine.latency.measured_fit import MemoryFigures, weight_bytes
 from engine.speculation.sampling import GREEDY, Sampling
 
@@ -108,7 +105,7 @@ class DrivenScheduler(_Governed):
         Scheduler.shutdown(self)
 
 
-class VllmEngine:
+class VllmEngine(RealEngine):
     """Serves token-id prompts with vLLM, one `step` an iteration.
 
     The c of a step is drafted at its end and verified in the next; its n holds at once. Requests are counted in the
@@ -124,37 +121,27 @@ class VllmEngine:
     def __init__(
         self, config: VllmEngineConfig, *, ttft_target: float, queue_rows: int = 64, clock: Clock | None = None
     ) -> None:
-        self.queue_rows = queue_rows
-        self.max_candidates = config.most_candidates
         self._core = _started(config)
         self._scheduler: Any = self._core.scheduler
         cache = self._scheduler.kv_cache_config
-        pool = self._scheduler.kv_cache_manager
-        self.limits = EngineLimits(
+        limits = EngineLimits(
             cache.num_blocks - 1,
             self._scheduler.block_size,
-            int(pool.watermark_blocks),
+            int(self._scheduler.kv_cache_manager.watermark_blocks),
             config.max_num_seqs,
             config.max_model_len,
         )
-        self._vocabulary = int(self._core.vllm_config.model_config.get_vocab_size())
-        self._ttft_target = ttft_target
-        self.state = core.allocate(
-            1,
-            64,
-            total_blocks=self.limits.total_blocks,
-            block_size=self.limits.block_size,
-            watermark_blocks=self.limits.watermark_blocks,
-            max_num_seqs=self.limits.max_num_seqs,
+        super().__init__(
+            limits,
+            int(self._core.vllm_config.model_config.get_vocab_size()),
+            config.most_candidates,
             ttft_target=ttft_target,
+            queue_rows=queue_rows,
+            clock=clock,
         )
-        self.emitted: list[tuple[int, list[int]]] = []
-        """(request, tokens) of the latest iteration."""
-        self.finished: list[int] = []
-        """Requests that ended with it."""
+        self._ttft_target = ttft_target
         self._requests: dict[int, Request] = {}
         self._outputs: dict[int, list[int]] = {}
-        self._earliest = 0.0
         self.reset(clock)
         _running.append(self)
 
@@ -167,32 +154,9 @@ class VllmEngine:
         stop: Collection[int] = (),
         arrival: float | None = None,
     ) -> int:
-        """Queue a request and return its number.
-
-        Args:
-            prompt: token ids.
-            max_tokens: most tokens to generate.
-            sampling: how tokens are chosen.
-            stop: tokens that end the output.
-            arrival: s on the engine's clock, possibly in the future; now if not given. Requests are submitted in order
-                of arrival, none before `earliest_arrival`.
-
-        Raises:
-            RequestError: when the request cannot be served, or arrives before one submitted earlier.
-        """
-        tokens = np.array(prompt, dtype=np.int32)
-        self._check(tokens, max_tokens)
-        if arrival is None:
-            arrival = max(self.clock.now(), self._earliest)
-        elif arrival < self._earliest:
-            raise RequestError(
-                f"arrival={arrival} s is in the past: the latest arrival was, or arrivals were looked at, at "
-                f"{self._earliest} s"
-            )
-        self._earliest = arrival
-        self.state = grown(self.state, int(self.state.engines["num_requests"][0]) + 1)
+        """See `RealEngine.submit`."""
+        tokens, arrival, number = self._append(prompt, max_tokens, arrival)
         self._scheduler.governor.ledger.state = self.state
-        number = int(append(self.state, 0, arrival, len(tokens), max_tokens))
         self._requests[number] = Request(
             request_id=str(number),
             prompt_token_ids=tokens.tolist(),
@@ -212,18 +176,6 @@ class VllmEngine:
         self._outputs[number] = []
         return number
 
-    def _check(self, prompt: NDArray[np.int32], max_tokens: int) -> None:
-        if prompt.ndim != 1 or prompt.size == 0 or max_tokens < 1:
-            raise RequestError(f"prompt of shape {prompt.shape}, max_tokens={max_tokens}: need at least one token each")
-        if prompt.min() < 0 or prompt.max() >= self._vocabulary:
-            raise RequestError(f"prompt holds token {prompt.max()}; ids are 0 to {self._vocabulary - 1}")
-        most = min(self.limits.max_model_len, self.limits.total_blocks * self.limits.block_size)
-        if prompt.size + max_tokens > most:
-            raise RequestError(
-                f"prompt of {prompt.size} and max_tokens={max_tokens} exceed {most} tokens, the engine's context or "
-                "cache"
-            )
-
     def cancel(self, number: int) -> bool:
         """Drop a request, keeping the output it has; returns False when it was over already."""
         if not cancel(self.state, 0, number):
@@ -235,23 +187,6 @@ class VllmEngine:
     def output(self, number: int) -> list[int]:
         """Tokens generated so far."""
         return list(self._outputs[number])
-
-    @property
-    def earliest_arrival(self) -> float:
-        """When the next request to be submitted may have arrived at the earliest, in s."""
-        return self._earliest
-
-    @property
-    def next_arrival(self) -> float | None:
-        """When the next submitted request arrives, in s; None when all have."""
-        engine = self.state.engines[0]
-        if engine["released"] == engine["num_requests"]:
-            return None
-        return float(self.state.requests["arrival"][0, engine["released"]])
-
-    def new_observation(self) -> Observation:
-        """Fresh zeroed observation arrays of this engine's shapes."""
-        return allocate_observation(1, self.queue_rows, self.max_candidates)
 
     def observe(self, observation: Observation) -> None:
         """Write telemetry into `observation` (see `engine.core.telemetry`), as a governed vLLM's controller sees it."""
@@ -290,50 +225,27 @@ class VllmEngine:
                 self.finished.append(number)
         ledger.done(counts, ended, elapsed, self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
-    def run(self, candidates: int, token_budget: int) -> None:
-        """Step at one c and n, waiting for arrivals, until every submitted request is over."""
-        while True:
-            if not self.step(candidates, token_budget):
-                moment = self.next_arrival
-                if moment is None:
-                    return
-                self.clock.wait_until(moment)
-
-    def poll(self) -> bool:
-        """Take in the requests that have arrived by now; whether there is anything for `step` to run."""
-        return self._release(self.clock.now())
-
     def reset(self, clock: Clock | None = None) -> None:
-        """Forget every request and begin again at 0 s, on a clock that starts now unless given; models stay loaded."""
+        """See `RealEngine.reset`."""
         scheduler = self._scheduler
         if scheduler.requests:
             self._core.abort_requests(list(scheduler.requests))
         if scheduler.has_finished_requests():
             # Request numbers begin anew: an empty step tells the workers that those before are over.
             self._core.step()
-        core.clear(self.state, 0)
+        super().reset(clock)
         self._requests, self._outputs = {}, {}
-        self.emitted, self.finished = [], []
-        self._earliest = 0.0
-        self.clock: Clock = WallClock() if clock is None else clock
         scheduler.begin()
         scheduler.governor.ledger = Ledger(self.state)
         scheduler.governor.observer = Observer(
             scheduler, ttft_target=self._ttft_target, queue_rows=self.queue_rows, clock=self.clock.now
         )
 
-    def _release(self, now: float) -> bool:
-        """Let arrivals join vLLM's queue; whether anybody wants anything."""
-        engine = self.state.engines
-        before = int(engine["released"][0])
-        advance_clock(self.state, 0, now)
-        release(self.state, 0)
-        for number in range(before, int(engine["released"][0])):
+    def _arrived(self, rows: range) -> None:
+        for number in rows:
             request = self._requests.pop(number)
             if self.state.requests["phase"][0, number] != CANCELLED:
                 self._core.add_request(request)
-        self._earliest = max(self._earliest, math.nextafter(now, math.inf))
-        return bool(has_work(self.state, 0))
 
     @property
     def most_prompt_tokens(self) -> int:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.backends.real import RequestError
 from engine.backends.replay import Recording, ReplayError, replay
-from engine.backends.torch.engine import RequestError, TorchEngine
+from engine.backends.torch.engine import TorchEngine
 from engine.config import Prefill
 from engine.core.metrics import request_table
 from engine.core.state import CANCELLED, FINISHED, State
