@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm runs this in an environment of its own")
 
+from engine.backends.guard import View
 from engine.backends.simulator import ITERATION, Simulator, log_iteration
 from engine.backends.vllm import GovernedAsyncScheduler, GovernedScheduler
 from engine.config import EngineConfig
-from engine.core.telemetry import LOAD_FIELDS, Observation
+from engine.core.telemetry import LOAD_FIELDS, Observation, as_dict
 from engine.latency.model import LatencyModel
 from engine.workload.agreement import DrafterAgreement
 from engine.workload.workload import Workload
@@ -71,10 +72,10 @@ class _Played:
 
     def __init__(self, actions: list[tuple[int, int]]) -> None:
         self.actions = actions
-        self.seen: list[Observation] = []
+        self.seen: list[View] = []
 
-    def ask(self, observation: Observation, num_decodes: int) -> tuple[int, int]:
-        self.seen.append(observation)
+    def ask(self, view: View, num_decodes: int) -> tuple[int, int]:
+        self.seen.append(view)
         step = len(self.seen)
         return self.actions[step][0], self.actions[step - 1][1]
 
@@ -139,14 +140,15 @@ def test_the_telemetry_is_the_simulators_but_for_the_free_memory(tmp_path: Path,
     slack = SEQS * 16
     # Ours counts time from 0, vLLM's observer from the first request.
     since = LOAD_FIELDS.index("interval_s")
-    seen[0].load[0, since] = simulated.seen[0].load[0, since]
+    seen[0]["load"][since] = simulated.seen[0].load[0, since]
     assert len(seen) == len(simulated.seen)
-    for real, ours in zip(seen, simulated.seen, strict=True):
-        assert ours.load[0, free] - slack <= real.load[0, free]
-        assert real.load[0, free] <= ours.load[0, free] + slack + ours.load[0, LOAD_FIELDS.index("prefilling_tokens")]
-        real.load[0, free] = ours.load[0, free]
-        for name in Observation._fields:
-            np.testing.assert_allclose(getattr(real, name), getattr(ours, name), rtol=1e-5, atol=1e-5, err_msg=name)
+    for real, ours in zip(seen, map(as_dict, simulated.seen), strict=True):
+        free_here = ours["load"][free]
+        assert free_here - slack <= real["load"][free]
+        assert real["load"][free] <= free_here + slack + ours["load"][LOAD_FIELDS.index("prefilling_tokens")]
+        real["load"][free] = free_here
+        for name, array in ours.items():
+            np.testing.assert_allclose(real[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -163,7 +165,7 @@ def test_short_of_memory_vllm_preempts_where_ours_drafts_less(tmp_path: Path) ->
     workload, actions = _workload(1), _actions(1, (4,), (3000,))
     simulated = _simulated(workload, actions, 80, 0.0)
     engine = _vllm(tmp_path, workload, actions, 80, 0.0)
-    real = sum(int(seen.load[0, LOAD_FIELDS.index("preemptions")]) for seen in engine.scheduler.governor.guard.seen)
+    real = sum(int(seen["load"][LOAD_FIELDS.index("preemptions")]) for seen in engine.scheduler.governor.guard.seen)
     assert real > simulated.preemptions
 
 
