@@ -118,6 +118,24 @@ def test_a_late_decision_is_not_waited_for_and_never_used() -> None:
     guard.close()
 
 
+def test_one_that_hangs_is_waited_for_once_and_never_switched_off() -> None:
+    free = threading.Event()
+    asked: list[int] = []
+
+    def choose(_: Any) -> tuple[int, int]:
+        asked.append(1)
+        free.wait()
+        return 1, 64
+
+    guard = _guard(choose, time_limit_s=1e-3, most_failures=3)
+    assert [guard.ask(SEEN, 1) for _ in range(50)] == [None] * 50
+    assert guard.tally.overran == 50
+    assert len(asked) == 1
+    assert guard.on
+    free.set()
+    guard.close()
+
+
 def test_failures_in_a_row_switch_it_off_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
     calls: list[int] = []
 
