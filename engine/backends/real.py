@@ -68,6 +68,20 @@ class Rehearsing(Protocol):
         """Empty the engine."""
 
 
+def counted(state: core.State) -> dict[str, int]:
+    """What the latest iteration was, as the request table counts (see `engine.core.state.ENGINE`)."""
+    names = (
+        "num_decodes",
+        "decode_tokens",
+        "candidate_steps",
+        "decode_kv_tokens",
+        "num_prefills",
+        "prefill_tokens",
+        "prompts_completed",
+    )
+    return {name: int(state.engines[name][0]) for name in names}
+
+
 class RealEngine(ABC):
     """Serves token-id prompts with a model, one `step` an iteration.
 

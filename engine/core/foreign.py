@@ -7,6 +7,7 @@ others; only `plan` is replaced. Blocks are the other scheduler's to count: a re
 import numpy as np
 
 from engine.compiled import kernel
+from engine.core.live import leave_preempted
 from engine.core.scheduler import preempt_latest, skip_cancelled
 from engine.core.state import NOT_ADMITTED, PREEMPTED, PREFILLING
 
@@ -34,13 +35,7 @@ def _enter(state, e, r):
     engine = state.engines[e]
     request = state.requests[e, r]
     if request.phase == PREEMPTED:
-        kept = 0
-        for i in range(engine.num_preempted):
-            other = state.preempted[e, i]
-            if other != r:
-                state.preempted[e, kept] = other
-                kept += 1
-        engine.num_preempted = kept
+        leave_preempted(state, e, r)
     else:
         engine.next_new += 1
         request.admitted = engine.now

@@ -85,7 +85,7 @@ def append(state, e, arrival, prompt, output):
 
 
 @kernel
-def _leave_preempted(state, e, r):
+def leave_preempted(state, e, r):
     """Take request `r` out of the stack of preempted requests; the order of the others is kept."""
     engine = state.engines[e]
     kept = 0
@@ -124,7 +124,7 @@ def cancel(state, e, r):
         give_back(engine, request)
         drop_finished(state, e)
     elif phase == PREEMPTED:
-        _leave_preempted(state, e, r)
+        leave_preempted(state, e, r)
     elif r < engine.released:
         engine.cancelled_waiting += 1
         skip_cancelled(state, e)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.backends.real import Timing
+from engine.backends.real import Timing, counted
 from engine.backends.torch.engine import TorchEngine
 from engine.latency.design import SPARE_TOKENS, Point
 
@@ -75,18 +75,8 @@ class Rehearsal:
 
     def planned(self) -> dict[str, int]:
         """What the latest iteration was, as the scheduler counts (see `engine.core.state.ENGINE`)."""
-        engine = self.engine.state.engines[0]
-        names = (
-            "num_decodes",
-            "decode_tokens",
-            "candidate_steps",
-            "decode_kv_tokens",
-            "num_prefills",
-            "prefill_tokens",
-        )
-        counted = {name: int(engine[name]) for name in (*names, "prompts_completed")}
         kv = self._point.kv_tokens
-        return counted | {
+        return counted(self.engine.state) | {
             "candidates": self._point.candidates,
             "prefill_context": self._point.context,
             "longest_kv_tokens": max(kv, default=0),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.real import Timing
+from engine.backends.real import Timing, counted
 from engine.backends.vllm.engine import VllmEngine
 from engine.core.state import DECODING
 from engine.latency.design import Point
@@ -84,17 +84,7 @@ class VllmRehearsal:
 
     def planned(self) -> dict[str, int]:
         """What the latest iteration was, as the request table counts (see `engine.core.state.ENGINE`)."""
-        engine = self.engine.state.engines[0]
-        names = (
-            "num_decodes",
-            "decode_tokens",
-            "candidate_steps",
-            "decode_kv_tokens",
-            "num_prefills",
-            "prefill_tokens",
-            "prompts_completed",
-        )
-        return {name: int(engine[name]) for name in names} | {
+        return counted(self.engine.state) | {
             "candidates": self._point.candidates,
             "prefill_context": self._point.context,
             "longest_kv_tokens": self._longest,
