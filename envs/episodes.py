@@ -1,5 +1,6 @@
 """What episodes on simulated and on real engines have in common: settings, where workloads come from, actions."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any
@@ -73,7 +74,7 @@ def given_workload(options: Mapping[str, Any] | None) -> Given | None:
     return (options or {}).get("workload")
 
 
-class Episodes:
+class Episodes(ABC):
     """N engines with episodes: actions in, telemetry and costs out.
 
     Args are those of `envs.serving.ServingEnv`.
@@ -151,8 +152,9 @@ class Episodes:
             self._drawn[seed] = self._make(source, seed)
         return self._drawn[seed]
 
+    @abstractmethod
     def _make(self, source: WorkloadSource | Given, seed: int) -> Any:
-        raise NotImplementedError
+        """The requests that a source draws with this seed, or those given, as the engine takes them."""
 
     def _origins_of(self, rngs: Sequence[np.random.Generator], given: Sequence[Given] | None) -> list[Origin]:
         if given is None:
@@ -172,24 +174,25 @@ class Episodes:
             self.grid.values(actions[row])
 
     @property
+    @abstractmethod
     def state(self) -> State:
         """The engines' state; RuntimeError before the first reset."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reset(
         self, envs: Sequence[int], rngs: Sequence[np.random.Generator], workloads: Sequence[Given] | None = None
     ) -> None:
         """Begin a new episode in each of `envs`, with requests drawn from its generator or given."""
-        raise NotImplementedError
 
+    @abstractmethod
     def new_observation(self) -> Observation:
         """Fresh zeroed observation arrays."""
-        raise NotImplementedError
 
+    @abstractmethod
     def observe(self, envs: Sequence[int], observation: Observation) -> None:
         """Write the telemetry of `envs` into their rows of `observation`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, actions: NDArray[np.int64]) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_]]:
         """One decision in every engine.
 
@@ -198,11 +201,10 @@ class Episodes:
 
         Returns fresh telemetry arrays, the costs of this decision (N, len(TERMS)), and which episodes are over (N,).
         """
-        raise NotImplementedError
 
     def summary(self, e: int) -> dict[str, Any]:
         """The reported figures of engine `e`'s episode."""
         return episode_summary(self.state, e, self.prices)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - simulated engines hold nothing
         """Let go of the engines."""

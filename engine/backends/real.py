@@ -262,7 +262,7 @@ class RealEngine(ABC):
         """Let go of what it holds; it serves no more."""
 
 
-class RealEngineConfig(BaseModel):
+class RealEngineConfig(BaseModel, ABC):
     """Settings of every engine that runs a model.
 
     Args:
@@ -296,29 +296,29 @@ class RealEngineConfig(BaseModel):
         return " ".join([self.name, *(f"{key}={value}" for key, value in settings.items() if value != defaults[key])])
 
     @property
+    @abstractmethod
     def speculation(self) -> Speculation:
         """How the candidates of an action are shared out."""
-        raise NotImplementedError
 
+    @abstractmethod
     def governed_by(self, speculation: Speculation | None) -> Self:
         """The same engine sharing candidates as a controller asks for; None: as it is configured.
 
         Raises ValueError for what the engine cannot do.
         """
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def limits(self) -> EngineLimits:
         """What a scheduler knows of the cache."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokenizer(self) -> Any:
         """The target's tokenizer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self, *, ttft_target: float, queue_rows: int = 64) -> RealEngine:
         """Load the models and return the engine; its clock starts when this returns."""
-        raise NotImplementedError
 
 
 def tokenizer_of(model: str) -> Any:
