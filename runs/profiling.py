@@ -19,11 +19,11 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from engine.backends.measure import collect, loads, measure
 from engine.backends.real import RealEngine
 from engine.backends.torch.acceptance import agreement, speculate
 from engine.backends.torch.config import TorchEngineConfig
 from engine.backends.torch.engine import TorchEngine
-from engine.backends.torch.measure import collect, loads, measure
 from engine.backends.vllm.engine_config import VllmEngineConfig
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid

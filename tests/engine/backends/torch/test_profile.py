@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.backends.measure import AnotherProfileError, collect, measure
 from engine.backends.torch.acceptance import agreement, speculate
-from engine.backends.torch.measure import AnotherProfileError, collect, measure
 from engine.backends.torch.rehearsal import Rehearsal
 from engine.latency.design import Point, Space, design
 from engine.workload.acceptance_log import read_acceptance_log
