@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from engine.backends.clock import Clock, WallClock
-from engine.config import EngineLimits
 from engine.core import state as core
 from engine.core.live import append, grown
 from engine.core.scheduler import advance_clock, has_work, release
 from engine.core.telemetry import Observation, allocate_observation
 from engine.latency.design import Point
 from engine.latency.measured_fit import MemoryFigures
+from engine.limits import EngineLimits
 from engine.speculation.allocation import Speculation
 from engine.speculation.sampling import GREEDY, Sampling
 from engine.workload.prompts import Prompts

@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from engine.backends.clock import Clock
 from engine.backends.real import EMBEDDED, RealEngineConfig, refuse_sharing, tokenizer_of
-from engine.config import EngineLimits, Prefill
+from engine.limits import EngineLimits, Prefill
 from engine.speculation.allocation import CHAINS, Speculation
 
 if TYPE_CHECKING:

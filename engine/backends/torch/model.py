@@ -16,7 +16,7 @@ from engine.backends.torch.compiled import CompiledLlama
 from engine.backends.torch.fused import FusedLlama
 from engine.backends.torch.pack import EXACT_ROWS, pack
 from engine.backends.torch.table import CacheTable
-from engine.config import EngineLimits
+from engine.limits import EngineLimits
 from engine.speculation.tree import Branches
 
 TOLERANCE = {torch.float64: 5e-6, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
