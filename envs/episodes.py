@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.real import RealEngineConfig
+from engine.backends.real_config import RealEngineConfig
 from engine.config import EngineConfig
 from engine.core.action import ActionError, ActionGrid
 from engine.core.objective import Prices

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from controllers.controller import Controller
-from engine.backends.real import RealEngineConfig
+from engine.backends.real_config import RealEngineConfig
 from engine.backends.simulator import Simulator
 from engine.backends.torch.config import TorchEngineConfig
 from engine.backends.vllm.engine_config import VllmEngineConfig

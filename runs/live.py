@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from controllers.controller import Controller
 from engine.backends.clock import Clock, WallClock
-from engine.backends.real import RealEngine, RealEngineConfig, submit_beginnings, warm_up
+from engine.backends.real import RealEngine, submit_beginnings, warm_up
+from engine.backends.real_config import RealEngineConfig
 from engine.backends.simulator import ITERATION, log_iteration
 from engine.core.action import ActionError, ActionGrid
 from engine.core.telemetry import as_dict

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from controllers.controller import Controller
 from controllers.fixed import Fixed
-from engine.backends.real import RealEngineConfig
+from engine.backends.real_config import RealEngineConfig
 from engine.backends.torch.config import TorchEngineConfig
 from engine.backends.vllm.engine_config import VllmEngineConfig
 from engine.config import EngineConfig

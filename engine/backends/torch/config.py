@@ -10,7 +10,8 @@ from pydantic import Field
 from threadpoolctl import threadpool_limits
 
 from engine.backends.clock import Clock
-from engine.backends.real import EMBEDDED, RealEngineConfig, refuse_sharing, tokenizer_of
+from engine.backends.real import EMBEDDED, tokenizer_of
+from engine.backends.real_config import RealEngineConfig, refuse_sharing
 from engine.limits import EngineLimits, Prefill
 from engine.speculation.allocation import CHAINS, Speculation
 
