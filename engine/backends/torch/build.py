@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from engine.backends.clock import Clock
 from engine.backends.real import EMBEDDED
-from engine.limits import EngineLimits
+from engine.limits import EngineLimits, Prefill
 from engine.speculation.allocation import Speculation
 
 if TYPE_CHECKING:
@@ -28,6 +28,20 @@ DrafterKind = Literal["model", "ngram", "none"]
 Sharing = Literal["uniform", "local", "global"]
 DeviceKind = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+
+CHOICES = {
+    "drafter": DrafterKind,
+    "allocation": Sharing,
+    "device": DeviceKind,
+    "dtype": Dtype,
+    "prefill": Prefill,
+}
+"""Settings that are one of a few words, for whoever checks them."""
+
+OPTIONAL_NUMBERS = ("layers", "draft_depth")
+"""Settings that are a whole number or null."""
+
+MAY_BE_ZERO = ("num_kv_blocks", "watermark")
 
 
 def cache_limits(settings: Any) -> EngineLimits:
