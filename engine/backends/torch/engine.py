@@ -21,7 +21,6 @@ from engine.backends.torch.model import PagedModel
 from engine.backends.torch.planned import Planned
 from engine.backends.torch.stopwatch import Stopwatch
 from engine.backends.torch.table import CacheTable
-from engine.config import EngineLimits
 from engine.core import state as core
 from engine.core.live import cancel, retire, stop_after
 from engine.core.redistribute import redistribute
@@ -29,6 +28,7 @@ from engine.core.scheduler import commit, plan
 from engine.core.state import FINISHED
 from engine.core.telemetry import Observation, observe
 from engine.latency.measured_fit import MemoryFigures, weight_bytes
+from engine.limits import EngineLimits
 from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.drafter import Batch, Drafter, NoDrafter
 from engine.speculation.sampling import GREEDY, Sampling, draw

@@ -17,7 +17,7 @@ from engine.backends.torch.fused import FusedLlama
 from engine.backends.torch.pack import EXACT_ROWS, pack
 from engine.backends.torch.table import CacheTable
 from engine.backends.torch.triton_llama import TritonLlama
-from engine.config import EngineLimits
+from engine.limits import EngineLimits
 from engine.speculation.sampling import most_probable
 from engine.speculation.tree import Branches
 
