@@ -118,14 +118,20 @@ class TritonLlama:
         return self._run(host, size, splits, trees)[:wanted]
 
     def top(self, logits: Tensor, count: int) -> NDArray[np.int64]:
-        """(rows, count) tokens of the highest of the latest forward's logits, falling, by the ids of `Promises`."""
+        """(rows, count) tokens of the highest of the latest forward's logits, falling, by the ids of `Promises`.
+
+        They are read at once where so many do not fit among the promised.
+        """
         if count == 1:
             return self.codes[:, None]
-        entries = self.promises.make(logits.shape[0] * count)
+        best = logits.topk(count, dim=-1).indices
+        if best.numel() > self.promises.left // 2:
+            found: NDArray[np.int64] = best.cpu().numpy()
+            return found
+        entries = self.promises.make(best.numel())
         if len(entries):
             with torch.inference_mode():
-                best = logits.topk(count, dim=-1).indices.reshape(-1)
-                self.promises.values[entries[0] : entries[-1] + 1].copy_(best)
+                self.promises.values[entries[0] : entries[-1] + 1].copy_(best.view(-1))
         return -1 - entries.reshape(-1, count)
 
     def prepare(self, pool: Pool, table: CacheTable, trees: bool) -> None:
