@@ -212,6 +212,7 @@ def test_promises_are_read_once_and_begin_anew() -> None:
 @pytest.mark.parametrize("candidates", [0, 4])
 def test_an_iteration_waits_for_the_device_once(candidates: int) -> None:
     served = engine(Speculation(), deferring=True)
+    served.prepare()
     for prompt in prompts((3, 30, 9)):
         served.submit(prompt, 64)
     for _ in range(4):
