@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 import logging.config
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -36,11 +37,14 @@ COMPLETE = "torch_tiny"
 
 def main(arguments: Sequence[str]) -> None:
     """Measure as the command line says, or finish a folder. Exits as the Hydra app does."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s", force=True)
     with ending(log, "interrupted: the same command goes on from here"), named():
         if FINISH in arguments:
             folder = _folder(arguments)
-            say(finish(folder), folder, log)
+            result = finish(folder)
+            say(result, folder, log)
+            if result.missing:
+                sys.exit(2)
         else:
             _measure(arguments)
 
@@ -56,9 +60,15 @@ def _measure(words: Sequence[str]) -> None:
     out = Path(config["hydra"]["run"]["dir"])
     out.mkdir(parents=True, exist_ok=True)
     logging.config.dictConfig(read_logging(config))
+    subject, wanted = configured(config)
+    say(measuring.profile(subject, wanted, out, progress), out, log)
+
+
+def configured(config: dict[str, Any]) -> tuple[measuring.Subject, SimpleNamespace]:
+    """The engine and what is wanted of it. Raises ValueError naming the key of what is refused."""
     subject, wanted = _subject(config["engine"]), _wanted(config)
     measuring.check(wanted, subject.settings["prefill"])
-    say(measuring.profile(subject, wanted, out, progress), out, log)
+    return subject, wanted
 
 
 def _subject(section: dict[str, Any]) -> measuring.Subject:
