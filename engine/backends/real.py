@@ -244,6 +244,9 @@ class RealEngine(ABC):
         self._earliest = 0.0
         self.clock = WallClock() if clock is None else clock
 
+    def prepare(self) -> None:  # noqa: B027 - most have nothing that only first iterations take time for
+        """Do beforehand what would make first iterations slow; nothing is served meanwhile."""
+
     @abstractmethod
     def rehearsal(self, text: NDArray[np.int32]) -> Rehearsing:
         """What measures this engine's iterations."""
@@ -277,6 +280,7 @@ def warm_up(engine: RealEngine, prompts: Prompts) -> None:
 
     First calls compile, and first touch memory, which is not the engine's speed.
     """
+    engine.prepare()
     for candidates in (0, min(WARMUP_CANDIDATES, engine.max_candidates)):
         submit_beginnings(engine, prompts)
         engine.run(candidates, WARMUP_BUDGET)

@@ -11,7 +11,7 @@ from engine.core.state import MAX_CANDIDATES
 from engine.speculation.allocation import best_nodes, keep_best
 from engine.speculation.calibration import Calibration
 from engine.speculation.drafter import LONGEST_CHAIN, Batch, Drafts, Runner, no_drafts
-from engine.speculation.sampling import draw, most_probable
+from engine.speculation.sampling import draw
 from engine.speculation.tree import Branches, fixed_shape
 
 MOST_EXPANDED = 2 * MAX_CANDIDATES
@@ -44,12 +44,16 @@ class ModelDrafter:
         """Drop the request's latest tree; its cache goes with its blocks."""
         self._calibration.forget(number)
 
+    def prepare(self, table: Any, trees: bool) -> None:
+        """See `Drafter.prepare`."""
+        self._runner.prepare(table, trees)
+
     def _chains(self, batch: Batch) -> Drafts:
         """c_i tokens in a row for each request, which stay in the cache as far as they are accepted."""
         table = batch.table
         drafts = no_drafts(batch)
         drafts.counts = np.minimum(batch.wanted, batch.speculation.depth(int(batch.wanted.max(initial=0))))
-        _note_draws(batch, drafts)
+        sampled = _note_draws(batch, drafts)
         for depth in range(int(drafts.counts.max(initial=0))):
             who = np.flatnonzero(drafts.counts > depth)
             if depth == 0:
@@ -60,8 +64,9 @@ class ModelDrafter:
                 one = np.ones_like(who)
                 logits = self._runner.forward(table, seats, ends - 1, one, one)
                 table.draft_computed[seats] = ends
-            drafts.tokens[who, depth] = _top(logits, 1)[:, 0]
-            _draw(batch, drafts, logits, who, np.full_like(who, depth - 1))
+            drafts.tokens[who, depth] = self._runner.top(logits)[:, 0]
+            if sampled:
+                _draw(batch, drafts, logits, who, np.full_like(who, depth - 1))
         return drafts
 
     def _fixed_trees(self, batch: Batch) -> Drafts:
@@ -74,7 +79,7 @@ class ModelDrafter:
         drafts.parents = np.tile(shape.parents[:width], (size, 1))
         drafts.depths = np.tile(shape.depths[:width], (size, 1))
         counts = drafts.counts = np.minimum(batch.wanted, width)
-        _note_draws(batch, drafts)
+        sampled = _note_draws(batch, drafts)
         slots = _Slots(batch, width, width)
         nodes = np.array([-1])
         for depth in range(1, 1 + int(shape.depths[:width].max(initial=0))):
@@ -90,9 +95,10 @@ class ModelDrafter:
             row[who, 1 + above] = np.arange(len(who))
             take, which = np.nonzero(nodes < counts[:, None])
             child = nodes[which]
-            top = _top(logits, 1 + int(ranks.max()))
+            top = self._runner.top(logits, 1 + int(ranks.max()))
             drafts.tokens[take, child] = top[row[take, 1 + shape.parents[child]], ranks[which]]
-            _draw(batch, drafts, logits, who, above)
+            if sampled:
+                _draw(batch, drafts, logits, who, above)
         return drafts
 
 
@@ -215,11 +221,12 @@ class _Growth:
         return who, order[who, place]
 
 
-def _note_draws(batch: Batch, drafts: Drafts) -> None:
-    """Make room to note what the candidates of sampled requests will be drawn from."""
-    for i, request in enumerate(batch.requests):
-        if not request.sampling.greedy:
-            drafts.drawn_from[i] = [None] * (drafts.tokens.shape[1] + 1)
+def _note_draws(batch: Batch, drafts: Drafts) -> bool:
+    """Make room to note what the candidates of sampled requests will be drawn from; whether there are any."""
+    sampled = [i for i, request in enumerate(batch.requests) if not request.sampling.greedy]
+    for i in sampled:
+        drafts.drawn_from[i] = [None] * (drafts.tokens.shape[1] + 1)
+    return bool(sampled)
 
 
 def _catch_up(runner: Runner, batch: Batch, who: NDArray[np.int64]) -> Any:
@@ -229,14 +236,6 @@ def _catch_up(runner: Runner, batch: Batch, who: NDArray[np.int64]) -> Any:
     logits = runner.forward(batch.table, seats, starts, ends - starts, np.ones_like(who))
     batch.table.draft_computed[seats] = ends
     return logits
-
-
-def _top(logits: Any, count: int) -> NDArray[np.int64]:
-    """(rows, count) the most probable tokens, falling."""
-    if count == 1:
-        return most_probable(logits)[:, None]
-    found: NDArray[np.int64] = logits.topk(count, dim=-1).indices.cpu().numpy()
-    return found
 
 
 def _draw(batch: Batch, drafts: Drafts, logits: Any, who: NDArray[np.int64], nodes: NDArray[np.int64]) -> None:

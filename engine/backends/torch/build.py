@@ -144,4 +144,5 @@ def _drafter(settings: Any, target: PagedModel, limits: EngineLimits) -> Drafter
             f"drafter_model={settings.drafter_model} has {drafter.vocab_size} tokens, the target {settings.target} "
             f"{target.vocab_size}; a drafter must share the target's vocabulary, or set drafter=ngram"
         )
+    drafter.defer_to(target)
     return ModelDrafter(drafter)

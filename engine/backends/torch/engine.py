@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from collections.abc import Collection, Sequence
 from importlib.metadata import version
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from engine.backends.replay import Recording
 from engine.backends.torch.generation import Ending, Generation
 from engine.backends.torch.model import PagedModel
 from engine.backends.torch.planned import Planned
+from engine.backends.torch.stopwatch import Stopwatch
 from engine.backends.torch.table import CacheTable
 from engine.core import state as core
 from engine.core.live import cancel, retire, stop_after
@@ -30,7 +31,7 @@ from engine.latency.measured_fit import MemoryFigures, weight_bytes
 from engine.limits import EngineLimits
 from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.drafter import Batch, Drafter, NoDrafter
-from engine.speculation.sampling import GREEDY, Sampling, draw, most_probable
+from engine.speculation.sampling import GREEDY, Sampling, draw
 from engine.speculation.tree import Drafts
 from engine.speculation.verify import accept_greedy, accept_sampled
 
@@ -77,12 +78,19 @@ class TorchEngine(RealEngine):
         most = min(max_candidates, self.drafter.most_candidates)
         super().__init__(limits, model.vocab_size, most, ttft_target=ttft_target, queue_rows=queue_rows, clock=clock)
         self.recording = Recording() if record else None
-        self.draft_s = 0.0
-        """Seconds the drafter took in the latest iteration."""
-        self.forward_s = 0.0
-        """Seconds from the start of the target's forward in the latest iteration until its choices were known."""
+        self._drafting, self._forward = Stopwatch(model.device), Stopwatch(model.device)
         self._generations: dict[int, Generation] = {}
         self._retired = 0
+
+    @property
+    def draft_s(self) -> float:
+        """Seconds the drafter took in the latest iteration."""
+        return self._drafting.seconds
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds the target's forward took in the latest iteration."""
+        return self._forward.seconds
 
     def submit(
         self,
@@ -153,10 +161,14 @@ class TorchEngine(RealEngine):
         planned = self._seat()
         drafts = self._draft(planned)
         branches = None if drafts is None else planned.branches(drafts)
-        begin = time.perf_counter()
-        logits = self.model.forward(self.table, planned.seats, planned.starts, planned.counts, planned.keep, branches)
-        choices = most_probable(logits)
-        self.forward_s = time.perf_counter() - begin
+        with self._forward:
+            logits = self.model.forward(
+                self.table, planned.seats, planned.starts, planned.counts, planned.keep, branches
+            )
+        # Here, and only here, an iteration waits for the device.
+        choices = self.model.top(logits)[:, 0]
+        if drafts is not None:
+            drafts.tokens = self.model.known(drafts.tokens).astype(np.int32)
         if drafts is None:
             emitted = self._choose(planned, logits, choices)
         else:
@@ -184,6 +196,12 @@ class TorchEngine(RealEngine):
         self.recording = None if self.recording is None else Recording()
         self._generations = {}
         self._retired = 0
+
+    def prepare(self) -> None:
+        """See `RealEngine.prepare`."""
+        trees = self.speculation.branching > 1
+        self.model.prepare(self.table, trees)
+        self.drafter.prepare(self.table, trees)
 
     def rehearsal(self, text: NDArray[np.int32]) -> Rehearsal:
         """What measures this engine's iterations."""
@@ -244,7 +262,7 @@ class TorchEngine(RealEngine):
         """Candidates for the decodes, which are given as many tokens as there are candidates for them; None: c = 0."""
         decodes = planned.decodes
         wanted = planned.counts[:decodes] - 1
-        self.draft_s = 0.0
+        self._drafting.reset()
         if not wanted.any():
             return None
         batch = Batch(
@@ -257,9 +275,8 @@ class TorchEngine(RealEngine):
             limits=planned.limits,
             speculation=self.speculation,
         )
-        begin = time.perf_counter()
-        drafts = self.drafter.propose(batch)
-        self.draft_s = time.perf_counter() - begin
+        with self._drafting:
+            drafts = self.drafter.propose(batch)
         if self.speculation.allocation != "global":
             planned.ran_out = drafts.counts < wanted
         redistribute(self.state, 0, 1 + drafts.counts)
@@ -288,7 +305,7 @@ class TorchEngine(RealEngine):
                 continue
             generation = self._generations[number]
             tokens = [chosen[row] if generation.sampling.greedy else _drawn(generation, logits, row)]
-            emitted.append(tokens[: generation.until_stop(tokens)])
+            emitted.append(tokens[: generation.until_stop(tokens)] if generation.may_stop else tokens)
             row += 1
         return emitted
 
@@ -326,7 +343,8 @@ class TorchEngine(RealEngine):
                 path, token, reach[i] = accept_sampled(weights, *tree, generation.random)
                 paths[i, : len(path)] = path
                 tokens = [*drafts.tokens[i, path].tolist(), token]
-            tokens = tokens[: generation.until_stop(tokens)]
+            if generation.may_stop:
+                tokens = tokens[: generation.until_stop(tokens)]
             if i < decodes:
                 accepted[i] = len(tokens) - 1
             emitted.append(tokens)
@@ -347,27 +365,31 @@ class TorchEngine(RealEngine):
         """Tell the scheduler which requests end before their limit; returns (request, tokens emitted now)."""
         stops = []
         for row, number, tokens in zip(planned.rows.tolist(), planned.numbers.tolist(), emitted, strict=True):
-            if tokens and self._generations[number].stopped:
+            if self._generations[number].stopped and tokens:
                 stop_after(self.state, 0, row, len(tokens))
                 stops.append((number, len(tokens)))
         return stops
 
     def _store(self, planned: Planned, emitted: list[list[int]]) -> None:
         """Append what was emitted to outputs and token table; forget what the drafter cached of rejected candidates."""
-        table, phase = self.table, self.state.requests["phase"][0]
-        self.emitted, self.finished = [], []
-        for i, (number, tokens) in enumerate(zip(planned.numbers.tolist(), emitted, strict=True)):
-            if not tokens:
-                continue
-            self._generations[number].output.extend(tokens)
-            self.emitted.append((number, tokens))
-            seat = planned.seats[i]
-            length = int(planned.starts[i]) + (1 if i < planned.decodes else int(planned.counts[i]))
-            table.tokens[seat, length : length + len(tokens)] = tokens
-            table.draft_computed[seat] = min(table.draft_computed[seat], length + len(tokens) - 1)
-            if phase[planned.rows[i]] == FINISHED:
-                self.finished.append(number)
-                self.drafter.forget(number)
+        table, generations = self.table, self._generations
+        counts = np.array([len(tokens) for tokens in emitted], dtype=np.int64)
+        lengths = planned.starts + planned.counts
+        lengths[: planned.decodes] = planned.starts[: planned.decodes] + 1
+        ends = np.cumsum(counts)
+        columns = np.arange(ends[-1]) - np.repeat(ends - counts - lengths, counts)
+        table.tokens[np.repeat(planned.seats, counts), columns] = np.fromiter(chain.from_iterable(emitted), np.int64)
+        some = counts > 0
+        seats = planned.seats[some]
+        read = (lengths + counts - 1)[some].astype(np.int32)
+        table.draft_computed[seats] = np.minimum(table.draft_computed[seats], read)
+        self.emitted = [entry for entry in zip(planned.numbers.tolist(), emitted, strict=True) if entry[1]]
+        for number, tokens in self.emitted:
+            generations[number].output.extend(tokens)
+        over = some & (self.state.requests["phase"][0, planned.rows] == FINISHED)
+        self.finished = planned.numbers[over].tolist()
+        for number in self.finished:
+            self.drafter.forget(number)
 
 
 def _drawn(generation: Generation, logits: torch.Tensor, row: int) -> int:

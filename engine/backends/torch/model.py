@@ -16,7 +16,9 @@ from engine.backends.torch.compiled import CompiledLlama
 from engine.backends.torch.fused import FusedLlama
 from engine.backends.torch.pack import EXACT_ROWS, pack
 from engine.backends.torch.table import CacheTable
+from engine.backends.torch.triton_llama import TritonLlama
 from engine.limits import EngineLimits
+from engine.speculation.sampling import most_probable
 from engine.speculation.tree import Branches
 
 TOLERANCE = {torch.float64: 5e-6, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
@@ -25,8 +27,15 @@ TOLERANCE = {torch.float64: 5e-6, torch.float32: 1e-3, torch.bfloat16: 0.15, tor
 In float64 too, some models take their softmax in float32 (Gemma 2).
 """
 
+ROUNDED = 2
+"""Logits may differ by so many units in their last place before the difference counts."""
+
 STRETCHED_ROPE = ("dynamic", "longrope")
 """Kinds of rotary embedding whose angles change for all positions once a forward holds a later one."""
+
+
+Way = CompiledLlama | TritonLlama | FusedLlama
+"""A shorter way through a model than calling its modules."""
 
 
 class UnsupportedModelError(ValueError):
@@ -45,7 +54,7 @@ class PagedModel:
         num_blocks: cache blocks, those for scratch included (`CacheTable.num_blocks`).
         block_size: tokens per block.
         fused: take a shorter way through Llama-family models where it gives the same logits: `CompiledLlama` on a CPU
-            in float32, `FusedLlama` otherwise.
+            in float32, `TritonLlama` on a GPU, `FusedLlama` otherwise.
         exact: for tests. A float64 copy of the model, and shapes that make every row's result independent of what else
             is in the batch, bit for bit.
     """
@@ -62,7 +71,8 @@ class PagedModel:
         self.vocab_size: int = text.vocab_size
         _check_rope(self.model, num_blocks * block_size)
         shapes = _probe(self.model, text.num_hidden_layers, self.vocab_size)
-        self.fused: CompiledLlama | FusedLlama | None = None
+        self.fused: Way | None = None
+        self._defers = False
         if fused:
             self.fused = self._shorter_way(shapes)
         if self.fused is None and not (error := self._packing_error(shapes)) <= self._tolerance:
@@ -103,19 +113,53 @@ class PagedModel:
         """Run `counts[i]` tokens from slot `starts[i]` of every seat in one pass, and cache them.
 
         Returns logits (sum of keep, V) of the last `keep[i]` tokens of each seat, in the order of `seats`. Slots before
-        `starts[i]` must be cached already. Without `branches` all is plain text, and a slot is a position.
+        `starts[i]` must be cached already. Without `branches` all is plain text, and a slot is a position. The
+        logits hold until the next forward.
         """
         return self._forward(self.pool, table, seats, starts, counts, keep, branches)
+
+    def top(self, logits: Tensor, count: int = 1) -> NDArray[np.int64]:
+        """(rows, count) tokens with the highest of the logits that the latest forward returned, falling.
+
+        After `defer_to` they may be promised ones, which `known` of the other model looks up.
+        """
+        if isinstance(self.fused, TritonLlama):
+            promised = self.fused.top(logits, count)
+            return promised if self._defers else self.known(promised, settle=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if count == 1:
+            return most_probable(logits)[:, None]
+        found: NDArray[np.int64] = logits.topk(count, dim=-1).indices.cpu().numpy()
+        return found
+
+    def defer_to(self, other: PagedModel) -> None:
+        """Leave what this model chooses on the device until `other`'s choices are read, where both can."""
+        if isinstance(self.fused, TritonLlama) and isinstance(other.fused, TritonLlama):
+            self.fused.join(other.fused.promises)
+            self._defers = True
+
+    def known(self, tokens: NDArray[np.integer], settle: bool = False) -> NDArray[np.int64]:
+        """Tokens with the promised ones filled in; `settle`: with those of the forwards since it was last asked."""
+        if not isinstance(self.fused, TritonLlama):
+            return tokens.astype(np.int64, copy=False)
+        if settle:
+            self.fused.promises.settle()
+        return self.fused.promises.known(tokens)
 
     def move(
         self, table: CacheTable, seats: NDArray[np.int64], source: NDArray[np.int64], target: NDArray[np.int64]
     ) -> None:
         """Copy what is cached at slot `source[i]` of a seat to its slot `target[i]`."""
         size = table.block_size
-        places = ((table.blocks[seats, slots // size].astype(np.int64), slots % size) for slots in (source, target))
-        begin, end = ([torch.from_numpy(part).to(self.device) for part in place] for place in places)
+        places = [(table.blocks[seats, slots // size], slots % size) for slots in (source, target)]
         with torch.inference_mode():
-            self.pool.move((begin[0], begin[1]), (end[0], end[1]))
+            self.pool.move(np.array(places, dtype=np.int64))
+
+    def prepare(self, table: CacheTable, trees: bool) -> None:
+        """Do beforehand what first forwards over such a table would take time for; with `trees`, also of theirs."""
+        if isinstance(self.fused, TritonLlama):
+            self.fused.prepare(self.pool, table, trees)
 
     def _forward(
         self,
@@ -127,7 +171,7 @@ class PagedModel:
         keep: Any,
         branches: Branches | None = None,
     ) -> Tensor:
-        if isinstance(self.fused, CompiledLlama):
+        if isinstance(self.fused, CompiledLlama | TritonLlama):
             return self.fused(pool, table, seats, starts, counts, keep, branches)
         packed = pack(table, seats, starts, counts, keep, self.device, self.exact, branches)
         rows = packed.kept
@@ -147,14 +191,15 @@ class PagedModel:
             )
         return output.logits[0, :wanted]
 
-    def _shorter_way(self, shapes: list[LayerShape]) -> CompiledLlama | FusedLlama | None:
+    def _shorter_way(self, shapes: list[LayerShape]) -> Way | None:
         """The first one for this model that gives the plain logits."""
-        ways: tuple[type[CompiledLlama] | type[FusedLlama], ...] = (CompiledLlama, FusedLlama)
+        ways: tuple[type[Way], ...] = (CompiledLlama, TritonLlama, FusedLlama)
         for way in ways:
             if way.supports(self.model, shapes):
                 self.fused = way(self.model, shapes)
                 if self._packing_error(shapes) <= self._tolerance:
                     return self.fused
+                self.fused = None
         return None
 
     @property
@@ -162,7 +207,10 @@ class PagedModel:
         return TOLERANCE.get(self.dtype, 0.05)
 
     def _packing_error(self, shapes: list[LayerShape]) -> float:
-        """Largest difference between logits of packed chunks and of plain forwards, in their standard deviations."""
+        """Largest difference between logits of packed chunks and of plain forwards, in their standard deviations.
+
+        What rounding the logits themselves may make of it is taken off: one that stands far out is rounded coarsely.
+        """
         lengths, parts = (5, 19, 40), ((3, 15, 16), (1, 4, 20), (1, 0, 4))
         pool = Pool(shapes, 16, 16, self.dtype, self.device)
         limits = EngineLimits(15, pool.block_size, 0, len(lengths), 64)
@@ -182,9 +230,11 @@ class PagedModel:
             logits = self._forward(pool, table, seats, starts[seats], counts[seats], counts[seats])
             for seat, rows in zip(seats.tolist(), logits.split(counts[seats].tolist()), strict=True):
                 begin = int(starts[seat])
-                packed.append(rows - plain[seat][begin : begin + len(rows)])
+                expected = plain[seat][begin : begin + len(rows)]
+                rounding = ROUNDED * torch.finfo(self.dtype).eps * expected.abs()
+                packed.append(((rows - expected).abs() - rounding).clamp_min(0.0))
             starts += counts
-        return float(torch.cat(packed).abs().max() / torch.cat(plain).std())
+        return float(torch.cat(packed).max() / torch.cat(plain).std())
 
 
 def _check_rope(model: Any, most_tokens: int) -> None:
