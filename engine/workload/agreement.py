@@ -19,6 +19,7 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 RankExponent = Annotated[float, Field(gt=1.0, le=20.0)]
+FittedDrafter = Literal["draft68m", "eagle1", "medusa"]
 
 _RANKS = 4096
 _LEVELS = 32
@@ -170,7 +171,7 @@ class IidAgreement(AgreementModel):
 
 # Fitted by `python -m engine.workload.fit_agreement` to acceptance logs of greedy Vicuna-7B on Spec-Bench (Xia et al.,
 # 2024; even question ids, no RAG). Errors are held out: fitted to half of the questions, compared with the other half.
-DRAFTERS: dict[str, MarkovAgreement] = {
+DRAFTERS: dict[FittedDrafter, MarkovAgreement] = {
     # Vicuna-68M chain, 238 turns, 35,000 positions seen; two looping turns left out. Tokens an iteration at c = 1..8
     # within 5.2 % (c <= 3: 0.9 %); log-likelihood a position -.630 against -.658 for iid; the spread of the turns' mean
     # accepted tokens is .84 where the log has .69, and the least predictable turns (translation) are not reached.
@@ -203,7 +204,7 @@ class DrafterAgreement(AgreementModel):
     "what if the drafter were better".
     """
 
-    drafter: Literal["draft68m", "eagle1", "medusa"] = "draft68m"
+    drafter: FittedDrafter = "draft68m"
     mean_agreement: Share | None = None
 
     @property

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from threadpoolctl import threadpool_limits
 
 from engine.backends.clock import Clock
 from engine.backends.real import EMBEDDED, RealEngineConfig, refuse_sharing, tokenizer_of
 from engine.config import EngineLimits, Prefill
+from engine.models.shapes import Shape, llama_config, shape_named, shape_tokenizer
 from engine.speculation.allocation import CHAINS, Speculation
+from engine.workload.agreement import DrafterAgreement, FittedDrafter, Share
 
 if TYPE_CHECKING:
     # Loading torch takes seconds, which a simulated run has no use for: it is imported where a model is.
@@ -28,17 +30,22 @@ class TorchEngineConfig(RealEngineConfig):
 
     Args:
         name, max_num_seqs, max_model_len, block_size, profile: see `RealEngineConfig`.
-        target: a local folder, a hub id, or `embedded` for the target that ships with the project.
+        target: a local folder, a hub id, `embedded` for the target that ships with the project, or `shape:NAME` for an
+            architecture of `engine.models.shapes` with random weights (`engine.models.bigram`).
         layers: deepen the target to this many layers, which change its cost and not its output (`engine.models.deepen`
-            says how); None: as it is.
+            says how); a shape is built with so many in place of its own. None: as it is.
         drafter: who proposes candidate tokens: `model`, `ngram` (prompt lookup) or `none`.
-        drafter_model: folder, hub id or `embedded`; of the target's vocabulary. Read with `drafter=model` only.
+        drafter_model: folder, hub id, `embedded` or `shape:NAME`; of the target's vocabulary. Read with `drafter=model`
+            only.
+        agreement: whose fitted `MarkovAgreement` a drafter that is a shape has with a target that is one.
+        mean_agreement: how often they agree on average; None: as fitted.
+        weights_seed: of the weights of shapes, and so of their text.
         ngram_shortest, ngram_longest: tokens of the n-grams that prompt lookup matches.
         allocation: who gets how many of an action's candidates: `uniform`, `local` or `global`.
         branching: most children of a candidate; 1 for chains.
         draft_depth: most drafter steps in an iteration; None: see `Speculation`.
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
-        dtype: of weights and cache; `auto` keeps the weights' own.
+        dtype: of weights and cache; `auto` keeps the weights' own, which is bfloat16 for shapes.
         threads: torch's threads on CPU.
         fused: take the shorter way through Llama-family models.
         exact: float64 and batch-independent rounding, for tests.
@@ -53,6 +60,9 @@ class TorchEngineConfig(RealEngineConfig):
     layers: Annotated[int, Field(ge=1)] | None = None
     drafter: Literal["model", "ngram", "none"] = "model"
     drafter_model: Annotated[str, Field(min_length=1)] = EMBEDDED
+    agreement: FittedDrafter = "draft68m"
+    mean_agreement: Share | None = None
+    weights_seed: Annotated[int, Field(ge=0)] = 0
     ngram_shortest: Annotated[int, Field(ge=1)] = 1
     ngram_longest: Annotated[int, Field(ge=1)] = 3
     allocation: Literal["uniform", "local", "global"] = "uniform"
@@ -66,6 +76,12 @@ class TorchEngineConfig(RealEngineConfig):
     watermark: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
     num_kv_blocks: Annotated[int, Field(ge=0)] = 0
     prefill: Prefill = "chunked"
+
+    @field_validator("target", "drafter_model")
+    @classmethod
+    def _shape_is_known(cls, source: str) -> str:
+        shape_named(source)
+        return source
 
     @property
     def speculation(self) -> Speculation:
@@ -104,7 +120,8 @@ class TorchEngineConfig(RealEngineConfig):
 
     def tokenizer(self) -> Any:
         """The target's tokenizer."""
-        return tokenizer_of(self.target)
+        shape = shape_named(self.target)
+        return tokenizer_of(self.target) if shape is None else shape_tokenizer(shape)
 
     def build(
         self, *, ttft_target: float, queue_rows: int = 64, clock: Clock | None = None, record: bool = False
@@ -124,7 +141,7 @@ class TorchEngineConfig(RealEngineConfig):
         torch.set_num_threads(self.threads)
         limits = self.limits
         target = self._load(self.target, load_target)
-        if self.layers is not None:
+        if self.layers is not None and shape_named(self.target) is None:
             target = deepen(target, self.layers)
         model = self._paged(target, limits)
         # BLAS libraries other than torch's are limited once the model's check has loaded them.
@@ -140,7 +157,10 @@ class TorchEngineConfig(RealEngineConfig):
             record=record,
         )
 
-    def _load(self, source: str, embedded: Callable[[torch.dtype], Any]) -> Any:
+    def _load(self, source: str, embedded: Callable[[torch.dtype], Any], *, drafts: bool = False) -> Any:
+        shape = shape_named(source)
+        if shape is not None:
+            return self._random_weights(shape, drafts)
         if source == EMBEDDED:
             import torch
 
@@ -148,6 +168,19 @@ class TorchEngineConfig(RealEngineConfig):
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(source, dtype=self.dtype)
+
+    def _random_weights(self, shape: Shape, drafts: bool) -> Any:
+        import torch
+
+        from engine.models.bigram import bigram_drafter, bigram_target
+
+        dtype = torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype)
+        if drafts:
+            agreement = DrafterAgreement(drafter=self.agreement, mean_agreement=self.mean_agreement)
+            made = llama_config(shape, self.max_model_len)
+            return bigram_drafter(made, self.weights_seed, agreement, dtype=dtype, device=self.torch_device)
+        made = llama_config(shape, self.max_model_len, self.layers)
+        return bigram_target(made, self.weights_seed, dtype=dtype, device=self.torch_device)
 
     def _paged(self, model: Any, limits: EngineLimits) -> PagedModel:
         from engine.backends.torch.model import PagedModel
@@ -168,7 +201,7 @@ class TorchEngineConfig(RealEngineConfig):
         from engine.models.load import load_drafter
         from engine.speculation.model import ModelDrafter
 
-        drafter = self._paged(self._load(self.drafter_model, load_drafter), limits)
+        drafter = self._paged(self._load(self.drafter_model, load_drafter, drafts=True), limits)
         if drafter.vocab_size != target.vocab_size:
             raise ValueError(
                 f"drafter_model={self.drafter_model} has {drafter.vocab_size} tokens, the target {self.target} "
