@@ -15,11 +15,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
-from engine.backends.real import tokenizer_of
-from engine.backends.torch.build import CHOICES, MAY_BE_ZERO, OPTIONAL_NUMBERS, build
+from engine.backends.torch.build import CHOICES, MAY_BE_ZERO, OPTIONAL_NUMBERS, build, target_tokenizer
 from engine.latency.predictors import Forest
 from runs import measuring
-from runs.bare_config import compose, read_choice, read_logging
+from runs.bare_config import KINDS, compose, read_choice, read_logging
 from runs.endings import MistakeError, ending, named
 from runs.measured_folder import finish
 from runs.profile_outcome import say
@@ -79,10 +78,11 @@ def _subject(section: dict[str, Any]) -> measuring.Subject:
         )
     settings = {key: value for key, value in section.items() if key not in ("_target_", "profile")}
     check_settings(settings)
+    made = SimpleNamespace(**settings)
     return measuring.Subject(
         settings,
-        partial(tokenizer_of, settings["target"]),
-        partial(build, SimpleNamespace(**settings), ttft_target=1.0),
+        partial(target_tokenizer, made),
+        partial(build, made, ttft_target=1.0),
     )
 
 
@@ -104,8 +104,9 @@ def check_settings(settings: dict[str, Any]) -> None:
             raise MistakeError(f"engine.{key}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
         if key in CHOICES and value not in get_args(CHOICES[key]):
             raise MistakeError(f"engine.{key}={value}: must be one of {', '.join(get_args(CHOICES[key]))}")
-        if key in OPTIONAL_NUMBERS and value is not None and type(value) is not int:
-            raise MistakeError(f"engine.{key}={value}: must be a whole number or null")
+        kind = OPTIONAL_NUMBERS.get(key)
+        if kind is not None and value is not None and type(value) is not kind:
+            raise MistakeError(f"engine.{key}={value}: must be {KINDS[kind]} or null")
         may_be_zero = key in MAY_BE_ZERO or listed[key] == 0
         if type(value) in (int, float) and (value < 0 or (value == 0 and not may_be_zero)):
             raise MistakeError(f"engine.{key}={value}: must be above 0")

@@ -233,6 +233,8 @@ def test_a_folder_that_was_not_measured_to_its_end_cannot_be_finished(
         ("device=gpu", "engine.device=gpu: must be one of auto, cpu, cuda"),
         ("engine.dtype=float8", "engine.dtype=float8: must be one of auto, float64"),
         ("engine.layers=many", "engine.layers=many: must be a whole number or null"),
+        ("engine.mean_agreement=often", "engine.mean_agreement=often: must be a number or null"),
+        ("engine.target=shape:vicuna_8b", "shape:vicuna_8b: no such shape; choose one of shape:vicuna_7b"),
         ("engine.max_num_seqs=0", "engine.max_num_seqs=0: must be above 0"),
         ("engine.watermark=-1", "engine.watermark=-1.0: must be above 0"),
         ("engine.fused=perhaps", "engine.fused=perhaps: must be true or false"),
@@ -264,7 +266,7 @@ def test_a_word_that_cannot_be_meant_is_refused_by_name(
     assert not (tmp_path / "visits.jsonl").exists()
 
 
-@pytest.mark.parametrize("words", [[], ["engine=torch_small"], SMALL[3:]])
+@pytest.mark.parametrize("words", [[], ["engine=torch_small"], ["engine=torch_vicuna_7b"], SMALL[3:]])
 def test_the_bare_configuration_is_hydras(words: list[str]) -> None:
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base=None):
         made = instantiate(compose("profile", words), _convert_="all")
