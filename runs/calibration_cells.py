@@ -23,7 +23,7 @@ from engine.core.metrics import request_table, summarize
 from engine.core.state import State
 from engine.latency.table_file import LatencyTables
 from engine.plant import Plant
-from engine.workload.agreement import Agreement
+from engine.workload.agreement_law import Agreement
 from engine.workload.prompts import Prompts
 from engine.workload.workload import Workload, offsets, run_lengths
 from runs import folder, live, simulated

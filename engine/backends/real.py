@@ -21,6 +21,7 @@ from engine.core.scheduler import advance_clock, has_work, release
 from engine.core.telemetry import Observation, allocate_observation
 from engine.latency.design import Point
 from engine.latency.measured_fit import MemoryFigures
+from engine.models.shapes import shape_named, shape_tokenizer
 from engine.speculation.allocation import Speculation
 from engine.speculation.sampling import GREEDY, Sampling
 from engine.workload.prompts import Prompts
@@ -322,7 +323,10 @@ class RealEngineConfig(BaseModel, ABC):
 
 
 def tokenizer_of(model: str) -> Any:
-    """The tokenizer of a folder, a hub id or the embedded model."""
+    """The tokenizer of a folder, a hub id, the embedded model or a shape."""
+    shape = shape_named(model)
+    if shape is not None:
+        return shape_tokenizer(shape)
     if model == EMBEDDED:
         from engine.models.load import load_tokenizer
 

@@ -12,9 +12,10 @@ from threadpoolctl import threadpool_limits
 from engine.backends.clock import Clock
 from engine.backends.real import EMBEDDED, RealEngineConfig, refuse_sharing, tokenizer_of
 from engine.config import EngineLimits, Prefill
-from engine.models.shapes import Shape, llama_config, shape_named, shape_tokenizer
+from engine.models.shapes import Shape, llama_config, shape_named
 from engine.speculation.allocation import CHAINS, Speculation
-from engine.workload.agreement import DrafterAgreement, FittedDrafter, Share
+from engine.workload.agreement import Share
+from engine.workload.agreement_law import FittedDrafter, fitted
 
 if TYPE_CHECKING:
     # Loading torch takes seconds, which a simulated run has no use for: it is imported where a model is.
@@ -37,7 +38,7 @@ class TorchEngineConfig(RealEngineConfig):
         drafter: who proposes candidate tokens: `model`, `ngram` (prompt lookup) or `none`.
         drafter_model: folder, hub id, `embedded` or `shape:NAME`; of the target's vocabulary. Read with `drafter=model`
             only.
-        agreement: whose fitted `MarkovAgreement` a drafter that is a shape has with a target that is one.
+        agreement: by whose fitted `AgreementLaw` a drafter that is a shape agrees with a target that is one.
         mean_agreement: how often they agree on average; None: as fitted.
         weights_seed: of the weights of shapes, and so of their text.
         ngram_shortest, ngram_longest: tokens of the n-grams that prompt lookup matches.
@@ -120,8 +121,7 @@ class TorchEngineConfig(RealEngineConfig):
 
     def tokenizer(self) -> Any:
         """The target's tokenizer."""
-        shape = shape_named(self.target)
-        return tokenizer_of(self.target) if shape is None else shape_tokenizer(shape)
+        return tokenizer_of(self.target)
 
     def build(
         self, *, ttft_target: float, queue_rows: int = 64, clock: Clock | None = None, record: bool = False
@@ -176,9 +176,9 @@ class TorchEngineConfig(RealEngineConfig):
 
         dtype = torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype)
         if drafts:
-            agreement = DrafterAgreement(drafter=self.agreement, mean_agreement=self.mean_agreement)
+            law = fitted(self.agreement, self.mean_agreement)
             made = llama_config(shape, self.max_model_len)
-            return bigram_drafter(made, self.weights_seed, agreement, dtype=dtype, device=self.torch_device)
+            return bigram_drafter(made, self.weights_seed, law, dtype=dtype, device=self.torch_device)
         made = llama_config(shape, self.max_model_len, self.layers)
         return bigram_target(made, self.weights_seed, dtype=dtype, device=self.torch_device)
 
