@@ -4,10 +4,12 @@ A model of random weights repeats itself after a few tokens, and a second one ne
 random too, and every product is computed in full; but what attention and MLP add to the residual stream is tiny, so the
 hidden state is the embedding of the last token, and the output projection says what follows it. The target's text is
 one cycle through the vocabulary. The drafter ranks candidates for every token, the target's among them or not, with the
-probabilities that it gives them: what is drawn for the tokens along the cycle is what an `AgreementLaw` draws for the
-positions of requests, so that runs of agreements, ranks and confidence have that law. Forward passes,
-verification and outputs are real, and greedy acceptance has a real drafter's statistics; the text has no meaning, and
-two prompts that end in the same token are continued alike.
+probabilities that it gives them. What is drawn for the tokens along the cycle is what an `AgreementLaw` draws for the
+positions of requests, so that runs of agreements and confidence along an output have that law.
+
+Forward passes, verification and outputs are real, and greedy acceptance has a real drafter's statistics. The text has
+no meaning: two prompts that end in the same token are continued alike, and whether a token is predicted depends on the
+one before it alone, so that requests are as different as the stretches of the cycle that they walk.
 """
 
 from __future__ import annotations
@@ -80,7 +82,8 @@ def drafter_table(vocabulary: int, seed: int, law: AgreementLaw) -> Table:
 
     The first candidate has the drawn confidence, by which it is the target's token that often. Further ones share what
     is left as the law of ranks says, but each has less than the one before; where that is less than the law says, the
-    drawn rank is given up as often, so that every candidate is right as often as it is probable.
+    drawn rank is given up as often, so that every candidate is right as often as it is probable. Of the misses of
+    `draft68m` 42 % are among ranks 1 to 3 then, where the law alone has 51 %.
     """
     cycle, place = _cycle(vocabulary, seed)
     size = len(cycle)
