@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, get_args
 from pydantic import Field, field_validator
 
 from engine.backends.clock import Clock
-from engine.backends.real import EMBEDDED
+from engine.backends.real import EMBEDDED, tokenizer_of
 from engine.backends.real_config import RealEngineConfig, refuse_sharing
 from engine.backends.torch.build import (
     DeviceKind,
@@ -18,7 +18,6 @@ from engine.backends.torch.build import (
     build,
     cache_limits,
     sharing,
-    target_tokenizer,
 )
 from engine.limits import EngineLimits, Prefill
 from engine.models.shapes import shape_named
@@ -113,7 +112,7 @@ class TorchEngineConfig(RealEngineConfig):
 
     def tokenizer(self) -> Any:
         """The target's tokenizer."""
-        return target_tokenizer(self)
+        return tokenizer_of(self.target)
 
     def build(
         self, *, ttft_target: float, queue_rows: int = 64, clock: Clock | None = None, record: bool = False
