@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Without a GPU Triton's kernels are interpreted, which has to be said before anything imports it.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The first example of a test may compile what it calls.
 settings.register_profile("compiled", deadline=None)
 settings.load_profile("compiled")

@@ -107,5 +107,11 @@ class Runner(Protocol):
     ) -> Any:
         """Logits of the last `keep[i]` of `counts[i]` tokens from slot `starts[i]`, all requests in one pass."""
 
+    def top(self, logits: Any, count: int = 1) -> NDArray[np.int64]:
+        """(rows, count) tokens with the highest of the latest forward's logits, falling; negative ones are promised.
+
+        A promised token can be drafted on and verified; which one it is comes to be known with the target's choices.
+        """
+
 
 LONGEST_CHAIN = MAX_CANDIDATES

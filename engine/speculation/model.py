@@ -11,7 +11,7 @@ from engine.core.state import MAX_CANDIDATES
 from engine.speculation.allocation import best_nodes, keep_best
 from engine.speculation.calibration import Calibration
 from engine.speculation.drafter import LONGEST_CHAIN, Batch, Drafts, Runner, no_drafts
-from engine.speculation.sampling import draw, most_probable
+from engine.speculation.sampling import draw
 from engine.speculation.tree import Branches, fixed_shape
 
 MOST_EXPANDED = 2 * MAX_CANDIDATES
@@ -60,7 +60,7 @@ class ModelDrafter:
                 one = np.ones_like(who)
                 logits = self._runner.forward(table, seats, ends - 1, one, one)
                 table.draft_computed[seats] = ends
-            drafts.tokens[who, depth] = _top(logits, 1)[:, 0]
+            drafts.tokens[who, depth] = self._runner.top(logits)[:, 0]
             _draw(batch, drafts, logits, who, np.full_like(who, depth - 1))
         return drafts
 
@@ -90,7 +90,7 @@ class ModelDrafter:
             row[who, 1 + above] = np.arange(len(who))
             take, which = np.nonzero(nodes < counts[:, None])
             child = nodes[which]
-            top = _top(logits, 1 + int(ranks.max()))
+            top = self._runner.top(logits, 1 + int(ranks.max()))
             drafts.tokens[take, child] = top[row[take, 1 + shape.parents[child]], ranks[which]]
             _draw(batch, drafts, logits, who, above)
         return drafts
@@ -229,14 +229,6 @@ def _catch_up(runner: Runner, batch: Batch, who: NDArray[np.int64]) -> Any:
     logits = runner.forward(batch.table, seats, starts, ends - starts, np.ones_like(who))
     batch.table.draft_computed[seats] = ends
     return logits
-
-
-def _top(logits: Any, count: int) -> NDArray[np.int64]:
-    """(rows, count) the most probable tokens, falling."""
-    if count == 1:
-        return most_probable(logits)[:, None]
-    found: NDArray[np.int64] = logits.topk(count, dim=-1).indices.cpu().numpy()
-    return found
 
 
 def _draw(batch: Batch, drafts: Drafts, logits: Any, who: NDArray[np.int64], nodes: NDArray[np.int64]) -> None:

@@ -174,4 +174,5 @@ class TorchEngineConfig(RealEngineConfig):
                 f"drafter_model={self.drafter_model} has {drafter.vocab_size} tokens, the target {self.target} "
                 f"{target.vocab_size}; a drafter must share the target's vocabulary, or set drafter=ngram"
             )
+        drafter.defer_to(target)
         return ModelDrafter(drafter)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from engine.backends.replay import Recording
 from engine.backends.torch.generation import Ending, Generation
 from engine.backends.torch.model import PagedModel
 from engine.backends.torch.planned import Planned
+from engine.backends.torch.stopwatch import Stopwatch
 from engine.backends.torch.table import CacheTable
 from engine.config import EngineLimits
 from engine.core import state as core
@@ -30,7 +30,7 @@ from engine.core.telemetry import Observation, observe
 from engine.latency.measured_fit import MemoryFigures, weight_bytes
 from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.drafter import Batch, Drafter, NoDrafter
-from engine.speculation.sampling import GREEDY, Sampling, draw, most_probable
+from engine.speculation.sampling import GREEDY, Sampling, draw
 from engine.speculation.tree import Drafts
 from engine.speculation.verify import accept_greedy, accept_sampled
 
@@ -77,12 +77,19 @@ class TorchEngine(RealEngine):
         most = min(max_candidates, self.drafter.most_candidates)
         super().__init__(limits, model.vocab_size, most, ttft_target=ttft_target, queue_rows=queue_rows, clock=clock)
         self.recording = Recording() if record else None
-        self.draft_s = 0.0
-        """Seconds the drafter took in the latest iteration."""
-        self.forward_s = 0.0
-        """Seconds from the start of the target's forward in the latest iteration until its choices were known."""
+        self._drafting, self._forward = Stopwatch(model.device), Stopwatch(model.device)
         self._generations: dict[int, Generation] = {}
         self._retired = 0
+
+    @property
+    def draft_s(self) -> float:
+        """Seconds the drafter took in the latest iteration."""
+        return self._drafting.seconds
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds the target's forward took in the latest iteration."""
+        return self._forward.seconds
 
     def submit(
         self,
@@ -153,10 +160,14 @@ class TorchEngine(RealEngine):
         planned = self._seat()
         drafts = self._draft(planned)
         branches = None if drafts is None else planned.branches(drafts)
-        begin = time.perf_counter()
-        logits = self.model.forward(self.table, planned.seats, planned.starts, planned.counts, planned.keep, branches)
-        choices = most_probable(logits)
-        self.forward_s = time.perf_counter() - begin
+        with self._forward:
+            logits = self.model.forward(
+                self.table, planned.seats, planned.starts, planned.counts, planned.keep, branches
+            )
+        # Here, and only here, an iteration waits for the device.
+        choices = self.model.top(logits)[:, 0]
+        if drafts is not None:
+            drafts.tokens = self.model.known(drafts.tokens).astype(np.int32)
         if drafts is None:
             emitted = self._choose(planned, logits, choices)
         else:
@@ -244,7 +255,7 @@ class TorchEngine(RealEngine):
         """Candidates for the decodes, which are given as many tokens as there are candidates for them; None: c = 0."""
         decodes = planned.decodes
         wanted = planned.counts[:decodes] - 1
-        self.draft_s = 0.0
+        self._drafting.reset()
         if not wanted.any():
             return None
         batch = Batch(
@@ -257,9 +268,8 @@ class TorchEngine(RealEngine):
             limits=planned.limits,
             speculation=self.speculation,
         )
-        begin = time.perf_counter()
-        drafts = self.drafter.propose(batch)
-        self.draft_s = time.perf_counter() - begin
+        with self._drafting:
+            drafts = self.drafter.propose(batch)
         if self.speculation.allocation != "global":
             planned.ran_out = drafts.counts < wanted
         redistribute(self.state, 0, 1 + drafts.counts)

@@ -17,7 +17,9 @@ from engine.backends.torch.attention import LayerShape, Step
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
 
-class _Layer(NamedTuple):
+class FusedLayer(NamedTuple):
+    """What a layer multiplies with, queries, keys and values at once, gate and up at once."""
+
     shape: LayerShape
     heads: int
     norm: Tensor
@@ -41,7 +43,7 @@ class FusedLlama:
     def __init__(self, model: Any, shapes: list[LayerShape]) -> None:
         self._eps: float = model.config.rms_norm_eps
         self._body, self._head = model.model, model.lm_head
-        self._layers = [_fuse(layer, shape) for layer, shape in zip(model.model.layers, shapes, strict=True)]
+        self._layers = [fuse(layer, shape) for layer, shape in zip(model.model.layers, shapes, strict=True)]
 
     @staticmethod
     def supports(model: Any, shapes: list[LayerShape]) -> bool:
@@ -68,7 +70,7 @@ class FusedLlama:
         # The family normalises in float32 whatever the model's type, and scales in the model's.
         return weight * F.rms_norm(hidden.float(), weight.shape, None, self._eps).to(hidden.dtype)
 
-    def _attention(self, layer: _Layer, hidden: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
+    def _attention(self, layer: FusedLayer, hidden: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
         shape, heads, width = layer.shape, layer.heads, layer.shape.key_width
         qkv = F.linear(hidden, layer.qkv, layer.qkv_bias).view(len(hidden), -1, width)
         turned, value = qkv[:, : heads + shape.kv_heads], qkv[:, heads + shape.kv_heads :]
@@ -80,11 +82,12 @@ class FusedLlama:
         return F.linear(found.view(len(hidden), -1), layer.out, layer.out_bias)
 
 
-def _fuse(layer: Any, shape: LayerShape) -> _Layer:
+def fuse(layer: Any, shape: LayerShape) -> FusedLayer:
+    """A layer of the family with its projections joined, of which its own become views."""
     attention, mlp = layer.self_attn, layer.mlp
     qkv, qkv_bias = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
     gate_up, gate_up_bias = _joined(mlp.gate_proj, mlp.up_proj)
-    return _Layer(
+    return FusedLayer(
         shape=shape,
         heads=attention.q_proj.out_features // shape.key_width,
         norm=layer.input_layernorm.weight,

@@ -16,7 +16,9 @@ from engine.backends.torch.compiled import CompiledLlama
 from engine.backends.torch.fused import FusedLlama
 from engine.backends.torch.pack import EXACT_ROWS, pack
 from engine.backends.torch.table import CacheTable
+from engine.backends.torch.triton_llama import TritonLlama
 from engine.config import EngineLimits
+from engine.speculation.sampling import most_probable
 from engine.speculation.tree import Branches
 
 TOLERANCE = {torch.float64: 5e-6, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
@@ -27,6 +29,10 @@ In float64 too, some models take their softmax in float32 (Gemma 2).
 
 STRETCHED_ROPE = ("dynamic", "longrope")
 """Kinds of rotary embedding whose angles change for all positions once a forward holds a later one."""
+
+
+Way = CompiledLlama | TritonLlama | FusedLlama
+"""A shorter way through a model than calling its modules."""
 
 
 class UnsupportedModelError(ValueError):
@@ -45,7 +51,7 @@ class PagedModel:
         num_blocks: cache blocks, those for scratch included (`CacheTable.num_blocks`).
         block_size: tokens per block.
         fused: take a shorter way through Llama-family models where it gives the same logits: `CompiledLlama` on a CPU
-            in float32, `FusedLlama` otherwise.
+            in float32, `TritonLlama` on a GPU, `FusedLlama` otherwise.
         exact: for tests. A float64 copy of the model, and shapes that make every row's result independent of what else
             is in the batch, bit for bit.
     """
@@ -62,7 +68,8 @@ class PagedModel:
         self.vocab_size: int = text.vocab_size
         _check_rope(self.model, num_blocks * block_size)
         shapes = _probe(self.model, text.num_hidden_layers, self.vocab_size)
-        self.fused: CompiledLlama | FusedLlama | None = None
+        self.fused: Way | None = None
+        self._defers = False
         if fused:
             self.fused = self._shorter_way(shapes)
         if self.fused is None and not (error := self._packing_error(shapes)) <= self._tolerance:
@@ -103,9 +110,39 @@ class PagedModel:
         """Run `counts[i]` tokens from slot `starts[i]` of every seat in one pass, and cache them.
 
         Returns logits (sum of keep, V) of the last `keep[i]` tokens of each seat, in the order of `seats`. Slots before
-        `starts[i]` must be cached already. Without `branches` all is plain text, and a slot is a position.
+        `starts[i]` must be cached already. Without `branches` all is plain text, and a slot is a position. The
+        logits hold until the next forward.
         """
         return self._forward(self.pool, table, seats, starts, counts, keep, branches)
+
+    def top(self, logits: Tensor, count: int = 1) -> NDArray[np.int64]:
+        """(rows, count) tokens with the highest of the logits that the latest forward returned, falling.
+
+        After `defer_to` they may be promised ones, which `known` of the other model looks up.
+        """
+        if isinstance(self.fused, TritonLlama):
+            promised = self.fused.top(logits, count)
+            return promised if self._defers else self.known(promised, settle=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if count == 1:
+            return most_probable(logits)[:, None]
+        found: NDArray[np.int64] = logits.topk(count, dim=-1).indices.cpu().numpy()
+        return found
+
+    def defer_to(self, other: PagedModel) -> None:
+        """Leave what this model chooses on the device until `other`'s choices are read, where both can."""
+        if isinstance(self.fused, TritonLlama) and isinstance(other.fused, TritonLlama):
+            self.fused.join(other.fused.promises)
+            self._defers = True
+
+    def known(self, tokens: NDArray[np.integer], settle: bool = False) -> NDArray[np.int64]:
+        """Tokens with the promised ones filled in; `settle`: with those of the forwards since it was last asked."""
+        if not isinstance(self.fused, TritonLlama):
+            return tokens.astype(np.int64, copy=False)
+        if settle:
+            self.fused.promises.settle()
+        return self.fused.promises.known(tokens)
 
     def move(
         self, table: CacheTable, seats: NDArray[np.int64], source: NDArray[np.int64], target: NDArray[np.int64]
@@ -127,7 +164,7 @@ class PagedModel:
         keep: Any,
         branches: Branches | None = None,
     ) -> Tensor:
-        if isinstance(self.fused, CompiledLlama):
+        if isinstance(self.fused, CompiledLlama | TritonLlama):
             return self.fused(pool, table, seats, starts, counts, keep, branches)
         packed = pack(table, seats, starts, counts, keep, self.device, self.exact, branches)
         rows = packed.kept
@@ -147,14 +184,15 @@ class PagedModel:
             )
         return output.logits[0, :wanted]
 
-    def _shorter_way(self, shapes: list[LayerShape]) -> CompiledLlama | FusedLlama | None:
+    def _shorter_way(self, shapes: list[LayerShape]) -> Way | None:
         """The first one for this model that gives the plain logits."""
-        ways: tuple[type[CompiledLlama] | type[FusedLlama], ...] = (CompiledLlama, FusedLlama)
+        ways: tuple[type[Way], ...] = (CompiledLlama, TritonLlama, FusedLlama)
         for way in ways:
             if way.supports(self.model, shapes):
                 self.fused = way(self.model, shapes)
                 if self._packing_error(shapes) <= self._tolerance:
                     return self.fused
+                self.fused = None
         return None
 
     @property

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from engine.backends.real import Timing, counted
 from engine.backends.torch.engine import TorchEngine
 from engine.latency.design import SPARE_TOKENS, Point
+from engine.speculation.sampling import most_probable
 
 
 class Rehearsal:
@@ -65,13 +66,13 @@ class Rehearsal:
         """The arranged iteration once."""
         self._restore()
         engine = self.engine
-        self._synchronize()
+        if engine.model.device.type == "cuda":
+            torch.cuda.synchronize(engine.model.device)
         begin = engine.clock.now()
-        with self._timed(engine.drafter, "propose") as draft, self._timed(engine.model, "forward") as forward:
-            engine.poll()
-            engine.observe(self._observation)
-            engine.step(self._point.candidates, sum(self._point.chunks))
-        return Timing(engine.clock.now() - begin, draft[0], forward[0])
+        engine.poll()
+        engine.observe(self._observation)
+        engine.step(self._point.candidates, sum(self._point.chunks))
+        return Timing(engine.clock.now() - begin, engine.draft_s, engine.forward_s)
 
     def planned(self) -> dict[str, int]:
         """What the latest iteration was, as the scheduler counts (see `engine.core.state.ENGINE`)."""
@@ -108,28 +109,12 @@ class Rehearsal:
             logits[torch.arange(len(following)), following] = 1.0
             return logits
 
-        with _replaced(self.engine.model, "forward", forward):
+        def top(logits: torch.Tensor, *_: Any) -> NDArray[np.int64]:
+            return most_probable(logits)[:, None]
+
+        model = self.engine.model
+        with _replaced(model, "forward", forward), _replaced(model, "top", top):
             yield
-
-    @contextmanager
-    def _timed(self, owner: Any, method: str) -> Iterator[list[float]]:
-        """Within, calls of a method are timed to the end of what they started on the device."""
-        spent = [0.0]
-        own = getattr(owner, method)
-
-        def call(*args: Any, **options: Any) -> Any:
-            begin = self.engine.clock.now()
-            result = own(*args, **options)
-            self._synchronize()
-            spent[0] += self.engine.clock.now() - begin
-            return result
-
-        with _replaced(owner, method, call):
-            yield spent
-
-    def _synchronize(self) -> None:
-        if self.engine.model.device.type == "cuda":
-            torch.cuda.synchronize(self.engine.model.device)
 
 
 @contextmanager

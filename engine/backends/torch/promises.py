@@ -1,0 +1,69 @@
+"""Tokens that a GPU has chosen and the host does not know yet.
+
+A drafter's next step needs the token of the step before, and only the device has to know it. Until the host asks, such
+a token goes by a negative id, -1 - i for entry i of a tensor on the device; token tables and forwards take it as any
+other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+class Promises:
+    """Room for `room` promised tokens on a device.
+
+    values: (room + 1,) int64 on the device; the last entry is for choices that nobody asked for.
+    """
+
+    def __init__(self, room: int, device: torch.device) -> None:
+        self.values = torch.zeros(room + 1, dtype=torch.int64, device=device)
+        self._known = np.zeros(room, dtype=np.int64)
+        self._used = 0
+        self._settled = False
+
+    @property
+    def spare(self) -> int:
+        """The entry for what nobody asked for."""
+        return len(self.values) - 1
+
+    def make(self, count: int) -> NDArray[np.int64]:
+        """(count,) entries to be filled on the device. The first after `settle` begin anew.
+
+        Raises RuntimeError when there is no room: more was promised than `settle` was called for.
+        """
+        if self._settled:
+            self._used, self._settled = 0, False
+        first = self._used
+        if first + count > self.spare:
+            raise RuntimeError(
+                f"{first + count} tokens promised since the last were read; there is room for {self.spare}"
+            )
+        self._used += count
+        return np.arange(first, first + count)
+
+    @property
+    def left(self) -> int:
+        """Entries that can be made before the next `settle`."""
+        return self.spare - (0 if self._settled else self._used)
+
+    def settle(self) -> None:
+        """Wait until the device has done all that was asked of it, and read the promised tokens."""
+        device = self.values.device
+        if self._settled:
+            return
+        on_gpu = device.type == "cuda"
+        read = torch.empty(self._used, dtype=torch.int64, pin_memory=on_gpu)
+        read.copy_(self.values[: self._used], non_blocking=True)
+        if on_gpu:
+            done = torch.cuda.Event()
+            done.record()
+            done.synchronize()
+        self._known[: self._used] = read.numpy()
+        self._settled = True
+
+    def known(self, tokens: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Tokens of any shape with those that were promised before the last `settle` filled in."""
+        return np.where(tokens < 0, self._known[np.maximum(-1 - tokens, 0)], tokens)
