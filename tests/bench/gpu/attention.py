@@ -16,11 +16,12 @@ from engine.backends.torch.pack import pack
 from tests.bench.gpu.device import REPEATS
 from tests.bench.gpu.paged import Attend, PagedBatch, Timed, timed
 
-TILE_ROWS = 128
-"""Most (row, head of a key-value head) pairs that a program of our kernel takes at once."""
+SMALL_TILE, LARGE_TILES = 16, (64, 128)
+"""(Row, head of a key-value head) pairs that a program of our kernel takes at once: at most the small tile of requests
+with few rows, and of others what of the large ones is faster."""
 
 SPLITS = (1, 2, 4, 8, 16, 32)
-"""Ways to share a tile's keys that are tried; the fastest is reported."""
+"""Ways to share the keys of a small tile that are tried; the fastest is reported."""
 
 FLEX_ROWS = 128
 """Query rows of a block of FlexAttention's mask: its kernels' default."""
@@ -128,7 +129,8 @@ def _block_mask(batch: PagedBatch) -> Any:
     groups = -(-case.rows // FLEX_ROWS)
     counts = np.zeros((2, case.requests, 1, groups), dtype=np.int32)
     indices = np.zeros((2, case.requests, 1, groups, total), dtype=np.int32)
-    place = np.zeros((case.requests, total), dtype=np.int64)
+    # Blocks of other requests lie behind everything that is seen.
+    place = np.full((case.requests, total), 1 << 30, dtype=np.int64)
     for request in range(case.requests):
         held = batch.table.blocks[request, : -(-int(batch.ends[request]) // size)]
         place[request, held] = np.arange(len(held))
@@ -160,14 +162,14 @@ def _block_mask(batch: PagedBatch) -> Any:
     )
 
 
-def kernel(batch: PagedBatch, splits: int) -> Attend:
-    """Our Triton kernel, reading the pool as it lies; `splits` programs share a tile's keys."""
+def kernel(batch: PagedBatch, tile: int, splits: int) -> Attend:
+    """Our Triton kernel, reading the pool as it lies; `splits` programs share the keys of `tile` rows' heads."""
     if batch.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UnavailableError("Triton compiles for a GPU; TRITON_INTERPRET=1 interprets the kernel here, slowly")
     from engine.backends.torch.triton_kernels import paged_attention
 
     case, heads = batch.case, batch.heads
-    most = max(1, min(case.rows, TILE_ROWS // (heads.heads // heads.kv_heads)))
+    most = max(1, min(case.rows, tile // (heads.heads // heads.kv_heads)))
     tiles = [
         (request * case.rows + row, min(most, case.rows - row), request, batch.sees[request, row : row + most].max())
         for request in range(case.requests)
@@ -204,9 +206,10 @@ def kernel(batch: PagedBatch, splits: int) -> Attend:
 
 
 def _kernels(batch: PagedBatch) -> dict[str, Attend]:
-    # A prompt's tiles fill the chip by themselves.
-    tried = SPLITS if batch.case.rows < TILE_ROWS else SPLITS[:1]
-    return {f"{splits} splits": kernel(batch, splits) for splits in tried}
+    if batch.case.rows > SMALL_TILE:
+        # A prompt's tiles fill the chip without sharing.
+        return {f"tiles of {tile}": kernel(batch, tile, 1) for tile in LARGE_TILES}
+    return {f"{splits} splits": kernel(batch, SMALL_TILE, splits) for splits in SPLITS}
 
 
 WAYS: dict[str, Callable[[PagedBatch], dict[str, Attend]]] = {
