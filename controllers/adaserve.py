@@ -9,7 +9,7 @@ from pydantic import Field
 from controllers.compiled import KernelController
 from controllers.controller import configured
 from engine.compiled import kernel
-from engine.core.action import MAX_TOKEN_BUDGET
+from engine.core.choices import MAX_TOKEN_BUDGET
 from engine.core.telemetry import NUM_DECODES
 from engine.latency.lookup import LookupGrid
 from engine.plant import Plant

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from controllers.compiled import KernelController
 from controllers.controller import configured
 from engine.compiled import kernel
-from engine.core.action import MAX_TOKEN_BUDGET
+from engine.core.choices import MAX_TOKEN_BUDGET
 from engine.core.state import MAX_CANDIDATES
 from engine.core.telemetry import INTERVAL_S, NO_DEADLINE_S, OVERDUE, TTFT_TARGET_S
 from engine.plant import Plant

@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from controllers.controller import CompiledController, configured
 from engine.backends.simulator import CompiledLoop, Simulator
-from engine.core.action import check_action
+from engine.core.choices import check_action
 
 
 @configured

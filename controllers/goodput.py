@@ -11,7 +11,7 @@ from controllers.admission import admissible_tokens
 from controllers.compiled import KernelController
 from controllers.controller import configured
 from engine.compiled import kernel
-from engine.core.action import MAX_TOKEN_BUDGET
+from engine.core.choices import MAX_TOKEN_BUDGET
 from engine.core.telemetry import (
     DECODE_KV_TOKENS,
     ITERATIONS,

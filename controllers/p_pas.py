@@ -8,7 +8,7 @@ from controllers.compiled import KernelController
 from controllers.controller import configured
 from controllers.total_budget import left_for_prompts
 from engine.compiled import kernel
-from engine.core.action import MAX_TOKEN_BUDGET
+from engine.core.choices import MAX_TOKEN_BUDGET
 from engine.core.state import MAX_CANDIDATES
 from engine.core.telemetry import NUM_DECODES, NUM_WAITING
 

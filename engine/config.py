@@ -1,29 +1,15 @@
 """What a serving engine is configured with, validated."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.core.state import MAX_CANDIDATES
 from engine.latency.model import LatencyModel
+from engine.limits import EngineLimits, Prefill
 from engine.speculation.allocation import CHAINS, Allocation, Score, Speculation
-
-Prefill = Literal["chunked", "whole", "first", "turns"]
-"""How prompts are scheduled beside decodes; `engine.core.scheduler` says what each means."""
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """What the scheduler needs to know: KV blocks, batch slots, context, and how prompts are scheduled."""
-
-    total_blocks: int
-    block_size: int
-    watermark_blocks: int
-    max_num_seqs: int
-    max_model_len: int
-    prefill: Prefill = "chunked"
 
 
 class EngineConfig(BaseModel):

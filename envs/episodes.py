@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.real import RealEngineConfig
+from engine.backends.real_config import RealEngineConfig
 from engine.config import EngineConfig
-from engine.core.action import ActionError, ActionGrid
+from engine.core.action import ActionGrid
+from engine.core.choices import ActionError
 from engine.core.objective import Prices
 from engine.core.state import State
 from engine.core.telemetry import Observation

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.clock import SteppedClock
-from engine.backends.real import RealEngineConfig, warm_up
+from engine.backends.real import warm_up
+from engine.backends.real_config import RealEngineConfig
 from engine.backends.vllm.engine_config import VllmEngineConfig
 from engine.core.state import State
 from engine.core.telemetry import Observation, allocate_observation

@@ -8,7 +8,7 @@ from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 from numpy.typing import NDArray
 
-from engine.core.action import ActionError
+from engine.core.choices import ActionError
 from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S
 
 

@@ -39,7 +39,7 @@ from runs import calibration_cells as cells
 from runs import live, simulated
 from runs.calibration_cells import Cell, RealRun
 from runs.evaluation import LookupFit, Targets, load_latency, load_lookup, load_profile
-from runs.profiling import AGREEMENT, CARD
+from runs.measured_folder import AGREEMENT, CARD
 from runs.reporting.calibration import OWN_AGREEMENTS, PREDICTED, pair
 from runs.reporting.calibration_page import Card
 from runs.serving import Progress

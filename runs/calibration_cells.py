@@ -18,10 +18,11 @@ from engine.backends.replay import Recording, replay
 from engine.backends.simulator import Simulator, batch_time, reading_time
 from engine.backends.torch.acceptance import agreement
 from engine.backends.torch.engine import TorchEngine
-from engine.config import EngineConfig, EngineLimits
+from engine.config import EngineConfig
 from engine.core.metrics import request_table, summarize
 from engine.core.state import State
 from engine.latency.table_file import LatencyTables
+from engine.limits import EngineLimits
 from engine.plant import Plant
 from engine.workload.agreement import Agreement
 from engine.workload.prompts import Prompts

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from controllers.controller import Controller
-from engine.backends.real import RealEngineConfig
+from engine.backends.real_config import RealEngineConfig
 from engine.backends.simulator import Simulator
 from engine.backends.torch.config import TorchEngineConfig
 from engine.backends.vllm.engine_config import VllmEngineConfig
-from engine.config import EngineConfig, EngineLimits
+from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.core.metrics import request_table, summarize
 from engine.core.objective import Price, Prices
@@ -27,6 +27,7 @@ from engine.latency.measured import MeasuredIterations
 from engine.latency.measured_card import MEASURED_FOREST
 from engine.latency.model import LatencyModel
 from engine.latency.predictors import DEFAULT_FOREST, Feature, Forest
+from engine.limits import EngineLimits
 from engine.plant import Plant
 from engine.workload.prompts import Prompts, PromptSource, prompts_for
 from engine.workload.source import WorkloadSource

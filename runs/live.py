@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from controllers.controller import Controller
 from engine.backends.clock import Clock, WallClock
-from engine.backends.real import RealEngine, RealEngineConfig, submit_beginnings, warm_up
+from engine.backends.real import RealEngine, submit_beginnings, warm_up
+from engine.backends.real_config import RealEngineConfig
 from engine.backends.simulator import ITERATION, log_iteration
-from engine.core.action import ActionError, ActionGrid
+from engine.core.action import ActionGrid
+from engine.core.choices import ActionError
 from engine.core.telemetry import as_dict
 from engine.plant import Plant
 from engine.workload.prompts import Prompts

@@ -2,11 +2,8 @@
 
 import difflib
 import logging
-import os
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import hydra.utils
@@ -16,18 +13,19 @@ from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from runs import endings
+from runs.endings import MistakeError, named, one_line
+
+__all__ = ["MistakeError", "ending", "explain", "instantiate", "named"]
+
 T = TypeVar("T")
 
 _FULL_KEY = re.compile(r"full_key: (\S+)")
 
 
-class MistakeError(ValueError):
-    """Something the user can fix; the message says what and how."""
-
-
 def wants_traceback() -> bool:
     """Whether the user asked for tracebacks: HYDRA_FULL_ERROR=1 or hydra.verbose=true."""
-    return os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0") or bool(HydraConfig.get().verbose)
+    return endings.wants_traceback() or bool(HydraConfig.get().verbose)
 
 
 def instantiate(config: DictConfig, kind: type[T]) -> T:
@@ -42,36 +40,17 @@ def instantiate(config: DictConfig, kind: type[T]) -> T:
         if isinstance(error.__cause__, ValidationError):
             raise MistakeError(explain(error.__cause__, key, config)) from error
         cause = error.__cause__ if error.__cause__ is not None else error
-        raise MistakeError(f"{key}: {_one_line(cause)}" if key else _one_line(cause)) from error
+        raise MistakeError(f"{key}: {one_line(cause)}" if key else one_line(cause)) from error
     except OmegaConfBaseException as error:
-        raise MistakeError(_one_line(error)) from error
+        raise MistakeError(one_line(error)) from error
     if not isinstance(made, kind):
         raise MistakeError(f"_target_ must be a {kind.__name__}, not {type(made).__name__}")
     return made
 
 
-@contextmanager
-def named() -> Iterator[None]:
-    """Passes a ValueError from within on as a MistakeError: the packages' errors already name file, row or key."""
-    try:
-        yield
-    except ValueError as error:
-        raise MistakeError(_one_line(error)) from error
-
-
-@contextmanager
-def ending(log: logging.Logger, interrupted: str) -> Iterator[None]:
-    """Ends an app: with 2 and one message on what the user can fix, with 130 and `interrupted` on Ctrl-C."""
-    try:
-        yield
-    except MistakeError as mistake:
-        if wants_traceback():
-            raise
-        log.error("%s", mistake)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        log.error("%s", interrupted)
-        sys.exit(130)
+def ending(log: logging.Logger, interrupted: str) -> AbstractContextManager[None]:
+    """`endings.ending` of a Hydra app."""
+    return endings.ending(log, interrupted, wants_traceback)
 
 
 def explain(error: ValidationError, prefix: str, config: DictConfig | None = None) -> str:
@@ -105,7 +84,3 @@ def _known(prefix: str, wrong: str, config: DictConfig | None) -> str:
     if near:
         return f"; did you mean {near[0]}?"
     return f"; {model.__name__} has {', '.join(keys)}" if model is not None and keys else ""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

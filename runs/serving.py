@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from controllers.controller import Controller
 from engine.backends.guard import check_decision
 from engine.backends.simulator import ITERATION
-from engine.core.action import ActionError
+from engine.core.choices import ActionError
 from engine.core.state import State
 
 Progress = Callable[[int, int], Any]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core.action import ActionError, check_action
+from engine.core.choices import ActionError, check_action
 
 log = logging.getLogger(__name__)
 

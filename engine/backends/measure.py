@@ -41,18 +41,20 @@ def measure(
     seconds: float,
     seed: int,
     identity: str = "",
+    sensors: Callable[[], dict[str, float]] | None = None,
     on_progress: Callable[[int, int], Any] | None = None,
 ) -> None:
     """Add visits to the file until every point has one and they took `seconds` together.
 
     What the file holds already is not measured again; a last line that was cut off by a kill is dropped.
-    `identity` names what else the measurement depends on. `on_progress` gets (done, total) in points for the first
+    `identity` names what else the measurement depends on. What `sensors` gives is noted with each visit, right behind
+    its iterations. `on_progress` gets (done, total) in points for the first
     round, then in seconds.
 
     Raises:
         AnotherProfileError: the file holds visits of other points, or of another engine.
     """
-    known = _begin(visits, points, identity)
+    known = begin(visits, points, identity)
     done = {(visit["round"], visit["point"]) for visit in known}
     spent = sum(visit["wall_s"] for visit in known)
     rehearsal = engine.rehearsal(text)
@@ -65,7 +67,7 @@ def measure(
                     return
                 if (turn, index) in done:
                     continue
-                visit = _visit(rehearsal, points[index], np.random.default_rng([seed, index, turn]))
+                visit = _visit(rehearsal, points[index], np.random.default_rng([seed, index, turn]), sensors)
                 file.write(json.dumps({"round": turn, "point": index, **visit}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -73,6 +75,31 @@ def measure(
                 spent += visit["wall_s"]
                 if on_progress is not None:
                     on_progress(*((len(done), len(points)) if turn == 0 else (int(spent), int(seconds))))
+
+
+def begin(visits: Path, points: Sequence[Point], identity: str) -> list[dict[str, Any]]:
+    """The visits made so far; a new file gets its first line, which names the design.
+
+    Raises AnotherProfileError as `measure` does.
+    """
+    title = {"design": digest(points), "identity": identity}
+    if not visits.exists():
+        visits.parent.mkdir(parents=True, exist_ok=True)
+        visits.write_text(json.dumps(title) + "\n", encoding="utf-8")
+        return []
+    whole = visits.read_bytes().rpartition(b"\n")[0]
+    with visits.open("r+b") as file:
+        file.truncate(len(whole) + 1 if whole else 0)
+    if not whole:
+        visits.write_text(json.dumps(title) + "\n", encoding="utf-8")
+        return []
+    found = json.loads(whole.partition(b"\n")[0])
+    if found != title:
+        raise AnotherProfileError(
+            f"{visits} holds measurements of other points or of another engine; give another folder "
+            "(hydra.run.dir=...), or remove this one to measure anew"
+        )
+    return list(_lines(visits))
 
 
 def collect(visits: Path) -> MeasuredIterations:
@@ -108,40 +135,27 @@ def loads(visits: Path) -> list[float]:
     return [visit["load"] for visit in _lines(visits)]
 
 
-def _visit(rehearsal: Rehearsing, point: Point, rng: np.random.Generator) -> dict[str, Any]:
-    begin = time.perf_counter()
+def sensed(visits: Path) -> list[dict[str, float]]:
+    """What the machine's sensors said at each visit that asked them."""
+    return [visit["sensors"] for visit in _lines(visits) if "sensors" in visit]
+
+
+def _visit(
+    rehearsal: Rehearsing, point: Point, rng: np.random.Generator, sensors: Callable[[], dict[str, float]] | None
+) -> dict[str, Any]:
+    start = time.perf_counter()
     rehearsal.arrange(point, rng)
     first = rehearsal.run().seconds
     repeats = int(np.clip(VISIT_S / first, 1, MOST_REPEATS))
     timings: list[Timing] = [rehearsal.run() for _ in range(repeats)]
+    noted = {} if sensors is None else {"sensors": sensors()}
     return {
         "planned": rehearsal.planned() | {"chunks": list(point.chunks)},
         "timings": [[timing.seconds, timing.draft_s, timing.forward_s] for timing in timings],
         "load": os.getloadavg()[0],
-        "wall_s": time.perf_counter() - begin,
+        **noted,
+        "wall_s": time.perf_counter() - start,
     }
-
-
-def _begin(visits: Path, points: Sequence[Point], identity: str) -> list[dict[str, Any]]:
-    """The visits made so far; a new file gets its first line, which names the design."""
-    title = {"design": digest(points), "identity": identity}
-    if not visits.exists():
-        visits.parent.mkdir(parents=True, exist_ok=True)
-        visits.write_text(json.dumps(title) + "\n", encoding="utf-8")
-        return []
-    whole = visits.read_bytes().rpartition(b"\n")[0]
-    with visits.open("r+b") as file:
-        file.truncate(len(whole) + 1 if whole else 0)
-    if not whole:
-        visits.write_text(json.dumps(title) + "\n", encoding="utf-8")
-        return []
-    found = json.loads(whole.partition(b"\n")[0])
-    if found != title:
-        raise AnotherProfileError(
-            f"{visits} holds measurements of other points or of another engine; give another folder "
-            "(hydra.run.dir=...), or remove this one to measure anew"
-        )
-    return list(_lines(visits))
 
 
 def _lines(visits: Path) -> Iterator[dict[str, Any]]:

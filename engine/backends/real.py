@@ -1,4 +1,4 @@
-"""What engines that run a model in real time have in common: their verbs, their settings, how they are warmed up."""
+"""What engines that run a model in real time have in common: their verbs, and how they are warmed up."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
 from engine.backends.clock import Clock, WallClock
-from engine.config import EngineLimits
 from engine.core import state as core
 from engine.core.live import append, grown
 from engine.core.scheduler import advance_clock, has_work, release
 from engine.core.telemetry import Observation, allocate_observation
 from engine.latency.design import Point
 from engine.latency.measured_fit import MemoryFigures
-from engine.speculation.allocation import Speculation
+from engine.limits import EngineLimits
 from engine.speculation.sampling import GREEDY, Sampling
-from engine.workload.prompts import Prompts
+
+if TYPE_CHECKING:
+    from engine.workload.prompts import Prompts
 
 EMBEDDED = "embedded"
 """In place of a folder or a hub id: the model that ships with the project."""
@@ -245,6 +244,9 @@ class RealEngine(ABC):
         self._earliest = 0.0
         self.clock = WallClock() if clock is None else clock
 
+    def prepare(self) -> None:  # noqa: B027 - most have nothing that only first iterations take time for
+        """Do beforehand what would make first iterations slow; nothing is served meanwhile."""
+
     @abstractmethod
     def rehearsal(self, text: NDArray[np.int32]) -> Rehearsing:
         """What measures this engine's iterations."""
@@ -262,65 +264,6 @@ class RealEngine(ABC):
         """Let go of what it holds; it serves no more."""
 
 
-class RealEngineConfig(BaseModel, ABC):
-    """Settings of every engine that runs a model.
-
-    Args:
-        name: how reports call it.
-        max_num_seqs: most requests in one batch.
-        max_model_len: most prompt + output tokens of one request.
-        block_size: tokens per KV block.
-        profile: the engine yaml that `runs.profile` wrote for this engine on this machine, from which controllers
-            predict iteration times; None: there is none, and controllers that predict are refused.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    unnamed: ClassVar[frozenset[str]] = frozenset({"name", "max_num_seqs", "max_model_len", "block_size", "profile"})
-    """Settings that `name` stands for, or that say what the engine has room for."""
-
-    name: str
-    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64
-    max_model_len: Annotated[int, Field(ge=2)] = 2048
-    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
-    profile: Path | None = None
-
-    @property
-    def variant(self) -> str:
-        """`name`, and what differs from the defaults of that which changes speed or text.
-
-        Two runs are compared as runs of one engine only if these are equal.
-        """
-        settings = self.model_dump(mode="json", exclude=set(self.unnamed))
-        defaults = {name: field.default for name, field in type(self).model_fields.items()}
-        return " ".join([self.name, *(f"{key}={value}" for key, value in settings.items() if value != defaults[key])])
-
-    @property
-    @abstractmethod
-    def speculation(self) -> Speculation:
-        """How the candidates of an action are shared out."""
-
-    @abstractmethod
-    def governed_by(self, speculation: Speculation | None) -> Self:
-        """The same engine sharing candidates as a controller asks for; None: as it is configured.
-
-        Raises ValueError for what the engine cannot do.
-        """
-
-    @property
-    @abstractmethod
-    def limits(self) -> EngineLimits:
-        """What a scheduler knows of the cache."""
-
-    @abstractmethod
-    def tokenizer(self) -> Any:
-        """The target's tokenizer."""
-
-    @abstractmethod
-    def build(self, *, ttft_target: float, queue_rows: int = 64) -> RealEngine:
-        """Load the models and return the engine; its clock starts when this returns."""
-
-
 def tokenizer_of(model: str) -> Any:
     """The tokenizer of a folder, a hub id or the embedded model."""
     if model == EMBEDDED:
@@ -332,19 +275,12 @@ def tokenizer_of(model: str) -> Any:
     return AutoTokenizer.from_pretrained(model)
 
 
-def refuse_sharing(asked_for: Speculation) -> ValueError:
-    """What a controller is told that asks a real engine for a sharing of candidates that only simulated ones have."""
-    return ValueError(
-        f"this controller needs candidates shared out by {asked_for.variant!r}, which only simulated engines "
-        "do; choose another controller, or a simulated engine (engine=vicuna_7b_a100, or a profile of this one)"
-    )
-
-
 def warm_up(engine: RealEngine, prompts: Prompts) -> None:
     """Serve the beginnings of the first prompts without candidates and with some.
 
     First calls compile, and first touch memory, which is not the engine's speed.
     """
+    engine.prepare()
     for candidates in (0, min(WARMUP_CANDIDATES, engine.max_candidates)):
         submit_beginnings(engine, prompts)
         engine.run(candidates, WARMUP_BUDGET)

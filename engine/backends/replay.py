@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import EngineLimits
 from engine.core import state as core
 from engine.core.live import append, cancel, stop_after
 from engine.core.redistribute import redistribute
 from engine.core.scheduler import advance_clock, commit, plan, release
 from engine.core.state import State
+from engine.limits import EngineLimits
 
 REQUEST = np.dtype([("arrival", np.float64), ("prompt", np.int64), ("output", np.int64)])
 ITERATION = np.dtype(

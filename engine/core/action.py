@@ -1,32 +1,12 @@
-"""The governor's action: how many candidate tokens each request speculates, how many prompt tokens are prefilled."""
+"""What a governor chooses from, validated: its action is a pair of indices into choices of c and n."""
 
-from itertools import pairwise
 from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from engine.core.state import MAX_CANDIDATES
-
-CANDIDATE_CHOICES = (0, 1, 2, 3, 4, 5, 6, 7, 8)
-BUDGET_CHOICES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
-MAX_TOKEN_BUDGET = 65536
-
-
-class ActionError(ValueError):
-    """An action is not one of the choices, or the choices themselves are impossible."""
-
-
-def check_action(candidates: int, token_budget: int) -> None:
-    """Refuse a (c, n) that no engine can run; ActionError names the key."""
-    if not 0 <= candidates <= MAX_CANDIDATES:
-        raise ActionError(f"candidates={candidates} must be between 0 and {MAX_CANDIDATES} tokens per request")
-    if not 1 <= token_budget <= MAX_TOKEN_BUDGET:
-        raise ActionError(
-            f"token_budget={token_budget} must be between 1 and {MAX_TOKEN_BUDGET} prompt tokens per iteration; "
-            "with less than 1 no prompt would ever be prefilled"
-        )
+from engine.core.choices import BUDGET_CHOICES, CANDIDATE_CHOICES, ActionError, check_choices
 
 
 class ActionGrid(BaseModel):
@@ -45,13 +25,7 @@ class ActionGrid(BaseModel):
     @field_validator("candidate_choices", "budget_choices")
     @classmethod
     def _increasing(cls, choices: tuple[int, ...], info: Any) -> tuple[int, ...]:
-        if any(b <= a for a, b in pairwise(choices)):
-            raise ValueError(f"{info.field_name}={list(choices)} must be strictly increasing")
-        for choice in choices:
-            if info.field_name == "candidate_choices":
-                check_action(choice, 1)
-            else:
-                check_action(0, choice)
+        check_choices(info.field_name, choices)
         return choices
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import EngineLimits
+from engine.limits import EngineLimits
 
 SHORTEST_KV_TOKENS = 16
 SPARE_TOKENS = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+PROVENANCE_KEY = "provenance"
+"""Under which a file's own key-value metadata holds, as JSON, where its iterations come from."""
 
 LOAD_EDGES = (0, 1, 9, 33, 65, 129, 1 << 30)
 
@@ -73,23 +77,22 @@ class MeasuredIterations:
         try:
             columns = pq.read_table(path).to_pydict()
         except (OSError, pa.ArrowInvalid) as error:
-            raise MeasuredError(
-                f"{path}: cannot be read ({error}); measured iterations are what `python -m runs.profile` leaves"
-            ) from error
+            raise _unreadable(path, error) from error
         missing = {field.name for field in fields(cls)} - columns.keys()
         if missing or not columns["seconds"]:
             what = f"no column {', '.join(sorted(missing))}" if missing else "no rows"
             raise MeasuredError(f"{path}: {what}; measure again with `python -m runs.profile`")
         return cls.from_columns(columns)
 
-    def write(self, path: str | Path) -> None:
-        """One parquet file; equal iterations give equal bytes."""
+    def write(self, path: str | Path, provenance: dict[str, Any] | None = None) -> None:
+        """One parquet file, its origin with it (`read_provenance`); equal iterations and origins give equal bytes."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         columns["chunks"] = pa.array(self.chunks, type=pa.list_(pa.int32()))
-        pq.write_table(pa.table(columns), path, compression="zstd", write_statistics=False)
+        origin = {PROVENANCE_KEY: json.dumps(provenance or {}, allow_nan=False)}
+        pq.write_table(pa.table(columns, metadata=origin), path, compression="zstd", write_statistics=False)
 
     def subset(self, rows: ArrayLike) -> MeasuredIterations:
         """The rows of a boolean mask or of indices."""
@@ -138,7 +141,26 @@ class MeasuredIterations:
         return fold
 
 
+def read_provenance(path: str | Path) -> dict[str, Any]:
+    """Where the iterations of a file come from; empty if it does not say. Raises MeasuredError: no parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        found = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _unreadable(path, error) from error
+    origin: dict[str, Any] = json.loads(found.get(PROVENANCE_KEY.encode(), b"{}"))
+    return origin
+
+
 def errors(measured: MeasuredIterations, predicted_s: NDArray[np.float64]) -> dict[str, float]:
     """Mean absolute relative error of predicted seconds (S,), by `MeasuredIterations.groups`."""
     error = np.abs(predicted_s / measured.seconds - 1.0)
     return {name: float(error[rows].mean()) for name, rows in measured.groups.items()}
+
+
+def _unreadable(path: str | Path, error: Exception) -> MeasuredError:
+    return MeasuredError(
+        f"{path}: cannot be read ({error}); measured iterations are what `python -m runs.profile` leaves"
+    )

@@ -66,6 +66,9 @@ class Drafter(Protocol):
     def forget(self, number: int) -> None:
         """Drop whatever is kept for a request that is over."""
 
+    def prepare(self, table: Any, trees: bool) -> None:
+        """Do beforehand what first proposals over such a table, with `trees` branched ones, would take time for."""
+
 
 def no_drafts(batch: Batch) -> Drafts:
     """Chains of the wanted lengths, with none of their tokens proposed yet."""
@@ -92,6 +95,9 @@ class NoDrafter:
     def forget(self, number: int) -> None:
         """Nothing is kept."""
 
+    def prepare(self, table: Any, trees: bool) -> None:
+        """There is nothing to do."""
+
 
 class Runner(Protocol):
     """A model with a paged cache, as the `model` drafter uses it."""
@@ -106,6 +112,9 @@ class Runner(Protocol):
         branches: Branches | None = None,
     ) -> Any:
         """Logits of the last `keep[i]` of `counts[i]` tokens from slot `starts[i]`, all requests in one pass."""
+
+    def prepare(self, table: Any, trees: bool) -> None:
+        """Do beforehand what first forwards over such a table, with `trees` branched ones, would take time for."""
 
     def top(self, logits: Any, count: int = 1) -> NDArray[np.int64]:
         """(rows, count) tokens with the highest of the latest forward's logits, falling; negative ones are promised.

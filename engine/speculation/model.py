@@ -44,12 +44,16 @@ class ModelDrafter:
         """Drop the request's latest tree; its cache goes with its blocks."""
         self._calibration.forget(number)
 
+    def prepare(self, table: Any, trees: bool) -> None:
+        """See `Drafter.prepare`."""
+        self._runner.prepare(table, trees)
+
     def _chains(self, batch: Batch) -> Drafts:
         """c_i tokens in a row for each request, which stay in the cache as far as they are accepted."""
         table = batch.table
         drafts = no_drafts(batch)
         drafts.counts = np.minimum(batch.wanted, batch.speculation.depth(int(batch.wanted.max(initial=0))))
-        _note_draws(batch, drafts)
+        sampled = _note_draws(batch, drafts)
         for depth in range(int(drafts.counts.max(initial=0))):
             who = np.flatnonzero(drafts.counts > depth)
             if depth == 0:
@@ -61,7 +65,8 @@ class ModelDrafter:
                 logits = self._runner.forward(table, seats, ends - 1, one, one)
                 table.draft_computed[seats] = ends
             drafts.tokens[who, depth] = self._runner.top(logits)[:, 0]
-            _draw(batch, drafts, logits, who, np.full_like(who, depth - 1))
+            if sampled:
+                _draw(batch, drafts, logits, who, np.full_like(who, depth - 1))
         return drafts
 
     def _fixed_trees(self, batch: Batch) -> Drafts:
@@ -74,7 +79,7 @@ class ModelDrafter:
         drafts.parents = np.tile(shape.parents[:width], (size, 1))
         drafts.depths = np.tile(shape.depths[:width], (size, 1))
         counts = drafts.counts = np.minimum(batch.wanted, width)
-        _note_draws(batch, drafts)
+        sampled = _note_draws(batch, drafts)
         slots = _Slots(batch, width, width)
         nodes = np.array([-1])
         for depth in range(1, 1 + int(shape.depths[:width].max(initial=0))):
@@ -92,7 +97,8 @@ class ModelDrafter:
             child = nodes[which]
             top = self._runner.top(logits, 1 + int(ranks.max()))
             drafts.tokens[take, child] = top[row[take, 1 + shape.parents[child]], ranks[which]]
-            _draw(batch, drafts, logits, who, above)
+            if sampled:
+                _draw(batch, drafts, logits, who, above)
         return drafts
 
 
@@ -215,11 +221,12 @@ class _Growth:
         return who, order[who, place]
 
 
-def _note_draws(batch: Batch, drafts: Drafts) -> None:
-    """Make room to note what the candidates of sampled requests will be drawn from."""
-    for i, request in enumerate(batch.requests):
-        if not request.sampling.greedy:
-            drafts.drawn_from[i] = [None] * (drafts.tokens.shape[1] + 1)
+def _note_draws(batch: Batch, drafts: Drafts) -> bool:
+    """Make room to note what the candidates of sampled requests will be drawn from; whether there are any."""
+    sampled = [i for i, request in enumerate(batch.requests) if not request.sampling.greedy]
+    for i in sampled:
+        drafts.drawn_from[i] = [None] * (drafts.tokens.shape[1] + 1)
+    return bool(sampled)
 
 
 def _catch_up(runner: Runner, batch: Batch, who: NDArray[np.int64]) -> Any:

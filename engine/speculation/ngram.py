@@ -121,6 +121,9 @@ class NgramDrafter:
         self._indices.pop(number, None)
         self._proposed.pop(number, None)
 
+    def prepare(self, table: Any, trees: bool) -> None:
+        """There is nothing to do."""
+
     def _learn(self, number: int, tokens: NDArray[np.int32]) -> None:
         """Count how far the request's latest proposal was right, as far as its tokens are known by now."""
         if number not in self._proposed:

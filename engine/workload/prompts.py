@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
-from engine.config import EngineLimits
+from engine.limits import EngineLimits
 from engine.models.corpus import Prompt, cut_prompts, library_texts, read_prompts
 from engine.speculation.sampling import GREEDY, Sampling
 from engine.workload.arrivals import Arrivals

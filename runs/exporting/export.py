@@ -18,11 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from controllers.controller import Controller
 from controllers.fixed import Fixed
-from engine.backends.real import RealEngineConfig
+from engine.backends.real_config import RealEngineConfig
 from engine.backends.torch.config import TorchEngineConfig
 from engine.backends.vllm.engine_config import VllmEngineConfig
 from engine.config import EngineConfig
-from engine.core.action import MAX_TOKEN_BUDGET, ActionGrid
+from engine.core.action import ActionGrid
+from engine.core.choices import MAX_TOKEN_BUDGET
 from engine.core.state import MAX_CANDIDATES
 from engine.files import write_whole
 from engine.workload.source import WorkloadSource

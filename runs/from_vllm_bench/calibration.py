@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.optimize import brentq
 
 from engine.config import EngineConfig
-from engine.core.action import MAX_TOKEN_BUDGET
+from engine.core.choices import MAX_TOKEN_BUDGET
 from engine.files import write_whole
 from engine.latency.model import TABLES_FOLDER, LatencyModel
 from engine.latency.table_file import dump

@@ -13,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from engine.config import EngineLimits
+from engine.limits import EngineLimits
 from engine.speculation.sampling import Sampling
 from runs.server.bodies import Body, ChatBody, CompletionBody
 from runs.server.errors import ApiError, of_exception

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from controllers.bandit import Bandit
-from engine.core.action import ActionError
+from engine.core.choices import ActionError
 from tests.controllers.observed import linear_plant, observation
 
 ARMS = {"candidates": [0, 2, 4], "token_budgets": [256, 1024]}

@@ -15,7 +15,8 @@ from controllers.poster import G_WEIGHT, Poster
 from controllers.sarathi import Sarathi
 from engine.backends.simulator import Simulator
 from engine.config import EngineConfig
-from engine.core.action import ActionError, ActionGrid
+from engine.core.action import ActionGrid
+from engine.core.choices import ActionError
 from engine.core.telemetry import (
     DECODE_KV_TOKENS,
     LAST_CANDIDATES,

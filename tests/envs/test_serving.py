@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from engine.config import EngineConfig
-from engine.core.action import BUDGET_CHOICES, CANDIDATE_CHOICES, ActionError, ActionGrid
+from engine.core.action import ActionGrid
+from engine.core.choices import BUDGET_CHOICES, CANDIDATE_CHOICES, ActionError
 from engine.core.objective import Prices
 from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S, PREEMPTIONS, TTFT_TARGET_S
 from engine.latency.table_file import LatencyTableError

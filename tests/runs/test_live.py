@@ -20,7 +20,8 @@ from controllers.fixed import Fixed
 from engine.backends.replay import replay
 from engine.backends.torch.config import TorchEngineConfig
 from engine.backends.torch.engine import TorchEngine
-from engine.core.action import ActionError, ActionGrid
+from engine.core.action import ActionGrid
+from engine.core.choices import ActionError
 from engine.core.metrics import request_table
 from engine.core.telemetry import NUM_DECODES, NUM_WAITING
 from engine.plant import Plant

@@ -24,7 +24,8 @@ from engine.latency.predictors import ALL_FEATURES, Forest
 from engine.workload.acceptance_log import read_acceptance_log
 from engine.workload.source import SyntheticSource
 from runs.evaluation import Evaluation, load_profile
-from runs.profiling import Profile, Result, SpeculationPrompts
+from runs.measured_folder import Result
+from runs.profiling import Profile, SpeculationPrompts
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 CHOICES = ActionGrid(candidate_choices=(0, 2), budget_choices=(16, 64))

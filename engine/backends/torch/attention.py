@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -101,12 +103,22 @@ class Pool:
     def __init__(
         self, shapes: list[LayerShape], num_blocks: int, block_size: int, dtype: torch.dtype, device: Any
     ) -> None:
-        def zeros(heads: int, width: int) -> Tensor:
-            return torch.zeros(num_blocks * heads, block_size * width, dtype=dtype, device=device)
+        def zeros(tensors: int, heads: int, width: int) -> Tensor:
+            return torch.zeros(tensors, num_blocks * heads, block_size * width, dtype=dtype, device=device)
 
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.keys = [zeros(shape.kv_heads, shape.key_width) for shape in shapes]
-        self.values = [zeros(shape.kv_heads, shape.value_width) for shape in shapes]
+        alike = len({(shape.kv_heads, shape.key_width, shape.value_width) for shape in shapes}) == 1
+        self._pieces: list[Tensor]
+        """Tensors (layers or 1, blocks * kv_heads, block_size * width) that the layers' own are views of."""
+        if alike:
+            heads, key_width, value_width = shapes[0].kv_heads, shapes[0].key_width, shapes[0].value_width
+            self._pieces = [zeros(len(shapes), heads, key_width), zeros(len(shapes), heads, value_width)]
+            self.keys, self.values = (list(piece.unbind()) for piece in self._pieces)
+        else:
+            keys = [zeros(1, shape.kv_heads, shape.key_width) for shape in shapes]
+            values = [zeros(1, shape.kv_heads, shape.value_width) for shape in shapes]
+            self._pieces = keys + values
+            self.keys, self.values = ([piece[0] for piece in pieces] for pieces in (keys, values))
         self._buffers = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
 
     def gather(self, layer: int, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,17 +133,24 @@ class Pool:
             found.append(torch.index_select(pool, 0, index, out=out))
         return found[0], found[1]
 
-    def move(self, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
-        """Copy keys and values of all layers from places to others: (tokens,) blocks, and (tokens,) within."""
-        for pools in (self.keys, self.values):
-            for pool in pools:
-                heads = torch.arange(pool.shape[0] // self.num_blocks, device=pool.device)
-                begin, end = (
-                    ((block[:, None] * len(heads) + heads) * self.block_size + place[:, None]).view(-1)
-                    for block, place in (source, target)
-                )
-                slots = pool.view(self.num_blocks * len(heads) * self.block_size, -1)
-                slots.index_copy_(0, end, slots.index_select(0, begin))
+    def move(self, places: NDArray[np.int64]) -> None:
+        """Copy keys and values of all layers: (2, 2, tokens), from blocks and places within them, to blocks and places.
+
+        What is asked of a GPU is not waited for.
+        """
+        device = self._pieces[0].device
+        host = torch.from_numpy(places)
+        (begin, from_place), (end, to_place) = (host.pin_memory() if device.type == "cuda" else host).to(
+            device, non_blocking=True
+        )
+        for piece in self._pieces:
+            heads = torch.arange(piece.shape[1] // self.num_blocks, device=device)
+            source, target = (
+                ((block[:, None] * len(heads) + heads) * self.block_size + place[:, None]).view(-1)
+                for block, place in ((begin, from_place), (end, to_place))
+            )
+            slots = piece.view(len(piece), self.num_blocks * len(heads) * self.block_size, -1)
+            slots.index_copy_(1, target, slots.index_select(1, source))
 
 
 class PagedStep:

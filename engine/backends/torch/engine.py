@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Collection, Sequence
 from importlib.metadata import version
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from engine.backends.torch.model import PagedModel
 from engine.backends.torch.planned import Planned
 from engine.backends.torch.stopwatch import Stopwatch
 from engine.backends.torch.table import CacheTable
-from engine.config import EngineLimits
 from engine.core import state as core
 from engine.core.live import cancel, retire, stop_after
 from engine.core.redistribute import redistribute
@@ -28,6 +28,7 @@ from engine.core.scheduler import commit, plan
 from engine.core.state import FINISHED
 from engine.core.telemetry import Observation, observe
 from engine.latency.measured_fit import MemoryFigures, weight_bytes
+from engine.limits import EngineLimits
 from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.drafter import Batch, Drafter, NoDrafter
 from engine.speculation.sampling import GREEDY, Sampling, draw
@@ -196,6 +197,12 @@ class TorchEngine(RealEngine):
         self._generations = {}
         self._retired = 0
 
+    def prepare(self) -> None:
+        """See `RealEngine.prepare`."""
+        trees = self.speculation.branching > 1
+        self.model.prepare(self.table, trees)
+        self.drafter.prepare(self.table, trees)
+
     def rehearsal(self, text: NDArray[np.int32]) -> Rehearsal:
         """What measures this engine's iterations."""
         from engine.backends.torch.rehearsal import Rehearsal
@@ -298,7 +305,7 @@ class TorchEngine(RealEngine):
                 continue
             generation = self._generations[number]
             tokens = [chosen[row] if generation.sampling.greedy else _drawn(generation, logits, row)]
-            emitted.append(tokens[: generation.until_stop(tokens)])
+            emitted.append(tokens[: generation.until_stop(tokens)] if generation.may_stop else tokens)
             row += 1
         return emitted
 
@@ -336,7 +343,8 @@ class TorchEngine(RealEngine):
                 path, token, reach[i] = accept_sampled(weights, *tree, generation.random)
                 paths[i, : len(path)] = path
                 tokens = [*drafts.tokens[i, path].tolist(), token]
-            tokens = tokens[: generation.until_stop(tokens)]
+            if generation.may_stop:
+                tokens = tokens[: generation.until_stop(tokens)]
             if i < decodes:
                 accepted[i] = len(tokens) - 1
             emitted.append(tokens)
@@ -357,27 +365,31 @@ class TorchEngine(RealEngine):
         """Tell the scheduler which requests end before their limit; returns (request, tokens emitted now)."""
         stops = []
         for row, number, tokens in zip(planned.rows.tolist(), planned.numbers.tolist(), emitted, strict=True):
-            if tokens and self._generations[number].stopped:
+            if self._generations[number].stopped and tokens:
                 stop_after(self.state, 0, row, len(tokens))
                 stops.append((number, len(tokens)))
         return stops
 
     def _store(self, planned: Planned, emitted: list[list[int]]) -> None:
         """Append what was emitted to outputs and token table; forget what the drafter cached of rejected candidates."""
-        table, phase = self.table, self.state.requests["phase"][0]
-        self.emitted, self.finished = [], []
-        for i, (number, tokens) in enumerate(zip(planned.numbers.tolist(), emitted, strict=True)):
-            if not tokens:
-                continue
-            self._generations[number].output.extend(tokens)
-            self.emitted.append((number, tokens))
-            seat = planned.seats[i]
-            length = int(planned.starts[i]) + (1 if i < planned.decodes else int(planned.counts[i]))
-            table.tokens[seat, length : length + len(tokens)] = tokens
-            table.draft_computed[seat] = min(table.draft_computed[seat], length + len(tokens) - 1)
-            if phase[planned.rows[i]] == FINISHED:
-                self.finished.append(number)
-                self.drafter.forget(number)
+        table, generations = self.table, self._generations
+        counts = np.array([len(tokens) for tokens in emitted], dtype=np.int64)
+        lengths = planned.starts + planned.counts
+        lengths[: planned.decodes] = planned.starts[: planned.decodes] + 1
+        ends = np.cumsum(counts)
+        columns = np.arange(ends[-1]) - np.repeat(ends - counts - lengths, counts)
+        table.tokens[np.repeat(planned.seats, counts), columns] = np.fromiter(chain.from_iterable(emitted), np.int64)
+        some = counts > 0
+        seats = planned.seats[some]
+        read = (lengths + counts - 1)[some].astype(np.int32)
+        table.draft_computed[seats] = np.minimum(table.draft_computed[seats], read)
+        self.emitted = [entry for entry in zip(planned.numbers.tolist(), emitted, strict=True) if entry[1]]
+        for number, tokens in self.emitted:
+            generations[number].output.extend(tokens)
+        over = some & (self.state.requests["phase"][0, planned.rows] == FINISHED)
+        self.finished = planned.numbers[over].tolist()
+        for number in self.finished:
+            self.drafter.forget(number)
 
 
 def _drawn(generation: Generation, logits: torch.Tensor, row: int) -> int:

@@ -37,6 +37,11 @@ class Generation:
         """Prompt and output."""
         return np.concatenate((self.prompt, np.array(self.output, dtype=np.int32)))
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether anything but its limit can end the output."""
+        return bool(self.stop) or self.ending is not None
+
     def until_stop(self, tokens: list[int]) -> int:
         """How many of the next `tokens` belong to the output, which may be `stopped` by them; to be asked once."""
         count = len(tokens)

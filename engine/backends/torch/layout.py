@@ -8,16 +8,21 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from engine.backends.torch.promises import Promises
 from engine.backends.torch.table import CacheTable
 from engine.compiled import kernel
+from engine.core.state import MAX_CANDIDATES
 from engine.speculation.tree import Branches
 
 _ALIGNED = 4
 """Every part begins at a multiple of so many int32, which is 16 bytes."""
 
 _NO_TREES = np.zeros(0, dtype=np.int64), np.zeros((0, 0), dtype=np.int32), np.zeros((0, 0), dtype=np.int32)
+
+STAGED = 2 * MAX_CANDIDATES
 
 NODES_SEEN = 64
 """Slots behind its root that a token of a tree may see: bits of an int64."""
@@ -40,6 +45,10 @@ class Inputs(NamedTuple):
     prefix: Any
     tiles: Any
     blocks: Any
+
+    def first(self, rows: int, tiles: int) -> Inputs:
+        """The parts for the first so many rows and tiles."""
+        return Inputs._make((*(part[:rows] for part in self[:-2]), self.tiles[:tiles], self.blocks))
 
 
 class Layout(NamedTuple):
@@ -69,6 +78,46 @@ class Layout(NamedTuple):
     def _counts(self) -> tuple[int, ...]:
         wide = (2 * self.rows, 2 * self.kept, 2 * self.kept)
         return *wide, *(self.rows,) * 4, 4 * self.tiles, self.requests * self.blocks
+
+
+class Staged:
+    """Memory on the host that a forward's inputs are written to and copied from."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.memory = torch.empty(layout.size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.used_at = -1
+        self._all = layout.cut(self.memory.numpy(), np.int64)
+        self._parts: dict[tuple[int, int], Inputs] = {}
+
+    def parts(self, rows: int, tiles: int) -> Inputs:
+        """Arrays for the first so many rows and tiles."""
+        if (known := self._parts.get((rows, tiles))) is None:
+            known = self._parts[rows, tiles] = self._all.first(rows, tiles)
+        return known
+
+
+class Staging:
+    """A ring of `Staged`: what a GPU has not copied yet is not written to.
+
+    More than one iteration's forwards fit, and reading its promises waits for all of them, so that nothing else has to.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, promises: Promises) -> None:
+        self._layout, self._device, self._promises = layout, device, promises
+        self._ring: list[Staged] = []
+        self._turn = 0
+
+    def next(self) -> Staged:
+        """Memory that nothing is copied from any more."""
+        if self._turn == len(self._ring) < STAGED:
+            self._ring.append(Staged(self._layout, self._device))
+        self._turn %= len(self._ring)
+        staged = self._ring[self._turn]
+        if staged.used_at == self._promises.settled and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        staged.used_at = self._promises.settled
+        self._turn += 1
+        return staged
 
 
 @kernel

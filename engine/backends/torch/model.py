@@ -17,7 +17,7 @@ from engine.backends.torch.fused import FusedLlama
 from engine.backends.torch.pack import EXACT_ROWS, pack
 from engine.backends.torch.table import CacheTable
 from engine.backends.torch.triton_llama import TritonLlama
-from engine.config import EngineLimits
+from engine.limits import EngineLimits
 from engine.speculation.sampling import most_probable
 from engine.speculation.tree import Branches
 
@@ -149,10 +149,14 @@ class PagedModel:
     ) -> None:
         """Copy what is cached at slot `source[i]` of a seat to its slot `target[i]`."""
         size = table.block_size
-        places = ((table.blocks[seats, slots // size].astype(np.int64), slots % size) for slots in (source, target))
-        begin, end = ([torch.from_numpy(part).to(self.device) for part in place] for place in places)
+        places = [(table.blocks[seats, slots // size], slots % size) for slots in (source, target)]
         with torch.inference_mode():
-            self.pool.move((begin[0], begin[1]), (end[0], end[1]))
+            self.pool.move(np.array(places, dtype=np.int64))
+
+    def prepare(self, table: CacheTable, trees: bool) -> None:
+        """Do beforehand what first forwards over such a table would take time for; with `trees`, also of theirs."""
+        if isinstance(self.fused, TritonLlama):
+            self.fused.prepare(self.pool, table, trees)
 
     def _forward(
         self,

@@ -23,6 +23,8 @@ class Promises:
         self._known = np.zeros(room, dtype=np.int64)
         self._used = 0
         self._settled = False
+        self.settled = 0
+        """How often the device has been waited for."""
 
     @property
     def spare(self) -> int:
@@ -44,11 +46,6 @@ class Promises:
         self._used += count
         return np.arange(first, first + count)
 
-    @property
-    def left(self) -> int:
-        """Entries that can be made before the next `settle`."""
-        return self.spare - (0 if self._settled else self._used)
-
     def settle(self) -> None:
         """Wait until the device has done all that was asked of it, and read the promised tokens."""
         device = self.values.device
@@ -63,6 +60,7 @@ class Promises:
             done.synchronize()
         self._known[: self._used] = read.numpy()
         self._settled = True
+        self.settled += 1
 
     def known(self, tokens: NDArray[np.integer]) -> NDArray[np.int64]:
         """Tokens of any shape with those that were promised before the last `settle` filled in."""

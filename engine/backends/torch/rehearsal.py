@@ -61,13 +61,14 @@ class Rehearsal:
         self._outputs = {number: len(engine.output(number)) for number in self._sources}
         arrays = [array for array in (*engine.state, *vars(engine.table).values()) if isinstance(array, np.ndarray)]
         self._saved = [(array, array.copy()) for array in arrays]
+        if engine.model.device.type == "cuda":
+            # What a shape makes the device compile or capture at first is not part of an iteration.
+            self.run()
 
     def run(self) -> Timing:
         """The arranged iteration once."""
         self._restore()
         engine = self.engine
-        if engine.model.device.type == "cuda":
-            torch.cuda.synchronize(engine.model.device)
         begin = engine.clock.now()
         engine.poll()
         engine.observe(self._observation)

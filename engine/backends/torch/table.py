@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.compiled import kernel
-from engine.config import EngineLimits
 from engine.core.state import State
+from engine.limits import EngineLimits
 
 SCRATCH_TOKENS = 16
 """Cache slots that belong to no request: rows that only fill up a forward write there."""

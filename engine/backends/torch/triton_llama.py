@@ -21,7 +21,7 @@ from engine.backends.torch.attention import LayerShape, Pool
 from engine.backends.torch.compiled import STATIC_ROPE
 from engine.backends.torch.fused import FusedLlama, fuse
 from engine.backends.torch.graphs import Graphs
-from engine.backends.torch.layout import Inputs, Layout, write
+from engine.backends.torch.layout import Inputs, Layout, Staging, write
 from engine.backends.torch.promises import Promises
 from engine.backends.torch.table import CacheTable
 from engine.speculation.tree import Branches
@@ -70,6 +70,7 @@ class TritonLlama:
         self._pool: Pool | None = None
         self._layout = Layout(0, 0, 0, 0, 0)
         self._memory = torch.zeros(0, dtype=torch.int32, device=self._device)
+        self._staging = Staging(self._layout, self._device, self.promises)
         self._cos = self._sin = torch.zeros(0, self._width // 2, device=self._device)
 
     @staticmethod
@@ -101,27 +102,20 @@ class TritonLlama:
         promised = self.promises.make(wanted)
         self.codes = -1 - promised
         size = next((size for size in GRAPH_ROWS if size >= rows), None)
-        tile_rows = max(1, (_LARGE_TILE if size is None else _SMALL_TILE) * self._kv_heads // self._heads)
+        tile_rows = self._tile_rows(_LARGE_TILE if size is None else _SMALL_TILE)
         tiles = int((-(-counts // tile_rows)).sum())
         splits, trees = self._splits(tiles), branches is not None
-        layout, most = self._layout, 0 if size is None else self._most_tiles(size)
+        batch = table, seats, starts, counts, keep, promised, self.promises.spare, tile_rows, branches
         if size is None:
             layout = Layout(rows, wanted, tiles, len(seats), table.blocks.shape[1])
-        host = torch.empty(layout.size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        written = layout.cut(host.numpy(), np.int64)
-        if size is not None:
-            written = _first(written, size, most)
-        write(written, table, seats, starts, counts, keep, promised, self.promises.spare, tile_rows, branches)
-        with torch.inference_mode():
-            if size is None:
+            host = torch.empty(layout.size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+            write(layout.cut(host.numpy(), np.int64), *batch)
+            with torch.inference_mode():
                 inputs = layout.cut(host.to(self._device, non_blocking=True), torch.int64)
-                return self._forward(pool, inputs, trees, splits, tile_rows, every=False)
-            self._memory.copy_(host, non_blocking=True)
-            inputs = _first(layout.cut(self._memory, torch.int64), size, most)
-            logits = self.graphs.run(
-                (size, splits, trees), lambda: self._forward(pool, inputs, trees, splits, tile_rows, every=True)
-            )
-            return logits[:rows] if wanted == rows else logits.index_select(0, inputs.kept[:wanted])
+                return self._forward(inputs, trees, splits, tile_rows)
+        host, written = self._staged(size)
+        write(written, *batch)
+        return self._run(host, size, splits, trees)[:wanted]
 
     def top(self, logits: Tensor, count: int) -> NDArray[np.int64]:
         """(rows, count) tokens of the highest of the latest forward's logits, falling, by the ids of `Promises`."""
@@ -134,10 +128,27 @@ class TritonLlama:
                 self.promises.values[entries[0] : entries[-1] + 1].copy_(best)
         return -1 - entries.reshape(-1, count)
 
+    def prepare(self, pool: Pool, table: CacheTable, trees: bool) -> None:
+        """Capture every graph that batches over such a table come to need, those of trees only if asked for."""
+        self._follow(pool, table)
+        if not self.graphs.enabled:
+            return
+        nobody = np.zeros(0, dtype=np.int64)
+        tile_rows = self._tile_rows(_SMALL_TILE)
+        for size in reversed(GRAPH_ROWS):
+            tiles = range(-(-size // tile_rows), min(size, self._layout.requests) + 1)
+            for splits in {self._splits(count) for count in tiles}:
+                for branched in (False, True) if trees else (False,):
+                    host, written = self._staged(size)
+                    spare = self.promises.spare
+                    write(written, table, nobody, nobody, nobody, nobody, nobody, spare, tile_rows, None)
+                    self._run(host, size, splits, branched)
+
     def join(self, promises: Promises) -> None:
         """Promise in the same room as another model, so that both are read at once."""
         self.graphs.forget()
         self.promises = promises
+        self._staging = Staging(self._layout, self._device, promises)
 
     def _follow(self, pool: Pool, table: CacheTable) -> None:
         """Make ready for another cache, or a table of another size."""
@@ -148,6 +159,7 @@ class TritonLlama:
         self.graphs.forget()
         self._pool, self._layout = pool, most
         self._memory = torch.zeros(most.size, dtype=torch.int32, device=self._device)
+        self._staging = Staging(most, self._device, self.promises)
         positions = blocks * table.block_size
         if positions > len(self._cos):
             with torch.inference_mode():
@@ -163,14 +175,36 @@ class TritonLlama:
             splits *= 2
         return splits
 
+    def _staged(self, size: int) -> tuple[Tensor, Inputs]:
+        """Memory on the host to write a graph's inputs to, and the parts of it for so many rows."""
+        host = self._staging.next()
+        return host.memory, host.parts(size, self._most_tiles(size))
+
+    def _inputs(self, size: int) -> Inputs:
+        """The parts of the device's memory that the graph of so many rows reads."""
+        return self._layout.cut(self._memory, torch.int64).first(size, self._most_tiles(size))
+
     def _most_tiles(self, size: int) -> int:
         """Tiles that a graph has room for: a request has at most one that is not full."""
-        tile_rows = max(1, _SMALL_TILE * self._kv_heads // self._heads)
-        return min(size, self._layout.requests + size // tile_rows)
+        return min(size, self._layout.requests + size // self._tile_rows(_SMALL_TILE))
 
-    def _forward(self, pool: Pool, inputs: Inputs, trees: bool, splits: int, tile_rows: int, every: bool) -> Tensor:
-        """Logits of `every` row or of those in `inputs.kept`, the highest of which are written down as promised."""
-        kernels, heads, rows = self._kernels, self._heads, len(inputs.ids)
+    def _tile_rows(self, query_rows: int) -> int:
+        """Tokens of a tile: query heads that share keys are rows of their own."""
+        return max(1, query_rows * self._kv_heads // self._heads)
+
+    def _run(self, host: Tensor, size: int, splits: int, trees: bool) -> Tensor:
+        """Logits of as many rows as the graph has, for inputs that were written to `host`."""
+        with torch.inference_mode():
+            self._memory.copy_(host, non_blocking=True)
+            return self.graphs.run(
+                (size, splits, trees),
+                lambda: self._forward(self._inputs(size), trees, splits, self._tile_rows(_SMALL_TILE)),
+            )
+
+    def _forward(self, inputs: Inputs, trees: bool, splits: int, tile_rows: int) -> Tensor:
+        """Logits of the rows in `inputs.kept`, the highest of which are written down as promised."""
+        assert self._pool is not None
+        kernels, pool, heads, rows = self._kernels, self._pool, self._heads, len(inputs.ids)
         bits = inputs.bits if trees else None
         hidden = kernels.embed(inputs.ids, self.promises.values, self._embedding.weight)
         added = None
@@ -188,17 +222,8 @@ class TritonLlama:
             active = kernels.activate(F.linear(normed, layer.gate_up, layer.gate_up_bias))
             added = F.linear(active, layer.down, layer.down_bias)
         normed = kernels.normalise(hidden, added, self._norm.weight, self._eps)
-        if not every:
-            normed = normed.index_select(0, inputs.kept)
+        normed = normed.index_select(0, inputs.kept)
         logits = F.linear(normed, self._head.weight, self._head.bias)
         if len(logits):
-            chosen = logits.argmax(-1)
-            if every:
-                chosen = chosen.index_select(0, inputs.kept)
-            self.promises.values.index_copy_(0, inputs.entries, chosen)
+            self.promises.values.index_copy_(0, inputs.entries, logits.argmax(-1))
         return logits
-
-
-def _first(inputs: Inputs, rows: int, tiles: int) -> Inputs:
-    """The parts for the first so many rows and tiles."""
-    return Inputs._make((*(part[:rows] for part in inputs[:-2]), inputs.tiles[:tiles], inputs.blocks))

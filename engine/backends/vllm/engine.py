@@ -28,11 +28,11 @@ from engine.backends.vllm.engine_config import VllmEngineConfig
 from engine.backends.vllm.ledger import Entry, Ledger
 from engine.backends.vllm.observer import Observer, decode_tokens, decodes
 from engine.backends.vllm.scheduler import _Governed
-from engine.config import EngineLimits
 from engine.core.live import cancel
 from engine.core.state import CANCELLED
 from engine.core.telemetry import Observation
 from engine.latency.measured_fit import MemoryFigures, weight_bytes
+from engine.limits import EngineLimits
 from engine.speculation.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:

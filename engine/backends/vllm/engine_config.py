@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from engine.backends.clock import Clock
-from engine.backends.real import EMBEDDED, RealEngineConfig, refuse_sharing, tokenizer_of
+from engine.backends.real import EMBEDDED, tokenizer_of
+from engine.backends.real_config import RealEngineConfig, refuse_sharing
 from engine.backends.vllm.missing import require_vllm
-from engine.config import EngineLimits
 from engine.core.state import MAX_CANDIDATES
+from engine.limits import EngineLimits
 from engine.speculation.allocation import CHAINS, Speculation
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.backends.guard import SECONDS_PER_LOG_LINE, Guard, check_decision
-from engine.core.action import MAX_TOKEN_BUDGET, ActionError
+from engine.core.choices import MAX_TOKEN_BUDGET, ActionError
 from engine.core.state import MAX_CANDIDATES
 from engine.core.telemetry import allocate_observation, as_dict
 

@@ -15,11 +15,12 @@ from controllers.controller import CompiledController
 from controllers.fixed import Fixed
 from controllers.sarathi import Sarathi
 from engine.backends.simulator import ITERATION, Simulator
-from engine.config import EngineConfig, Prefill
+from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.core.state import FINISHED, PREFILL_ORDERS
 from engine.latency.lookup import LookupTable
 from engine.latency.model import LatencyModel
+from engine.limits import Prefill
 from engine.plant import Plant
 from engine.workload.agreement import IidAgreement
 from engine.workload.source import TraceSource

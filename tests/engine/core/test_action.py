@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from engine.core.action import MAX_TOKEN_BUDGET, ActionError, ActionGrid, check_action
+from engine.core.action import ActionGrid
+from engine.core.choices import MAX_TOKEN_BUDGET, ActionError, check_action
 from engine.core.state import MAX_CANDIDATES
 
 GRID = ActionGrid(candidate_choices=(0, 2, 4), budget_choices=(64, 256))

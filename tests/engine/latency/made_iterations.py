@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from engine.config import EngineLimits
 from engine.latency.design import Space, design
 from engine.latency.measured import MeasuredIterations
+from engine.limits import EngineLimits
 
 LIMITS = EngineLimits(total_blocks=4096, block_size=16, watermark_blocks=40, max_num_seqs=64, max_model_len=2048)
 SPACE = Space(LIMITS, tuple(range(9)), 4096)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import EngineLimits
 from engine.latency.design import Point, Space, design, digest, edges
+from engine.limits import EngineLimits
 
 
 @st.composite

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from engine.config import EngineLimits
+from engine.limits import EngineLimits
 from engine.models.corpus import CorpusError, is_held_out, library_folder
 from engine.models.load import load_tokenizer
 from engine.workload.agreement import IidAgreement

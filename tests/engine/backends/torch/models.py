@@ -15,7 +15,7 @@ import transformers
 from engine.backends.torch.engine import TorchEngine
 from engine.backends.torch.model import PagedModel
 from engine.backends.torch.table import CacheTable
-from engine.config import EngineLimits
+from engine.limits import EngineLimits
 from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.drafter import Drafter, NoDrafter
 from engine.speculation.model import ModelDrafter

@@ -12,9 +12,9 @@ import pytest
 from engine.backends.real import RequestError
 from engine.backends.replay import Recording, ReplayError, replay
 from engine.backends.torch.engine import TorchEngine
-from engine.config import Prefill
 from engine.core.metrics import request_table
 from engine.core.state import CANCELLED, FINISHED, State
+from engine.limits import Prefill
 from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.sampling import Sampling
 from tests.engine.backends.torch.models import ManualClock, drafter, engine, generated, limits, model, paged, prompts

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from engine.backends.torch.engine import TorchEngine
 from engine.backends.torch.table import CacheTable
-from engine.config import EngineLimits
 from engine.core.live import cancel
 from engine.core.state import CANCELLED, FINISHED
+from engine.limits import EngineLimits
 from engine.speculation.ngram import NgramDrafter
 from tests.engine.backends.torch.models import ManualClock, generated, limits, model, paged, prompts
 from tests.engine.core.cases import Case, batch, cases, iterate

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 
 from engine.backends.torch.table import CacheTable
-from engine.config import EngineLimits
+from engine.limits import EngineLimits
 from tests.engine.core.cases import Case, batch, cases, iterate
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers
 from engine.backends.torch import triton_llama
 from engine.backends.torch.compiled import CompiledLlama
 from engine.backends.torch.engine import TorchEngine
+from engine.backends.torch.graphs import Graphs
 from engine.backends.torch.model import PagedModel
 from engine.backends.torch.promises import Promises
 from engine.backends.torch.table import CacheTable
@@ -35,10 +37,24 @@ SEQS = 4
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::RuntimeWarning:numpy")
 
 
+class Replayed(Graphs):
+    """Calls what was called first under a key, as a graph replays it, whatever it is given later."""
+
+    def run(self, key: Hashable, function: Callable[[], Any]) -> Any:
+        if self.enabled:
+            return super().run(key, function)
+        if key not in self._known:
+            self._known[key] = function, function()  # type: ignore[assignment]
+            return self._known[key][1]
+        first, result = self._known[key]
+        return result.copy_(first())  # type: ignore[attr-defined, operator]
+
+
 @pytest.fixture(autouse=True)
 def _no_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CompiledLlama, "supports", staticmethod(lambda *_: False))
     monkeypatch.setattr(TritonLlama, "interpreted", DEVICE.type == "cpu")
+    monkeypatch.setattr(triton_llama, "Graphs", Replayed)
 
 
 @cache

@@ -1,0 +1,148 @@
+"""A torch engine from settings: the limits of its cache, its device, and the models it names.
+
+`settings` is anything with the attributes of `engine.backends.torch.config.TorchEngineConfig`, which says what they
+mean. Nothing here validates them, and nothing needs more than torch, transformers and numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from threadpoolctl import threadpool_limits
+
+from engine.backends.clock import Clock
+from engine.backends.real import EMBEDDED
+from engine.limits import EngineLimits, Prefill
+from engine.speculation.allocation import Speculation
+
+if TYPE_CHECKING:
+    # Loading torch takes seconds, which a simulated run has no use for: it is imported where a model is.
+    import torch
+
+    from engine.backends.torch.engine import TorchEngine
+    from engine.backends.torch.model import PagedModel
+    from engine.speculation.drafter import Drafter
+
+DrafterKind = Literal["model", "ngram", "none"]
+Sharing = Literal["uniform", "local", "global"]
+DeviceKind = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+
+CHOICES = {
+    "drafter": DrafterKind,
+    "allocation": Sharing,
+    "device": DeviceKind,
+    "dtype": Dtype,
+    "prefill": Prefill,
+}
+"""Settings that are one of a few words, for whoever checks them."""
+
+OPTIONAL_NUMBERS = ("layers", "draft_depth")
+"""Settings that are a whole number or null."""
+
+MAY_BE_ZERO = ("num_kv_blocks", "watermark")
+
+
+def cache_limits(settings: Any) -> EngineLimits:
+    """What the scheduler knows of the cache."""
+    blocks = settings.num_kv_blocks or settings.max_num_seqs * -(-settings.max_model_len // settings.block_size)
+    return EngineLimits(
+        blocks,
+        settings.block_size,
+        int(settings.watermark * blocks),
+        settings.max_num_seqs,
+        settings.max_model_len,
+        settings.prefill,
+    )
+
+
+def device_of(settings: Any) -> torch.device:
+    """The device that `device` means here. Raises ValueError when there is none."""
+    import torch
+
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: torch finds no CUDA device here; set device=cpu, or auto")
+    return torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def sharing(settings: Any) -> Speculation:
+    """How the candidates of an action are shared out."""
+    return Speculation(settings.allocation, settings.branching, settings.draft_depth)
+
+
+def build(
+    settings: Any, *, ttft_target: float, queue_rows: int = 64, clock: Clock | None = None, record: bool = False
+) -> TorchEngine:
+    """Load the models and return the engine; its clock starts when this returns.
+
+    Raises:
+        ValueError: no such device, a drafter of another vocabulary, a model that cannot be run
+            (`UnsupportedModelError`).
+        OSError: no such model.
+    """
+    import torch
+
+    from engine.backends.torch.engine import TorchEngine
+    from engine.models.load import deepen, load_target
+
+    torch.set_num_threads(settings.threads)
+    limits = cache_limits(settings)
+    target = _load(settings, settings.target, load_target)
+    if settings.layers is not None:
+        target = deepen(target, settings.layers)
+    model = _paged(settings, target, limits)
+    # BLAS libraries other than torch's are limited once the model's check has loaded them.
+    threadpool_limits(settings.threads, user_api="blas")
+    return TorchEngine(
+        model,
+        limits,
+        _drafter(settings, model, limits),
+        sharing(settings),
+        ttft_target=ttft_target,
+        queue_rows=queue_rows,
+        clock=clock,
+        record=record,
+    )
+
+
+def _load(settings: Any, source: str, embedded: Callable[[torch.dtype], Any]) -> Any:
+    if source == EMBEDDED:
+        import torch
+
+        return embedded(torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype))
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype)
+
+
+def _paged(settings: Any, model: Any, limits: EngineLimits) -> PagedModel:
+    from engine.backends.torch.model import PagedModel
+    from engine.backends.torch.table import CacheTable
+
+    blocks = CacheTable(limits).num_blocks
+    return PagedModel(
+        model.to(device_of(settings)), blocks, limits.block_size, fused=settings.fused, exact=settings.exact
+    )
+
+
+def _drafter(settings: Any, target: PagedModel, limits: EngineLimits) -> Drafter:
+    if settings.drafter == "none":
+        from engine.speculation.drafter import NoDrafter
+
+        return NoDrafter()
+    if settings.drafter == "ngram":
+        from engine.speculation.ngram import NgramDrafter
+
+        return NgramDrafter(settings.ngram_shortest, settings.ngram_longest)
+    from engine.models.load import load_drafter
+    from engine.speculation.model import ModelDrafter
+
+    drafter = _paged(settings, _load(settings, settings.drafter_model, load_drafter), limits)
+    if drafter.vocab_size != target.vocab_size:
+        raise ValueError(
+            f"drafter_model={settings.drafter_model} has {drafter.vocab_size} tokens, the target {settings.target} "
+            f"{target.vocab_size}; a drafter must share the target's vocabulary, or set drafter=ngram"
+        )
+    drafter.defer_to(target)
+    return ModelDrafter(drafter)

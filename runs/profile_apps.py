@@ -1,0 +1,63 @@
+"""The Hydra apps behind `python -m runs.profile`: measuring an engine, calibrating from what a server reported."""
+
+import logging
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from runs import mistakes
+from runs.from_vllm_bench import calibration
+from runs.from_vllm_bench.calibration import BenchCalibration, Calibrated
+from runs.from_vllm_bench.factors import factor_table
+from runs.profile_outcome import say
+from runs.profiling import Profile
+from runs.progress import progress
+
+log = logging.getLogger("profile")
+
+
+def job(config: DictConfig) -> None:
+    """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
+    out = Path(HydraConfig.get().runtime.output_dir)
+    with mistakes.ending(log, "interrupted: the same command goes on from here"):
+        profile = mistakes.instantiate(config, Profile)
+        with mistakes.named():
+            say(profile.run(out, progress), out, log)
+
+
+def bench_job(config: DictConfig) -> None:
+    """One Hydra job of `--from-vllm-bench`. Exits as `job` does."""
+    out = Path(HydraConfig.get().runtime.output_dir)
+    with mistakes.ending(log, "interrupted: nothing was written"):
+        wanted = mistakes.instantiate(config, BenchCalibration)
+        with mistakes.named():
+            _say_bench(wanted.run(out, progress), out)
+
+
+def _say_bench(calibrated: Calibrated, out: Path) -> None:
+    table = Table(title="Simulated against reported, in % of the reported: TPOT, TTFT (means)", title_justify="left")
+    headings = ("run", "load", "c", "TPOT, ms", "TTFT, ms", "base table", "fitted", "fitted without it")
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place < 2 else "right")
+    for i, run in enumerate(calibrated.runs):
+        figures = (f"{1e3 * run.observed[key]:.2f}" for key in ("tpot_mean_s", "ttft_mean_s"))
+        errors = (calibrated.base, calibrated.fitted, calibrated.left_out or [{}] * len(calibrated.runs))
+        table.add_row(run.name, run.load, str(run.candidates), *figures, *(_pair(column[i]) for column in errors))
+    Console(width=max(120, Console().width)).print(table)
+    factors = "  ".join(f"{name} {value:.3g}" for name, value in factor_table(calibrated.factors).items())
+    log.info("factors on the base's times: %s", factors)
+    if not calibrated.left_out:
+        log.warning("one run was given: nothing is left to check the fit on; give runs at other loads too")
+    log.info("engine=%s simulates this engine in every app", out / calibration.ENGINE)
+
+
+def _pair(errors: dict[str, float]) -> str:
+    return ", ".join(f"{100 * errors[key]:+.1f}" for key in ("tpot_mean_s", "ttft_mean_s")) if errors else ""
+
+
+measure = hydra.main(version_base=None, config_path="../conf", config_name="profile")(job)
+calibrate = hydra.main(version_base=None, config_path="../conf", config_name="from_vllm_bench")(bench_job)
