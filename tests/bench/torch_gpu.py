@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.backends.torch.config import TorchEngineConfig
+from engine.backends.torch.build import build, cache_limits, device_of
 from engine.backends.torch.engine import TorchEngine
 from engine.files import write_whole
 from tests.bench import measure
@@ -29,7 +29,7 @@ from tests.bench.gpu import device as devices
 from tests.bench.gpu import iterations
 from tests.bench.gpu.attention import WAYS, Compared, compare
 from tests.bench.gpu.device import Peaks
-from tests.bench.gpu.engines import configured, overridden
+from tests.bench.gpu.engines import Settings, but, configured, overridden
 from tests.bench.gpu.iterations import Steps
 from tests.bench.gpu.paged import Case, Heads, PagedBatch
 from tests.bench.gpu.sizes import GPU, REHEARSED, Sizes
@@ -55,7 +55,7 @@ class Bench:
 
     def __init__(
         self,
-        config: TorchEngineConfig,
+        config: Settings,
         sizes: Sizes,
         *,
         peak_bandwidth: float | None = None,
@@ -63,7 +63,7 @@ class Bench:
         ways: list[str] | None = None,
         out: Path | None = None,
     ) -> None:
-        self.config, self.sizes, self.device = config, sizes, config.torch_device
+        self.config, self.sizes, self.device = config, sizes, device_of(config)
         self._sheet = {"bandwidth": peak_bandwidth, "flop": peak_flop}
         self._ways, self._out = list(WAYS) if ways is None else ways, out
         self._measured: Peaks | None = None
@@ -71,7 +71,7 @@ class Bench:
         self._shape: tuple[Heads, torch.dtype] | None = None
         self.results: dict[str, Any] = {
             "note": "" if self.device.type == "cuda" else REHEARSAL,
-            "engine": config.model_dump(mode="json"),
+            "engine": vars(config),
             "machine": devices.about(self.device),
             "sizes": asdict(sizes),
             "datasheet": {"bandwidth_bytes_per_s": peak_bandwidth, "flop_per_s": peak_flop},
@@ -95,16 +95,17 @@ class Bench:
     def engine(self) -> TorchEngine:
         """The engine, built when it is first needed."""
         if self._engine is None:
-            sizes, limits = self.sizes, self.config.limits
+            sizes, limits = self.sizes, cache_limits(self.config)
             most = iterations.most_tokens(
                 (*sizes.kv_tokens, sizes.grid_kv_tokens),
                 (*sizes.candidates, *sizes.outside_candidates),
                 sizes.prompt_tokens,
                 sizes.steps,
             )
-            room = {"max_model_len": max(limits.max_model_len, most), "num_kv_blocks": limits.total_blocks}
+            longer = but(self.config, max_model_len=max(limits.max_model_len, most), num_kv_blocks=limits.total_blocks)
             begin = time.perf_counter()
-            self._engine = self.config.model_copy(update=room).build(ttft_target=60.0)
+            self._engine = build(longer, ttft_target=60.0)
+            self._engine.prepare()
             self.results["took_s"]["build"] = round(time.perf_counter() - begin, 1)
             self.results["memory"] = asdict(self._engine.memory())
             self.results["way"] = type(self._engine.model.fused).__name__
@@ -338,7 +339,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         config = configured(options.engine, **(overridden(options.set) | {"device": options.device}))
-        on_gpu = config.torch_device.type == "cuda"
+        on_gpu = device_of(config).type == "cuda"
     except ValueError as problem:
         parser.error(str(problem))
     torch.set_num_threads(config.threads)

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.backends.real import tokenizer_of
+from engine.backends.torch.build import build, device_of
 from engine.backends.torch.engine import TorchEngine
 from engine.core.metrics import request_table
 from engine.files import write_whole
@@ -25,7 +27,7 @@ from engine.models.corpus import held_out_prompts
 from engine.speculation.allocation import Speculation
 from tests.bench import measure
 from tests.bench.gpu import device as devices
-from tests.bench.gpu.engines import configured, overridden
+from tests.bench.gpu.engines import but, configured, overridden
 
 Allocation = Literal["uniform", "local", "global"]
 
@@ -91,15 +93,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         base = configured(options.engine, **(overridden(options.set) | {"device": options.device}))
-        device = base.torch_device
+        device = device_of(base)
     except ValueError as problem:
         parser.error(str(problem))
     ways = [Way(allocation, branching) for branching in options.branching for allocation in ALLOCATIONS]
-    tokenizer, rows = base.tokenizer(), []
+    tokenizer, rows = tokenizer_of(base.target), []
     for batch in options.batches:
         count = max(options.prompts, 2 * batch)
         prompts = [prompt.tokens.tolist() for prompt in held_out_prompts(tokenizer, [PROMPT_TOKENS] * count, 1)]
-        engine = base.model_copy(update={"max_num_seqs": batch}).build(ttft_target=60.0)
+        engine = build(but(base, max_num_seqs=batch), ttft_target=60.0)
         for candidates in options.candidates:
             plain: list[Served] = []
             rounds: dict[Way, list[Served]] = {way: [] for way in ways}
@@ -118,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if options.out is not None:
-        about = {"engine": base.model_dump(mode="json"), "machine": devices.about(device), "rows": rows}
+        about = {"engine": vars(base), "machine": devices.about(device), "rows": rows}
         write_whole(options.out, (json.dumps(about, indent=1) + "\n").encode())
 
 

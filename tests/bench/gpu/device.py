@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from engine.backends.clocks import clocks_of
 
 REPEATS = 20
 SYNC_WARNING = "synchronizing CUDA operation"
@@ -129,7 +129,7 @@ def _counted(owner: Any, name: str, calls: list[int]) -> Iterator[None]:
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """What was measured on: device, software, and on CUDA the clocks, power and temperature as they are now."""
+    """What was measured on: device, software, and on CUDA driver, clocks, power and temperature as they are now."""
     found: dict[str, Any] = {"device": str(device), "torch": torch.__version__, "python": platform.python_version()}
     if device.type != "cuda":
         return found | {"name": platform.processor() or platform.machine(), "torch_threads": torch.get_num_threads()}
@@ -140,15 +140,5 @@ def about(device: torch.device) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
     }
-    return found | _clocks(device)
-
-
-def _clocks(device: torch.device) -> dict[str, str]:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return {}
-    names = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
-    question = [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id", str(device.index or 0)]
-    answer = subprocess.run(question, capture_output=True, text=True, check=False)
-    values = [value.strip() for value in answer.stdout.strip().split(",")]
-    return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
+    clocks = clocks_of(str(device))
+    return found if clocks is None else found | clocks.about() | clocks.read()

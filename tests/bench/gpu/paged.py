@@ -13,9 +13,9 @@ from torch import Tensor
 
 from engine.backends.torch.attention import LayerShape, Pool
 from engine.backends.torch.table import CacheTable
+from engine.limits import EngineLimits
 from engine.speculation.tree import Branches, fixed_shape
 from tests.bench.gpu.device import seconds
-from tests.bench.gpu.engines import configured
 
 UNEVEN = 0.25
 """Cached tokens of a batch's requests spread evenly by so much below and above their mean."""
@@ -68,14 +68,7 @@ class PagedBatch:
         self.starts: NDArray[np.int64] = np.round(case.kv_tokens * spread).astype(np.int64)
         self.ends = self.starts + case.rows
         blocks = -(-self.ends // block_size)
-        limits = configured(
-            "torch_tiny",
-            max_num_seqs=case.requests,
-            max_model_len=int(self.ends.max()),
-            block_size=block_size,
-            num_kv_blocks=int(blocks.sum()),
-            watermark=0.0,
-        ).limits
+        limits = EngineLimits(int(blocks.sum()), block_size, 0, case.requests, int(self.ends.max()))
         self.table = CacheTable(limits)
         names = np.random.default_rng(seed).permutation(limits.total_blocks)
         for request, (first, count) in enumerate(zip(np.cumsum(blocks) - blocks, blocks, strict=True)):

@@ -11,6 +11,8 @@ import pytest
 import torch
 import transformers
 
+from engine.backends.torch.build import build
+from runs.endings import MistakeError
 from tests.bench import torch_gpu
 from tests.bench.gpu import attention, iterations
 from tests.bench.gpu.attention import compare
@@ -101,7 +103,7 @@ def test_work_is_what_a_model_of_known_sizes_costs(untied: Any) -> None:
 
 
 def test_a_tied_table_is_read_once_as_the_output_projection() -> None:
-    engine = configured("torch_tiny", max_num_seqs=1, num_kv_blocks=8).build(ttft_target=1.0)
+    engine = build(configured("torch_tiny", max_num_seqs=1, num_kv_blocks=8), ttft_target=1.0)
     work = Work.of(engine.model.model, engine.memory().kv_bytes_per_token)
     tied = engine.model.model.get_input_embeddings().weight is engine.model.model.get_output_embeddings().weight
     everything = engine.memory().weight_bytes + work.row_bytes
@@ -144,7 +146,7 @@ def test_batches_that_the_cache_cannot_hold_are_left_out_and_named(capsys: Any) 
 
 
 def test_decoding_begins_with_the_cached_tokens_that_were_asked_for_and_ends_no_request() -> None:
-    engine = configured("torch_tiny", device="cpu", max_num_seqs=3, num_kv_blocks=64).build(ttft_target=60.0)
+    engine = build(configured("torch_tiny", device="cpu", max_num_seqs=3, num_kv_blocks=64), ttft_target=60.0)
     steps = iterations.decoding(engine, 3, 20, 0, 4, np.random.default_rng(0))
     first = 20 + iterations.WARMUP_STEPS
     assert steps.kv_tokens == 3 * (first + 1.5)
@@ -154,9 +156,11 @@ def test_decoding_begins_with_the_cached_tokens_that_were_asked_for_and_ends_no_
 def test_configurations_are_read_with_what_they_build_on() -> None:
     small = configured("torch_small", **overridden(["max_num_seqs=2", "drafter=none"]))
     assert (small.name, small.layers, small.max_num_seqs, small.drafter) == ("torch_small", 24, 2, "none")
-    with pytest.raises(ValueError, match="torch_tiny"):
+    with pytest.raises(MistakeError, match="torch_tiny"):
         configured("torch_absent")
-    with pytest.raises(ValueError, match="key=value"):
+    with pytest.raises(MistakeError, match="dtypo"):
+        configured("torch_tiny", dtypo="bfloat16")
+    with pytest.raises(MistakeError, match="key=value"):
         overridden(["layers"])
 
 
