@@ -8,17 +8,17 @@ from __future__ import annotations
 import difflib
 import logging
 import logging.config
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
-from engine.backends.real import tokenizer_of
-from engine.backends.torch.build import CHOICES, MAY_BE_ZERO, OPTIONAL_NUMBERS, build
+from engine.backends.torch.build import CHOICES, MAY_BE_ZERO, OPTIONAL_NUMBERS, build, target_tokenizer
 from engine.latency.predictors import Forest
 from runs import measuring
-from runs.bare_config import compose, read_choice, read_logging
+from runs.bare_config import KINDS, compose, read_choice, read_logging
 from runs.endings import MistakeError, ending, named
 from runs.measured_folder import finish
 from runs.profile_outcome import say
@@ -36,11 +36,14 @@ COMPLETE = "torch_tiny"
 
 def main(arguments: Sequence[str]) -> None:
     """Measure as the command line says, or finish a folder. Exits as the Hydra app does."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s", force=True)
     with ending(log, "interrupted: the same command goes on from here"), named():
         if FINISH in arguments:
             folder = _folder(arguments)
-            say(finish(folder), folder, log)
+            result = finish(folder)
+            say(result, folder, log)
+            if result.missing:
+                sys.exit(2)
         else:
             _measure(arguments)
 
@@ -56,9 +59,15 @@ def _measure(words: Sequence[str]) -> None:
     out = Path(config["hydra"]["run"]["dir"])
     out.mkdir(parents=True, exist_ok=True)
     logging.config.dictConfig(read_logging(config))
+    subject, wanted = configured(config)
+    say(measuring.profile(subject, wanted, out, progress), out, log)
+
+
+def configured(config: dict[str, Any]) -> tuple[measuring.Subject, SimpleNamespace]:
+    """The engine and what is wanted of it. Raises ValueError naming the key of what is refused."""
     subject, wanted = _subject(config["engine"]), _wanted(config)
     measuring.check(wanted, subject.settings["prefill"])
-    say(measuring.profile(subject, wanted, out, progress), out, log)
+    return subject, wanted
 
 
 def _subject(section: dict[str, Any]) -> measuring.Subject:
@@ -69,10 +78,11 @@ def _subject(section: dict[str, Any]) -> measuring.Subject:
         )
     settings = {key: value for key, value in section.items() if key not in ("_target_", "profile")}
     check_settings(settings)
+    made = SimpleNamespace(**settings)
     return measuring.Subject(
         settings,
-        partial(tokenizer_of, settings["target"]),
-        partial(build, SimpleNamespace(**settings), ttft_target=1.0),
+        partial(target_tokenizer, made),
+        partial(build, made, ttft_target=1.0),
     )
 
 
@@ -94,8 +104,9 @@ def check_settings(settings: dict[str, Any]) -> None:
             raise MistakeError(f"engine.{key}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
         if key in CHOICES and value not in get_args(CHOICES[key]):
             raise MistakeError(f"engine.{key}={value}: must be one of {', '.join(get_args(CHOICES[key]))}")
-        if key in OPTIONAL_NUMBERS and value is not None and type(value) is not int:
-            raise MistakeError(f"engine.{key}={value}: must be a whole number or null")
+        kind = OPTIONAL_NUMBERS.get(key)
+        if kind is not None and value is not None and type(value) is not kind:
+            raise MistakeError(f"engine.{key}={value}: must be {KINDS[kind]} or null")
         may_be_zero = key in MAY_BE_ZERO or listed[key] == 0
         if type(value) in (int, float) and (value < 0 or (value == 0 and not may_be_zero)):
             raise MistakeError(f"engine.{key}={value}: must be above 0")

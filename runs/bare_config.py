@@ -22,6 +22,17 @@ _INTERPOLATION = re.compile(r"\$\{([^${}]*)\}")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 _KEY = re.compile(r"[A-Za-z_][\w.]*$")
 
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    list: "a list",
+    dict: "a section, whose keys are given one by one",
+    type(None): "one value",
+}
+"""How a value's type is called to a user."""
+
 HYDRAS_OWN = {"run": {"dir": ""}, "job": {"name": ""}, "runtime": {"output_dir": ""}}
 """Keys below `hydra` that this reader knows."""
 
@@ -173,18 +184,7 @@ def _typed(key: str, text: str, default: Any) -> Any:
     kind = type(default)
     fits = type(value) is kind if default is not None else value is None or not isinstance(value, dict | list)
     if not fits:
-        raise MistakeError(f"{key}={text}: must be {_KINDS[kind]}; the default is {default}")
+        raise MistakeError(f"{key}={text}: must be {KINDS[kind]}; the default is {default}")
     if isinstance(value, list) and any(type(entry) is not type(default[0]) for entry in value):
-        raise MistakeError(f"{key}={text}: every entry must be {_KINDS[type(default[0])]}")
+        raise MistakeError(f"{key}={text}: every entry must be {KINDS[type(default[0])]}")
     return value
-
-
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a word",
-    list: "a list",
-    dict: "a section, whose keys are given one by one",
-    type(None): "one value",
-}

@@ -31,8 +31,9 @@ from engine.files import write_whole
 from engine.latency.table_file import LatencyTables
 from engine.plant import Plant
 from engine.workload.acceptance_log import AcceptanceLog, LoggedTurn
-from engine.workload.agreement import Agreement, AgreementModel
+from engine.workload.agreement import AgreementModel, MarkovAgreement
 from engine.workload.fit_agreement import fit_agreement
+from engine.workload.markov import Agreement
 from engine.workload.prompts import Prompts, PromptSource
 from engine.workload.workload import Workload
 from runs import calibration_cells as cells
@@ -303,7 +304,7 @@ def agreement_model(path: Path) -> AgreementModel:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; python -m runs.profile writes it beside the engine yaml")
     with np.load(path) as measured:
-        return fit_agreement(as_log(path, measured["rank"], measured["offset"]))
+        return MarkovAgreement.of(fit_agreement(as_log(path, measured["rank"], measured["offset"])))
 
 
 def as_log(path: Path, rank: NDArray[np.uint8], offset: NDArray[np.int64]) -> AcceptanceLog:

@@ -21,8 +21,8 @@ def say(result: Result, folder: Path, log: logging.Logger) -> None:
     print(f"Tokens per iteration  {gains}")
     if result.missing:
         log.warning(
-            "%s: not written, pyarrow is not installed here; copy %s to a machine with the full installation and run "
-            "there: python -m runs.profile --finish FOLDER",
+            "%s: not written, because pyarrow is not installed here; where it is, here or on a copy of the folder: "
+            "python -m runs.profile --finish %s",
             " and ".join(result.missing),
             folder,
         )

@@ -1,5 +1,6 @@
-"""A progress bar for long work, on a terminal only."""
+"""A progress bar for long work, on a terminal only; a line that counts where rich is not installed."""
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,10 @@ def progress(what: str = "Serving") -> Iterator[Callable[..., Any] | None]:
     """Yields a function of (done, total, note="") that draws a bar; None where nobody would see one."""
     if not sys.stderr.isatty():
         yield None
+        return
+    if importlib.util.find_spec("rich") is None:
+        yield lambda done, total, note="": print(f"\r{what} {done}/{total} {note}", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

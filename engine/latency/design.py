@@ -101,13 +101,21 @@ def design(space: Space, points: int, seed: int) -> list[Point]:
 
 
 def edges(space: Space) -> list[Point]:
-    """The corners that sampling would miss: nothing but decodes or prompts, one request or all, short or longest."""
+    """What sampling would miss: the corners of the range (B of 1 and most, c and n of 0 and most, KV short and full).
+
+    Beside them nothing but prompts, short and long, begun and not, and prompts beside half of the requests.
+    """
     most = space.limits.max_num_seqs
     top, wide = max(space.candidates), space.most_prefill
+    prompts = -(-wide // space.longest)
     found = []
     for decodes in sorted({1, most}):
         for candidates in sorted({0, top}):
-            found += [_decodes(space, [kv] * decodes, candidates) for kv in (SHORTEST_KV_TOKENS, space.longest)]
+            for kv in (SHORTEST_KV_TOKENS, space.longest):
+                found.append(_decodes(space, [kv] * decodes, candidates))
+                # Prompts beside all requests take the place of some of them, and their share of the cache.
+                beside = _decodes(space, [kv] * min(decodes, max(1, most - prompts)), candidates, wide)
+                found.append(_with_prefill(space, beside, wide, [1.0], 0.0, False))
     for tokens in sorted({min(16, wide), min(256, wide), wide}):
         found.append(_with_prefill(space, _decodes(space, [], 0), tokens, [1.0], 0.0, False))
         found.append(_with_prefill(space, _decodes(space, [], 0), tokens, [1.0], 1.0, True))
@@ -144,11 +152,16 @@ def _point(space: Space, row: np.ndarray, rng: np.random.Generator) -> Point:
     return _with_prefill(space, batch, tokens, shares, max(0.0, 2.0 * context - 1.0), rng.random() < 0.5)
 
 
-def _decodes(space: Space, lengths: Sequence[float], candidates: int) -> Point:
-    """Decoding requests of about these cached tokens: within the context, fewer and shorter where the cache is full."""
+def _decodes(space: Space, lengths: Sequence[float], candidates: int, prompts: int = 0) -> Point:
+    """Decoding requests of about these cached tokens: within the context, fewer and shorter where the cache is full.
+
+    Of a full cache, room is left for so many tokens of `prompts`, but never more than half of it.
+    """
     lengths = lengths[: space.room // (space.reserve(1) + 1)]
     kv = np.clip(np.round(lengths), SHORTEST_KV_TOKENS, space.longest).astype(np.int64)
     free = space.room - space.reserve(len(kv))
+    held = prompts + -(-prompts // space.longest) * space.limits.block_size
+    free -= min(held, max(0, free - len(kv)) // 2)
     if kv.sum() > free:
         # One token each, and of the rest as many as there are, in proportion.
         kv = 1 + np.floor((kv - 1) * ((free - len(kv)) / (kv.sum() - len(kv)))).astype(np.int64)

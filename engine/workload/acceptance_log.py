@@ -12,7 +12,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from engine.workload.agreement import AgreementModel, confidence_at
+from engine.workload.agreement import AgreementModel
+from engine.workload.markov import confidence_at
 from engine.workload.workload import Workload, WorkloadError, offsets, run_lengths
 
 UNOBSERVED = -1

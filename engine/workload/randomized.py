@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
-from engine.workload.agreement import AgreementModel, DrafterAgreement
+from engine.workload.agreement import AgreementModel, DrafterAgreement, MarkovAgreement
 from engine.workload.arrivals import (
     Arrivals,
     GammaArrivals,
@@ -140,7 +140,7 @@ class RandomizedSource(WorkloadSource):
             rate_scale=self.rate_scale,
             arrivals=arrivals,
             lengths=lengths,
-            agreement=self.agreement.chain.shifted(self.acceptance.draw(rng)),
+            agreement=MarkovAgreement.of(self.agreement.chain.shifted(self.acceptance.draw(rng))),
             num_requests=self.num_requests,
         )
 

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
@@ -11,12 +12,14 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
 
 from controllers.learned import Learned
 from controllers.policy import POLICIES_FOLDER
 from engine.backends.torch.config import TorchEngineConfig
 from engine.config import EngineConfig
 from engine.latency.model import available_tables
+from engine.models.shapes import llama_config, shape_named
 from hydra_plugins.governor.sweeper import combine
 from runs.evaluation import Evaluation
 from runs.learning.distillation import Distillation
@@ -117,16 +120,44 @@ def test_every_shipped_latency_table_has_an_engine() -> None:
     assert set(SIMULATED_ENGINES) == set(available_tables())
 
 
-@pytest.mark.parametrize(
-    ("name", "own"), [("torch_tiny", {"num_kv_blocks": 4096}), ("torch_small", {"num_kv_blocks": 4096, "layers": 24})]
-)
-def test_a_real_engine_lists_every_setting_with_its_default(name: str, own: dict[str, int]) -> None:
+def _shapes(target: str, drafter: str, num_kv_blocks: int) -> dict[str, str | int]:
+    models = {"target": f"shape:{target}", "drafter_model": f"shape:{drafter}"}
+    return {**models, "dtype": "bfloat16", "num_kv_blocks": num_kv_blocks}
+
+
+OWN_SETTINGS: dict[str, dict[str, str | int]] = {
+    "torch_tiny": {"num_kv_blocks": 4096},
+    "torch_small": {"num_kv_blocks": 4096, "layers": 24},
+    "torch_vicuna_7b": _shapes("vicuna_7b", "llama_68m", 8192),
+    "torch_vicuna_13b": _shapes("vicuna_13b", "llama_160m", 6144),
+    "torch_vicuna_33b": _shapes("vicuna_33b", "llama_160m", 2048),
+}
+
+
+@pytest.mark.parametrize(("name", "own"), OWN_SETTINGS.items(), ids=OWN_SETTINGS)
+def test_a_real_engine_lists_every_setting_with_its_default(name: str, own: dict[str, str | int]) -> None:
     with initialize_config_dir(str(CONF), version_base=None):
         config = OmegaConf.to_container(compose("evaluate", [f"engine={name}"]).engine)
     assert isinstance(config, dict)
     assert config.pop("_target_") == f"{TorchEngineConfig.__module__}.{TorchEngineConfig.__name__}"
     assert config == TorchEngineConfig(name=name).model_dump(mode="json") | own
-    assert set(REAL_ENGINES) == {"torch_tiny", "torch_small"}
+    assert set(REAL_ENGINES) == set(OWN_SETTINGS)
+
+
+@pytest.mark.parametrize("name", [name for name in REAL_ENGINES if "vicuna" in name])
+def test_an_engine_of_a_vicuna_shape_leaves_room_on_an_h200(name: str) -> None:
+    """Of its 141 GB, 20 for logits, graphs and what a forward holds."""
+    engine = evaluation(f"engine={name}").engine
+    assert isinstance(engine, TorchEngineConfig)
+    size = 0
+    for source in (engine.target, engine.drafter_model):
+        shape = shape_named(source)
+        assert shape is not None
+        with torch.device("meta"):
+            weights = AutoModelForCausalLM.from_config(llama_config(shape)).parameters()
+            size += 2 * sum(weight.numel() for weight in weights)
+        size += 2 * 2 * shape.layers * shape.hidden * engine.limits.total_blocks * engine.block_size
+    assert size < 121e9
 
 
 def test_engines_that_compute_or_cost_otherwise_are_called_otherwise() -> None:

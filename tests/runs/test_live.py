@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,29 @@ def test_what_is_generated_depends_on_the_prompts_and_not_on_controller_or_load(
     assert summary_of(tmp_path / "busy")["acceptance_rate"] > 0
 
 
+def test_random_weights_of_a_shape_are_served_as_a_model_is(run: Run, tmp_path: Path) -> None:
+    """Their text goes on the same way whatever drafts, is spelled in full, and reads back."""
+    tokens = {}
+    for name, given in {
+        "alone": ["engine.drafter=none", "controller.candidates=0"],
+        "drafted": ["engine.drafter_model=shape:mini_draft", "controller.candidates=4"],
+        "trees": ["engine.drafter_model=shape:mini_draft", "engine.allocation=global", "engine.branching=3"],
+    }.items():
+        given += ["engine.target=shape:mini", "controller=fixed", f"hydra.run.dir={tmp_path / name}"]
+        assert run(*TINY, *given, "workload.lengths.output_tokens=40") == 0
+        outputs = outputs_of(tmp_path / name)
+        tokens[name] = [entry["tokens"] for entry in outputs]
+        for entry in outputs:
+            words = [token for token in entry["tokens"] if token >= 2048]
+            assert words
+            assert [int(word) for word in re.findall(r"<(\d{4})>", entry["text"])] == words
+    assert tokens["alone"] == tokens["drafted"] == tokens["trees"]
+    assert all(len(set(output)) == len(output) == 40 for output in tokens["alone"])
+    summary = summary_of(tmp_path / "drafted")
+    assert 0.1 < summary["acceptance_rate"] < 0.9
+    assert summary["run"]["backend"]["agreement"] == "draft68m"
+
+
 def test_a_trace_of_lengths_is_served_with_text_of_these_lengths(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +175,9 @@ def test_a_trace_of_lengths_is_served_with_text_of_these_lengths(
         (["controller=fixed", "engine=vicuna_7b_a100"], ["workload=prompts", "engine=torch_tiny"]),
         (["controller=fixed", "engine.threads=0"], ["engine.threads=0"]),
         (["controller=fixed", "engine.drafter=oracle"], ["engine.drafter='oracle'"]),
+        (["controller=fixed", "engine.target=shape:vicuna_8b"], ["engine.target", "shape:vicuna_7b", "shape:mini"]),
+        (["controller=fixed", "engine.drafter_model=shape:"], ["engine.drafter_model", "shape:llama_68m"]),
+        (["controller=fixed", "engine.agreement=eagle9"], ["engine.agreement='eagle9'", "eagle1"]),
         (["controller=fixed", "workload.path=absent.jsonl"], ["absent.jsonl", "cannot be read"]),
         (
             ["controller=fixed", "engine.max_model_len=32"],

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from threadpoolctl import threadpool_limits
 
 from engine.backends.clock import Clock
-from engine.backends.real import EMBEDDED
+from engine.backends.real import EMBEDDED, tokenizer_of
 from engine.limits import EngineLimits, Prefill
+from engine.models.shapes import Shape, llama_config, shape_named, shape_tokenizer
 from engine.speculation.allocation import Speculation
+from engine.workload.markov import FittedDrafter, fitted
 
 if TYPE_CHECKING:
     # Loading torch takes seconds, which a simulated run has no use for: it is imported where a model is.
@@ -31,6 +33,7 @@ Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 
 CHOICES = {
     "drafter": DrafterKind,
+    "agreement": FittedDrafter,
     "allocation": Sharing,
     "device": DeviceKind,
     "dtype": Dtype,
@@ -38,8 +41,8 @@ CHOICES = {
 }
 """Settings that are one of a few words, for whoever checks them."""
 
-OPTIONAL_NUMBERS = ("layers", "draft_depth")
-"""Settings that are a whole number or null."""
+OPTIONAL_NUMBERS: dict[str, type] = {"layers": int, "draft_depth": int, "mean_agreement": float}
+"""Settings that are such a number or null."""
 
 MAY_BE_ZERO = ("num_kv_blocks", "watermark")
 
@@ -71,6 +74,12 @@ def sharing(settings: Any) -> Speculation:
     return Speculation(settings.allocation, settings.branching, settings.draft_depth)
 
 
+def target_tokenizer(settings: Any) -> Any:
+    """The target's tokenizer. Raises ValueError for an unknown shape."""
+    shape = shape_named(settings.target)
+    return tokenizer_of(settings.target) if shape is None else shape_tokenizer(shape)
+
+
 def build(
     settings: Any, *, ttft_target: float, queue_rows: int = 64, clock: Clock | None = None, record: bool = False
 ) -> TorchEngine:
@@ -89,7 +98,7 @@ def build(
     torch.set_num_threads(settings.threads)
     limits = cache_limits(settings)
     target = _load(settings, settings.target, load_target)
-    if settings.layers is not None:
+    if settings.layers is not None and shape_named(settings.target) is None:
         target = deepen(target, settings.layers)
     model = _paged(settings, target, limits)
     # BLAS libraries other than torch's are limited once the model's check has loaded them.
@@ -106,14 +115,31 @@ def build(
     )
 
 
-def _load(settings: Any, source: str, embedded: Callable[[torch.dtype], Any]) -> Any:
-    if source == EMBEDDED:
-        import torch
+def _load(settings: Any, source: str, embedded: Callable[[torch.dtype], Any], *, drafts: bool = False) -> Any:
+    import torch
 
+    shape = shape_named(source)
+    if shape is not None:
+        return _random_weights(settings, shape, drafts)
+    if source == EMBEDDED:
         return embedded(torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype))
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype)
+
+
+def _random_weights(settings: Any, shape: Shape, drafts: bool) -> Any:
+    import torch
+
+    from engine.models.bigram import bigram_drafter, bigram_target
+
+    dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    seed, device = settings.weights_seed, device_of(settings)
+    if drafts:
+        law = fitted(settings.agreement, settings.mean_agreement)
+        return bigram_drafter(llama_config(shape, settings.max_model_len), seed, law, dtype=dtype, device=device)
+    made = llama_config(shape, settings.max_model_len, settings.layers)
+    return bigram_target(made, seed, dtype=dtype, device=device)
 
 
 def _paged(settings: Any, model: Any, limits: EngineLimits) -> PagedModel:
@@ -138,7 +164,7 @@ def _drafter(settings: Any, target: PagedModel, limits: EngineLimits) -> Drafter
     from engine.models.load import load_drafter
     from engine.speculation.model import ModelDrafter
 
-    drafter = _paged(settings, _load(settings, settings.drafter_model, load_drafter), limits)
+    drafter = _paged(settings, _load(settings, settings.drafter_model, load_drafter, drafts=True), limits)
     if drafter.vocab_size != target.vocab_size:
         raise ValueError(
             f"drafter_model={settings.drafter_model} has {drafter.vocab_size} tokens, the target {settings.target} "

@@ -5,14 +5,26 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from engine.backends.clock import Clock
-from engine.backends.real import EMBEDDED, tokenizer_of
+from engine.backends.real import EMBEDDED
 from engine.backends.real_config import RealEngineConfig, refuse_sharing
-from engine.backends.torch.build import DeviceKind, DrafterKind, Dtype, Sharing, build, cache_limits, sharing
+from engine.backends.torch.build import (
+    DeviceKind,
+    DrafterKind,
+    Dtype,
+    Sharing,
+    build,
+    cache_limits,
+    sharing,
+    target_tokenizer,
+)
 from engine.limits import EngineLimits, Prefill
+from engine.models.shapes import shape_named
 from engine.speculation.allocation import CHAINS, Speculation
+from engine.workload.agreement import Share
+from engine.workload.markov import FittedDrafter
 
 if TYPE_CHECKING:
     from engine.backends.torch.engine import TorchEngine
@@ -23,17 +35,22 @@ class TorchEngineConfig(RealEngineConfig):
 
     Args:
         name, max_num_seqs, max_model_len, block_size, profile: see `RealEngineConfig`.
-        target: a local folder, a hub id, or `embedded` for the target that ships with the project.
+        target: a local folder, a hub id, `embedded` for the target that ships with the project, or `shape:NAME` for an
+            architecture of `engine.models.shapes` with random weights (`engine.models.bigram`).
         layers: deepen the target to this many layers, which change its cost and not its output (`engine.models.deepen`
-            says how); None: as it is.
+            says how); a shape is built with so many in place of its own. None: as it is.
         drafter: who proposes candidate tokens: `model`, `ngram` (prompt lookup) or `none`.
-        drafter_model: folder, hub id or `embedded`; of the target's vocabulary. Read with `drafter=model` only.
+        drafter_model: folder, hub id, `embedded` or `shape:NAME`; of the target's vocabulary. Read with `drafter=model`
+            only.
+        agreement: whose fitted `MarkovChain` a drafter that is a shape has with a target that is one.
+        mean_agreement: how often they agree on average; None: as fitted.
+        weights_seed: of the weights of shapes, and so of their text.
         ngram_shortest, ngram_longest: tokens of the n-grams that prompt lookup matches.
         allocation: who gets how many of an action's candidates: `uniform`, `local` or `global`.
         branching: most children of a candidate; 1 for chains.
         draft_depth: most drafter steps in an iteration; None: see `Speculation`.
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
-        dtype: of weights and cache; `auto` keeps the weights' own.
+        dtype: of weights and cache; `auto` keeps the weights' own, which is bfloat16 for shapes.
         threads: torch's threads on CPU.
         fused: take the shorter way through Llama-family models.
         exact: float64 and batch-independent rounding, for tests.
@@ -48,6 +65,9 @@ class TorchEngineConfig(RealEngineConfig):
     layers: Annotated[int, Field(ge=1)] | None = None
     drafter: DrafterKind = "model"
     drafter_model: Annotated[str, Field(min_length=1)] = EMBEDDED
+    agreement: FittedDrafter = "draft68m"
+    mean_agreement: Share | None = None
+    weights_seed: Annotated[int, Field(ge=0)] = 0
     ngram_shortest: Annotated[int, Field(ge=1)] = 1
     ngram_longest: Annotated[int, Field(ge=1)] = 3
     allocation: Sharing = "uniform"
@@ -61,6 +81,12 @@ class TorchEngineConfig(RealEngineConfig):
     watermark: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
     num_kv_blocks: Annotated[int, Field(ge=0)] = 0
     prefill: Prefill = "chunked"
+
+    @field_validator("target", "drafter_model")
+    @classmethod
+    def _shape_is_known(cls, source: str) -> str:
+        shape_named(source)
+        return source
 
     @property
     def speculation(self) -> Speculation:
@@ -87,7 +113,7 @@ class TorchEngineConfig(RealEngineConfig):
 
     def tokenizer(self) -> Any:
         """The target's tokenizer."""
-        return tokenizer_of(self.target)
+        return target_tokenizer(self)
 
     def build(
         self, *, ttft_target: float, queue_rows: int = 64, clock: Clock | None = None, record: bool = False

@@ -18,7 +18,7 @@ from engine.backends.real import RealEngine
 from engine.backends.replay import Recording
 from engine.backends.torch.generation import Ending, Generation
 from engine.backends.torch.model import PagedModel
-from engine.backends.torch.planned import Planned
+from engine.backends.torch.planned import Planned, look_up
 from engine.backends.torch.stopwatch import Stopwatch
 from engine.backends.torch.table import CacheTable
 from engine.core import state as core
@@ -246,17 +246,7 @@ class TorchEngine(RealEngine):
             self.table.tokens[self.table.seat_of[row], : len(tokens)] = tokens
         engine = self.state.engines[0]
         size = int(engine["num_decodes"] + engine["num_prefills"])
-        rows = self.state.batch_request[0, :size].astype(np.int64)
-        counts = self.state.batch_tokens[0, :size].astype(np.int64)
-        requests = self.state.requests[0, rows]
-        starts = requests["computed"].astype(np.int64)
-        completes = starts + counts == requests["context"]
-        completes[: engine["num_decodes"]] = False
-        seats = self.table.seat_of[rows]
-        decodes = int(engine["num_decodes"])
-        limits = (requests["output"] - requests["generated"] - 1)[:decodes].astype(np.int64)
-        ran_out = np.zeros(decodes, dtype=np.bool_)
-        return Planned(rows, rows + self._retired, seats, starts, counts, limits, decodes, completes, ran_out)
+        return look_up(self.state, self.table.seat_of, self._retired, int(engine["num_decodes"]), size)
 
     def _draft(self, planned: Planned) -> Drafts | None:
         """Candidates for the decodes, which are given as many tokens as there are candidates for them; None: c = 0."""
@@ -376,17 +366,11 @@ class TorchEngine(RealEngine):
         counts = np.array([len(tokens) for tokens in emitted], dtype=np.int64)
         lengths = planned.starts + planned.counts
         lengths[: planned.decodes] = planned.starts[: planned.decodes] + 1
-        ends = np.cumsum(counts)
-        columns = np.arange(ends[-1]) - np.repeat(ends - counts - lengths, counts)
-        table.tokens[np.repeat(planned.seats, counts), columns] = np.fromiter(chain.from_iterable(emitted), np.int64)
-        some = counts > 0
-        seats = planned.seats[some]
-        read = (lengths + counts - 1)[some].astype(np.int32)
-        table.draft_computed[seats] = np.minimum(table.draft_computed[seats], read)
+        table.extend(planned.seats, lengths, counts, np.fromiter(chain.from_iterable(emitted), np.int64))
         self.emitted = [entry for entry in zip(planned.numbers.tolist(), emitted, strict=True) if entry[1]]
         for number, tokens in self.emitted:
             generations[number].output.extend(tokens)
-        over = some & (self.state.requests["phase"][0, planned.rows] == FINISHED)
+        over = (counts > 0) & (self.state.requests["phase"][0, planned.rows] == FINISHED)
         self.finished = planned.numbers[over].tolist()
         for number in self.finished:
             self.drafter.forget(number)

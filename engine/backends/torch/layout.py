@@ -1,8 +1,5 @@
 """A forward's inputs in one piece of memory: they reach a GPU in one copy, and stay where a captured graph reads."""
 
-# Kernels say by annotation which of their arguments are compiled in, and nothing else.
-# mypy: disable-error-code="no-untyped-def"
-
 from __future__ import annotations
 
 from typing import Any, NamedTuple

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.compiled import kernel
+from engine.core.state import State
 from engine.speculation.tree import Branches, Drafts
 
 
@@ -43,3 +45,29 @@ class Planned:
         roots[: self.decodes] = self.starts[: self.decodes]
         none = np.zeros((len(roots) - self.decodes, drafts.parents.shape[1]), dtype=np.int32)
         return Branches(roots, np.concatenate((drafts.parents, none)), np.concatenate((drafts.depths, none)))
+
+
+@kernel
+def _look_up(requests, batch_request, batch_tokens, seat_of, decodes, rows, seats, starts, counts, limits, completes):
+    for i in range(len(rows)):
+        r = batch_request[i]
+        rows[i] = r
+        seats[i] = seat_of[r]
+        starts[i] = requests[r].computed
+        counts[i] = batch_tokens[i]
+        if i < decodes:
+            limits[i] = requests[r].output - requests[r].generated - 1
+        completes[i] = i >= decodes and starts[i] + counts[i] == requests[r].context
+
+
+def look_up(state: State, seat_of: NDArray[np.int64], retired: int, decodes: int, size: int) -> Planned:
+    """The batch of `size` requests that was planned, the first so many of them decodes.
+
+    `seat_of`: by row of the table · `retired`: rows that have left the table.
+    """
+    rows, seats, starts, counts = np.empty((4, size), dtype=np.int64)
+    limits, completes = np.empty(decodes, dtype=np.int64), np.empty(size, dtype=np.bool_)
+    batch = state.requests[0], state.batch_request[0], state.batch_tokens[0]
+    _look_up(*batch, seat_of, decodes, rows, seats, starts, counts, limits, completes)
+    ran_out = np.zeros(decodes, dtype=np.bool_)
+    return Planned(rows, rows + retired, seats, starts, counts, limits, decodes, completes, ran_out)

@@ -31,6 +31,11 @@ class Promises:
         """The entry for what nobody asked for."""
         return len(self.values) - 1
 
+    @property
+    def left(self) -> int:
+        """Entries that can be made before the next `settle`."""
+        return self.spare - (0 if self._settled else self._used)
+
     def make(self, count: int) -> NDArray[np.int64]:
         """(count,) entries to be filled on the device. The first after `settle` begin anew.
 

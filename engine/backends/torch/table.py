@@ -68,6 +68,18 @@ def _lend(seats, ends, blocks, held, free_blocks, free, block_size, reached):
         reached[i] = min(ends[i], count * block_size)
 
 
+@kernel
+def _extend(tokens, draft_computed, seats, lengths, counts, new):
+    """Write tokens behind those that the seats have, and forget what the drafter has read past them."""
+    at = 0
+    for i in range(len(seats)):
+        for j in range(counts[i]):
+            tokens[seats[i], lengths[i] + j] = new[at]
+            at += 1
+        if counts[i] > 0:
+            draft_computed[seats[i]] = min(draft_computed[seats[i]], lengths[i] + counts[i] - 1)
+
+
 class CacheTable:
     """Seats, blocks and tokens of up to `max_num_seqs` running requests.
 
@@ -116,6 +128,19 @@ class CacheTable:
         entered: list[int] = self._entered[:count].tolist()
         self.draft_computed[self.seat_of[entered]] = 0
         return entered
+
+    def extend(
+        self,
+        seats: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        new: NDArray[np.int64],
+    ) -> None:
+        """Write `counts[i]` of the `new` tokens behind the first `lengths[i]` of each seat.
+
+        Where there are any, the drafter has read no more than all but the last of them.
+        """
+        _extend(self.tokens, self.draft_computed, seats, lengths, counts, new)
 
     def leave(self, state: State) -> None:
         """Take back seat and blocks of every request that has no more blocks in `state`."""

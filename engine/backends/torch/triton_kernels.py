@@ -98,7 +98,7 @@ def _turn_and_cache(
     tl.store(values + to + HALF, second, mask=is_value[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _attend(
     query, keys, values, tiles, block_table, prefix, bits, out, partial, peaks, sums, scale, rows, query_stride,
     table_width,
@@ -161,7 +161,7 @@ def _attend(
             tl.store(sums + result, total, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["results"])
 def _join(partial, peaks, sums, out, results, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
     result = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)

@@ -118,30 +118,46 @@ class TritonLlama:
         return self._run(host, size, splits, trees)[:wanted]
 
     def top(self, logits: Tensor, count: int) -> NDArray[np.int64]:
-        """(rows, count) tokens of the highest of the latest forward's logits, falling, by the ids of `Promises`."""
+        """(rows, count) tokens of the highest of the latest forward's logits, falling, by the ids of `Promises`.
+
+        They are read at once where so many do not fit among the promised.
+        """
         if count == 1:
             return self.codes[:, None]
-        entries = self.promises.make(logits.shape[0] * count)
+        best = logits.topk(count, dim=-1).indices
+        if best.numel() > self.promises.left // 2:
+            found: NDArray[np.int64] = best.cpu().numpy()
+            return found
+        entries = self.promises.make(best.numel())
         if len(entries):
             with torch.inference_mode():
-                best = logits.topk(count, dim=-1).indices.reshape(-1)
-                self.promises.values[entries[0] : entries[-1] + 1].copy_(best)
+                self.promises.values[entries[0] : entries[-1] + 1].copy_(best.view(-1))
         return -1 - entries.reshape(-1, count)
 
     def prepare(self, pool: Pool, table: CacheTable, trees: bool) -> None:
-        """Capture every graph that batches over such a table come to need, those of trees only if asked for."""
+        """Compile all kernels, and capture every graph that batches over such a table come to need.
+
+        Forwards of nobody's rows do it: they are cached in scratch. What only trees need is left out unless asked for.
+        """
         self._follow(pool, table)
-        if not self.graphs.enabled:
-            return
         nobody = np.zeros(0, dtype=np.int64)
+        tile_rows = self._tile_rows(_LARGE_TILE)
+        layout = Layout(1, 0, 1, 1, table.blocks.shape[1])
+        host = torch.empty(layout.size, dtype=torch.int32)
+        spare = self.promises.spare
+        write(layout.cut(host.numpy(), np.int64), table, *(nobody,) * 5, spare, tile_rows, None)
+        inputs = layout.cut(host.to(self._device), torch.int64)
+        with torch.inference_mode():
+            for power in range(_MOST_SPLITS.bit_length()):
+                for branched in (False, True) if trees else (False,):
+                    self._forward(inputs, branched, 1 << power, tile_rows)
         tile_rows = self._tile_rows(_SMALL_TILE)
         for size in reversed(GRAPH_ROWS):
             tiles = range(-(-size // tile_rows), min(size, self._layout.requests) + 1)
             for splits in {self._splits(count) for count in tiles}:
                 for branched in (False, True) if trees else (False,):
                     host, written = self._staged(size)
-                    spare = self.promises.spare
-                    write(written, table, nobody, nobody, nobody, nobody, nobody, spare, tile_rows, None)
+                    write(written, table, *(nobody,) * 5, spare, tile_rows, None)
                     self._run(host, size, splits, branched)
 
     def join(self, promises: Promises) -> None:

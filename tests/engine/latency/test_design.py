@@ -47,6 +47,22 @@ def test_the_corners_come_first() -> None:
     assert max(sum(p.chunks) for p in corners) == space.most_prefill
 
 
+def test_every_corner_of_the_range_is_measured() -> None:
+    space = Space(EngineLimits(4096, 16, 40, 64, 2048), tuple(range(9)), 4096)
+    held = {(len(p.kv_tokens), p.candidates, sum(p.chunks), max(p.kv_tokens)) for p in edges(space) if p.kv_tokens}
+    for candidates in (0, 8):
+        for shortest in (16, space.longest):
+            assert (1, candidates, 0, shortest) in held
+            assert (1, candidates, 4096, shortest) in held
+        assert (64, candidates, 0, 16) in held
+        assert (61, candidates, 4096, 16) in held
+        # 4,096 prompt tokens are three prompts, which take three places. All requests at their longest are more than
+        # the cache holds: it is full to a token for each.
+        full = {B: max(p[3] for p in held if p[:3] == (B, candidates, n)) for B, n in ((64, 0), (61, 4096))}
+        assert 0 <= space.room - space.reserve(64) - 64 * full[64] < 64
+        assert 0 <= space.room - space.reserve(61) - 61 * full[61] - 4096 - 3 * 16 < 61
+
+
 def test_a_design_depends_on_its_seed_alone() -> None:
     space = Space(EngineLimits(4096, 16, 40, 64, 2048), tuple(range(9)), 4096)
     assert digest(design(space, 100, 3)) == digest(design(space, 100, 3))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engine.latency.lookup import LookupTable, lookup_time
-from engine.latency.measured import MeasuredError, MeasuredIterations
+from engine.latency.measured import MeasuredError, MeasuredIterations, read_provenance
 from engine.latency.measured_card import heldout_errors, observed, table_times
 from engine.latency.measured_fit import MemoryFigures, fit_table
 from engine.latency.predictors import ALL_FEATURES, Forest, Predictor
@@ -45,6 +45,8 @@ def test_an_engine_that_never_drafts_has_a_free_drafter(measured: MeasuredIterat
 
 
 def test_what_is_held_out_is_never_learnt_from_and_everything_is_held_out(measured: MeasuredIterations) -> None:
+    # Two iterations of a design may be alike: these are told apart by their times.
+    measured = replace(measured, seconds=measured.seconds + 1e-9 * np.arange(len(measured)))
     calls: list[tuple[set[float], set[float]]] = []
 
     def fit(seen):
@@ -102,12 +104,29 @@ def test_a_lookup_table_of_measured_iterations_predicts_them_and_is_cached(
 
 def test_a_file_gives_back_what_was_written(measured: MeasuredIterations, tmp_path: Path) -> None:
     path = tmp_path / "iterations.parquet"
-    measured.write(path)
+    origin = {"device": "NVIDIA H200", "sensors": {"sm_mhz": {"median": 1980.0}}}
+    measured.write(path, origin)
     read = MeasuredIterations.read(path)
+    assert read_provenance(path) == origin
     for field in fields(MeasuredIterations):
         assert np.array_equal(
             np.array(getattr(read, field.name), dtype=object), np.array(getattr(measured, field.name), dtype=object)
         )
+
+
+def test_equal_iterations_of_equal_origin_give_equal_bytes(measured: MeasuredIterations, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("one", "same", "other")]
+    for file, seed in zip(files, (1, 1, 2), strict=True):
+        measured.write(file, {"seed": seed})
+    one, same, other = (file.read_bytes() for file in files)
+    assert one == same != other
+
+
+def test_a_file_that_says_no_origin_has_none(measured: MeasuredIterations, tmp_path: Path) -> None:
+    measured.write(tmp_path / "plain.parquet")
+    assert read_provenance(tmp_path / "plain.parquet") == {}
+    with pytest.raises(MeasuredError, match=r"none\.parquet: cannot be read"):
+        read_provenance(tmp_path / "none.parquet")
 
 
 def test_a_file_that_cannot_be_used_is_refused_by_name(measured: MeasuredIterations, tmp_path: Path) -> None:

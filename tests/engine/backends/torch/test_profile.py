@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.backends.measure import AnotherProfileError, collect, measure
+from engine.backends.measure import AnotherProfileError, collect, measure, sensed
 from engine.backends.torch.acceptance import agreement, speculate
 from engine.backends.torch.rehearsal import Rehearsal
 from engine.latency.design import Point, Space, design
@@ -119,6 +119,17 @@ def test_measurements_of_other_points_are_not_mixed(tmp_path: Path) -> None:
         measure(served, TEXT, [Point((8,), 0)], visits, seconds=0.0, seed=0)
     with pytest.raises(AnotherProfileError, match="another folder"):
         measure(served, TEXT, [Point((9,), 0)], visits, seconds=0.0, seed=0, identity="another engine")
+
+
+def test_what_sensors_say_is_noted_with_each_visit(tmp_path: Path) -> None:
+    visits = tmp_path / "visits.jsonl"
+    served = engine("llama", "none", BOUNDS)
+    clock = iter(({"sm_mhz": 1980.0}, {"sm_mhz": 1755.0}))
+    points = [Point((9,), 0), Point((8,), 0)]
+    measure(served, TEXT, points, visits, seconds=0.0, seed=0, sensors=lambda: next(clock))
+    assert sensed(visits) == [{"sm_mhz": 1980.0}, {"sm_mhz": 1755.0}]
+    measure(served, TEXT, [Point((9,), 0)], tmp_path / "without", seconds=0.0, seed=0)
+    assert sensed(tmp_path / "without") == []
 
 
 @pytest.mark.parametrize("drafter", ["copy", "model", "ngram"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,39 @@ def test_promised_candidates_are_the_drafters_tokens(speculation: Speculation, m
         assert output == out[0, len(prompt) :].tolist()
 
 
+def test_what_is_prepared_is_not_captured_while_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_llama, "GRAPH_ROWS", (4, 12))
+    monkeypatch.setattr(triton_llama, "_MOST_SPLITS", 2)
+    served = engine(Speculation(branching=2), deferring=True)
+    ways = [served.model.fused, served.drafter._runner.fused]  # type: ignore[attr-defined]
+    for way in ways:
+        way.graphs.forget()
+    served.prepare()
+    captured = [set(way.graphs._known) for way in ways]
+    assert {size for size, *_ in captured[0]} == {4, 12}
+    for prompt in prompts((3, 16, 9, 5, 2)):
+        served.submit(prompt, 5)
+    turns = cycle(((0, 64), (2, 3), (3, 4)))
+    while served.step(*next(turns)):
+        pass
+    assert [set(way.graphs._known) for way in ways] == captured
+
+
+def test_a_gpu_that_captures_no_graph_is_launched_kernel_by_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("operation not permitted")
+
+    graphs = Graphs(torch.device("cpu"))
+    graphs.enabled = True
+    monkeypatch.setattr(graphs, "_capture", fails)
+    turns = iter(range(3))
+    assert [graphs.run("key", lambda: next(turns)) for _ in range(3)] == [0, 1, 2]
+    assert "operation not permitted" in caplog.text
+    assert len(caplog.records) == 1
+
+
 def test_promises_are_read_once_and_begin_anew() -> None:
     promises = Promises(5, DEVICE)
     first, second = promises.make(2), promises.make(1)
@@ -178,6 +212,7 @@ def test_promises_are_read_once_and_begin_anew() -> None:
 @pytest.mark.parametrize("candidates", [0, 4])
 def test_an_iteration_waits_for_the_device_once(candidates: int) -> None:
     served = engine(Speculation(), deferring=True)
+    served.prepare()
     for prompt in prompts((3, 30, 9)):
         served.submit(prompt, 64)
     for _ in range(4):

@@ -1,0 +1,218 @@
+"""Random weights whose text is a table of successors, with a drafter that agrees as a real one does.
+
+A model of random weights repeats itself after a few tokens, and a second one never agrees with it. Here every matrix is
+random too, and every product is computed in full; but what attention and MLP add to the residual stream is tiny, so the
+hidden state is the embedding of the last token, and the output projection says what follows it. The target's text is
+one cycle through the vocabulary. The drafter ranks candidates for every token, the target's among them or not, with the
+probabilities that it gives them: what is drawn for the tokens along the cycle is what an `AgreementModel` draws for the
+positions of requests, so that runs of agreements, ranks and confidence have the law of the model. Forward passes,
+verification and outputs are real, and greedy acceptance has a real drafter's statistics; the text has no meaning, and
+two prompts that end in the same token are continued alike.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from engine.workload.agreement import AgreementModel
+    from engine.workload.markov import MarkovChain
+
+SPECIAL_TOKENS = 3
+"""The first ids begin, end or fill a text; no token is followed by one of them."""
+
+PROPOSED = 4
+"""Candidates that the drafter ranks for every token; the target's, where it is none of them, is one of the rest."""
+
+STRETCH = 256
+"""Tokens along the cycle that are drawn as one request's positions."""
+
+_CYCLE, _AGREEMENT, _TARGET, _DRAFTER = range(4)
+"""Streams of random numbers, each seeded with (seed, stream)."""
+
+_CERTAIN = 1.0 - 1e-4
+"""The target's probability of the successor."""
+
+_CONFIDENCE = (1.0 / 64.0, 1.0 - 1e-3)
+"""What confidences are clipped to, so that logits stay moderate."""
+
+_STEP = 0.8
+"""A candidate is at most this much as probable as the one before: three steps of bfloat16 between their logits."""
+
+_TARGET_NOISE, _DRAFTER_NOISE = 2.0, 1.0
+"""Standard deviation of logits that mean nothing, beside what the meaningful ones leave between embeddings.
+
+Large enough for a logit's rounding in bfloat16 to be small beside it (`PagedModel` compares the two), small enough for
+no such logit to be among the best.
+"""
+
+_DAMPING = 1e-4
+"""Scale of what attention and MLP write to the residual stream, in which an embedding's entries have variance 1."""
+
+_ROWS = 2048
+
+
+class Table(NamedTuple):
+    """What a model says after each of V tokens.
+
+    successor: (V,) what follows in the target's text · proposals: (V, K) distinct tokens, falling in probability ·
+    probabilities: (V, K), the rest being spread over all other tokens · rank: (V,) of the successor among the
+    proposals; K where it is none.
+    """
+
+    successor: NDArray[np.int64]
+    proposals: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+    rank: NDArray[np.int64]
+
+
+def target_table(vocabulary: int, seed: int) -> Table:
+    """The target's: one successor each, which is certain."""
+    cycle, place = _cycle(vocabulary, seed)
+    successor = cycle[(place + 1) % len(cycle)]
+    return Table(successor, successor[:, None], np.full((vocabulary, 1), _CERTAIN), np.zeros(vocabulary, np.int64))
+
+
+def drafter_table(vocabulary: int, seed: int, agreement: AgreementModel | MarkovChain) -> Table:
+    """The drafter's, for the target of the same vocabulary and seed.
+
+    The first candidate has the drawn confidence, by which it is the target's token that often. Further ones share what
+    is left as the law of ranks says, but each has less than the one before; where that is less than the law says, the
+    drawn rank is given up as often, so that every candidate is right as often as it is probable.
+    """
+    cycle, place = _cycle(vocabulary, seed)
+    size = len(cycle)
+    random = np.random.default_rng([seed, _AGREEMENT])
+    lengths = np.full(-(-size // STRETCH), STRETCH, dtype=np.int32)
+    drawn = agreement.draw(seed, np.arange(len(lengths)), lengths)
+    rank = np.minimum(drawn.rank[:size].astype(np.int64), PROPOSED)
+    first = np.clip(drawn.confidence[:size].astype(np.float64), *_CONFIDENCE)
+    law = np.bincount(agreement.chain.rank_quantiles, minlength=PROPOSED + 1)[1:PROPOSED]
+    by_law = (1.0 - first)[:, None] * law / len(agreement.chain.rank_quantiles)
+    probabilities = np.empty((size, PROPOSED))
+    probabilities[:, 0] = first
+    for k in range(1, PROPOSED):
+        probabilities[:, k] = np.minimum(by_law[:, k - 1], _STEP * probabilities[:, k - 1])
+    missed = np.flatnonzero((rank > 0) & (rank < PROPOSED))
+    kept = probabilities[missed, rank[missed]] / by_law[missed, rank[missed] - 1]
+    rank[missed[random.random(len(missed)) >= kept]] = PROPOSED
+    ahead = np.tile(1 + random.choice(np.arange(1, size), PROPOSED, replace=False), (size, 1))
+    hit = np.flatnonzero(rank < PROPOSED)
+    ahead[hit, rank[hit]] = 1
+    return Table(
+        cycle[(place + 1) % size],
+        cycle[(place[:, None] + ahead[place]) % size],
+        probabilities[place],
+        rank[place],
+    )
+
+
+def bigram_target(config: Any, seed: int, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """A target of random weights, a `transformers` model on the device; see `drafter_table` for its drafter."""
+    table = target_table(config.vocab_size, seed)
+    return _build(config, table, _TARGET_NOISE, (seed, _TARGET), dtype, device)
+
+
+def bigram_drafter(
+    config: Any, seed: int, agreement: AgreementModel | MarkovChain, *, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """A drafter for the target of the same seed and vocabulary, which it agrees with as `agreement` says."""
+    table = drafter_table(config.vocab_size, seed, agreement)
+    return _build(config, table, _DRAFTER_NOISE, (seed, _DRAFTER), dtype, device)
+
+
+def logits_of(table: Table, hidden: int, noise: float) -> NDArray[np.float64]:
+    """(V, K) logits of the proposals that give them their probabilities, over `hidden` random dimensions.
+
+    All other logits are normal: embeddings of H entries of variance 1 have products of variance H, so a row of the
+    output projection that is made for logits a_1, a_2, ... adds sum(a^2) / H to the variance of what it says elsewhere.
+    Of the sum of their exponentials the probabilities follow, and it of them: solved by repetition. Raises ValueError
+    when there are too few dimensions for so many tokens.
+    """
+    vocabulary = len(table.successor)
+    odds = np.log(table.probabilities) - np.log1p(-table.probabilities.sum(axis=1, keepdims=True))
+    rest = np.log(vocabulary)
+    for _ in range(100):
+        squares = np.bincount(table.proposals.ravel(), ((odds + rest) ** 2).ravel(), minlength=vocabulary)
+        variance = noise**2 + squares / hidden
+        before, rest = rest, np.logaddexp.reduce(variance / 2.0)
+        if abs(rest - before) < 1e-6:
+            return odds + rest
+        if not np.isfinite(rest) or variance.max() > vocabulary:
+            break
+    raise ValueError(f"{hidden} dimensions are too few to tell {vocabulary} tokens apart; choose a wider shape")
+
+
+def _cycle(vocabulary: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens in the order of the target's text, and (V,) where on it each stands; special ones stand beside others."""
+    cycle = np.random.default_rng([seed, _CYCLE]).permutation(np.arange(SPECIAL_TOKENS, vocabulary))
+    place = np.empty(vocabulary, dtype=np.int64)
+    place[cycle] = np.arange(len(cycle))
+    place[:SPECIAL_TOKENS] = np.arange(SPECIAL_TOKENS)
+    return cycle, place
+
+
+def _build(
+    config: Any, table: Table, noise: float, seed: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Any:
+    """The model; its weights are made where and as they stay, for there may be no room for them elsewhere."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = model.to_empty(device=device).eval()
+    # Of its buffers `to_empty` leaves the memory only.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    generator = torch.Generator(device)
+    generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    head = model.lm_head.weight
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:
+                weight.fill_(1.0)
+            elif weight is model.model.embed_tokens.weight:
+                weight.normal_(generator=generator)
+            elif weight is not head:
+                damping = _DAMPING if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                weight.normal_(std=damping * weight.shape[1] ** -0.5, generator=generator)
+        _fill_head(model, table, noise, generator)
+    return model
+
+
+def _fill_head(model: Any, table: Table, noise: float, generator: torch.Generator) -> None:
+    """Make the rows of the output projection: noise, and what gives the proposals their logits exactly.
+
+    A row answers to the few embeddings after which its token is proposed. Their products with each other are not quite
+    zero, so the factors that they enter the row with are solved for.
+    """
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    vocabulary, hidden = head.shape
+    precise = torch.promote_types(head.dtype, torch.float32)
+    after, wanted, used = _by_token(table, logits_of(table, hidden, noise))
+    for begin in range(0, vocabulary, _ROWS):
+        rows = slice(begin, begin + _ROWS)
+        mask = torch.from_numpy(used[rows]).to(head.device, precise)
+        states = model.model.norm(embedding[torch.from_numpy(after[rows]).to(head.device)]).to(precise)
+        states *= mask[:, :, None]
+        made = torch.randn(len(mask), hidden, dtype=precise, device=head.device, generator=generator)
+        made *= noise * hidden**-0.5
+        gram = states @ states.mT / hidden + torch.diag_embed(1.0 - mask)
+        missing = torch.from_numpy(wanted[rows]).to(head.device, precise)[:, :, None] - states @ made[:, :, None]
+        made += (torch.linalg.solve(gram, missing) * mask[:, :, None] / hidden).mT.matmul(states)[:, 0]
+        head[rows] = made.to(head.dtype)
+
+
+def _by_token(table: Table, logits: NDArray[np.float64]) -> tuple[NDArray[np.int64], Any, NDArray[np.bool_]]:
+    """(V, W) each: the tokens after which a token is proposed, with which logits, and which entries hold any."""
+    vocabulary, width = table.proposals.shape
+    proposed = table.proposals.ravel()
+    counts = np.bincount(proposed, minlength=vocabulary)
+    order = np.argsort(proposed, kind="stable")
+    used = np.arange(counts.max()) < counts[:, None]
+    after, wanted = np.zeros(used.shape, dtype=np.int64), np.zeros(used.shape)
+    after[used], wanted[used] = order // width, logits.ravel()[order]
+    return after, wanted, used
