@@ -109,6 +109,7 @@ class Bench:
             self.results["took_s"]["build"] = round(time.perf_counter() - begin, 1)
             self.results["memory"] = asdict(self._engine.memory())
             self.results["way"] = type(self._engine.model.fused).__name__
+            print(f"  {self.config.name} runs the way of {self.results['way']}")
             self._shape = _heads(self._engine), self._engine.model.dtype
         return self._engine
 

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from engine.backends.real import tokenizer_of
 from engine.backends.torch.build import build, device_of
 from engine.backends.torch.engine import TorchEngine
-from engine.core.metrics import request_table
 from engine.files import write_whole
 from engine.models.corpus import held_out_prompts
 from engine.speculation.allocation import Speculation
@@ -64,10 +63,10 @@ def serve(engine: TorchEngine, prompts: list[list[int]], candidates: int) -> Ser
     engine.reset()
     numbers = [engine.submit(prompt, NEW_TOKENS) for prompt in prompts]
     engine.run(candidates, TOKEN_BUDGET)
-    table = request_table(engine.state)
-    decoded = table["generated_tokens"] - 1
-    steps = decoded - table["accepted_tokens"]
-    return Served(decoded / steps, table["tpot_s"], [engine.output(number) for number in numbers])
+    rows = engine.state.requests[0, : len(numbers)]
+    decoded = rows["generated"] - 1
+    tpot_s = (rows["last_token"] - rows["first_token"]) / decoded
+    return Served(decoded / (decoded - rows["accepted"]), tpot_s, [engine.output(number) for number in numbers])
 
 
 def interval(differences: NDArray[np.float64]) -> tuple[float, float]:

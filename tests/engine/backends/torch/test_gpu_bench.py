@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from tests.bench.gpu.device import counted_syncs
 from tests.bench.gpu.engines import configured, overridden
 from tests.bench.gpu.paged import Case, Heads, PagedBatch
 from tests.bench.gpu.work import Work
+from tests.runs.test_bare import FINDER, REPOSITORY, refused_packages
 
 CPU = torch.device("cpu")
 HEADS = Heads(heads=4, kv_heads=2, width=16)
@@ -168,3 +172,23 @@ def test_waits_for_a_device_are_not_told_where_there_is_none() -> None:
     with counted_syncs(CPU) as waits:
         pass
     assert waits.count is None
+
+
+def test_a_bare_machine_can_run_the_benchmarks(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FINDER)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "REFUSED": ",".join(sorted(refused_packages()))}
+    small = ["--engine", "torch_tiny", "--device", "cpu", "--set", "max_num_seqs=4", "num_kv_blocks=64"]
+    gpu, trees = tmp_path / "gpu.json", tmp_path / "trees.json"
+    for words in (
+        ["tests.bench.torch_gpu", *small, "--only", "syncs", "attention", "--attention", "gather + SDPA", "--out", gpu],
+        ["tests.bench.torch_trees", *small, "--batches", "1", "--prompts", "2", "--rounds", "1", "--branching", "1",
+         "--out", trees],
+    ):  # fmt: skip
+        ran = subprocess.run(
+            [sys.executable, "-m", *map(str, words)], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+        )
+        assert ran.returncode == 0, ran.stderr
+    assert all(row["timed"] is not None for row in json.loads(gpu.read_text())["attention"])
+    rows = json.loads(trees.read_text())["rows"]
+    assert [row.get("allocation") for row in rows] == [None, "uniform", "local", "global"]
+    assert all(row["same_output"] == 2 and row["tokens_per_iteration"] > 1.0 for row in rows[1:])
