@@ -82,6 +82,8 @@ class Bench:
         """Measure these parts, in the order of `PARTS`; returns `results`."""
         if self.results["note"]:
             print(self.results["note"])
+        if set(parts) != {"peaks"}:
+            print(f"{self.config.name} runs the way of {type(self.engine.model.fused).__name__}")
         for part, do in PARTS.items():
             if part in parts:
                 begin = time.perf_counter()
@@ -109,7 +111,6 @@ class Bench:
             self.results["took_s"]["build"] = round(time.perf_counter() - begin, 1)
             self.results["memory"] = asdict(self._engine.memory())
             self.results["way"] = type(self._engine.model.fused).__name__
-            print(f"  {self.config.name} runs the way of {self.results['way']}")
             self._shape = _heads(self._engine), self._engine.model.dtype
         return self._engine
 
