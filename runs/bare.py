@@ -15,7 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
-from engine.backends.torch.build import CHOICES, MAY_BE_ZERO, OPTIONAL_NUMBERS, build, target_tokenizer
+from engine.backends.real import tokenizer_of
+from engine.backends.torch.build import CHOICES, MAY_BE_ZERO, OPTIONAL_NUMBERS, build
 from engine.latency.predictors import Forest
 from runs import measuring
 from runs.bare_config import KINDS, compose, read_choice, read_logging
@@ -81,7 +82,7 @@ def _subject(section: dict[str, Any]) -> measuring.Subject:
     made = SimpleNamespace(**settings)
     return measuring.Subject(
         settings,
-        partial(target_tokenizer, made),
+        partial(tokenizer_of, settings["target"]),
         partial(build, made, ttft_target=1.0),
     )
 

@@ -19,6 +19,7 @@ from engine.core.telemetry import Observation, allocate_observation
 from engine.latency.design import Point
 from engine.latency.measured_fit import MemoryFigures
 from engine.limits import EngineLimits
+from engine.models.shapes import shape_named, shape_tokenizer
 from engine.speculation.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
@@ -265,7 +266,10 @@ class RealEngine(ABC):
 
 
 def tokenizer_of(model: str) -> Any:
-    """The tokenizer of a folder, a hub id or the embedded model."""
+    """The tokenizer of a folder, a hub id, the embedded model or a shape."""
+    shape = shape_named(model)
+    if shape is not None:
+        return shape_tokenizer(shape)
     if model == EMBEDDED:
         from engine.models.load import load_tokenizer
 

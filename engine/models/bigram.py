@@ -4,23 +4,23 @@ A model of random weights repeats itself after a few tokens, and a second one ne
 random too, and every product is computed in full; but what attention and MLP add to the residual stream is tiny, so the
 hidden state is the embedding of the last token, and the output projection says what follows it. The target's text is
 one cycle through the vocabulary. The drafter ranks candidates for every token, the target's among them or not, with the
-probabilities that it gives them: what is drawn for the tokens along the cycle is what an `AgreementModel` draws for the
-positions of requests, so that runs of agreements, ranks and confidence have the law of the model. Forward passes,
-verification and outputs are real, and greedy acceptance has a real drafter's statistics; the text has no meaning, and
-two prompts that end in the same token are continued alike.
+probabilities that it gives them. What is drawn for the tokens along the cycle is what an `AgreementLaw` draws for the
+positions of requests, so that runs of agreements and confidence along an output have that law.
+
+Forward passes, verification and outputs are real, and greedy acceptance has a real drafter's statistics. The text has
+no meaning: two prompts that end in the same token are continued alike, and whether a token is predicted depends on the
+one before it alone, so that requests are as different as the stretches of the cycle that they walk.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from engine.workload.agreement import AgreementModel
-    from engine.workload.markov import MarkovChain
+from engine.workload.agreement_law import AgreementLaw
 
 SPECIAL_TOKENS = 3
 """The first ids begin, end or fill a text; no token is followed by one of them."""
@@ -77,22 +77,23 @@ def target_table(vocabulary: int, seed: int) -> Table:
     return Table(successor, successor[:, None], np.full((vocabulary, 1), _CERTAIN), np.zeros(vocabulary, np.int64))
 
 
-def drafter_table(vocabulary: int, seed: int, agreement: AgreementModel | MarkovChain) -> Table:
+def drafter_table(vocabulary: int, seed: int, law: AgreementLaw) -> Table:
     """The drafter's, for the target of the same vocabulary and seed.
 
     The first candidate has the drawn confidence, by which it is the target's token that often. Further ones share what
     is left as the law of ranks says, but each has less than the one before; where that is less than the law says, the
-    drawn rank is given up as often, so that every candidate is right as often as it is probable.
+    drawn rank is given up as often, so that every candidate is right as often as it is probable. Of the misses of
+    `draft68m` 42 % are among ranks 1 to 3 then, where the law alone has 51 %.
     """
     cycle, place = _cycle(vocabulary, seed)
     size = len(cycle)
     random = np.random.default_rng([seed, _AGREEMENT])
     lengths = np.full(-(-size // STRETCH), STRETCH, dtype=np.int32)
-    drawn = agreement.draw(seed, np.arange(len(lengths)), lengths)
+    drawn = law.draw(seed, np.arange(len(lengths)), lengths)
     rank = np.minimum(drawn.rank[:size].astype(np.int64), PROPOSED)
     first = np.clip(drawn.confidence[:size].astype(np.float64), *_CONFIDENCE)
-    law = np.bincount(agreement.chain.rank_quantiles, minlength=PROPOSED + 1)[1:PROPOSED]
-    by_law = (1.0 - first)[:, None] * law / len(agreement.chain.rank_quantiles)
+    shares = np.bincount(law.rank_quantiles, minlength=PROPOSED + 1)[1:PROPOSED] / len(law.rank_quantiles)
+    by_law = (1.0 - first)[:, None] * shares
     probabilities = np.empty((size, PROPOSED))
     probabilities[:, 0] = first
     for k in range(1, PROPOSED):
@@ -117,11 +118,9 @@ def bigram_target(config: Any, seed: int, *, dtype: torch.dtype, device: torch.d
     return _build(config, table, _TARGET_NOISE, (seed, _TARGET), dtype, device)
 
 
-def bigram_drafter(
-    config: Any, seed: int, agreement: AgreementModel | MarkovChain, *, dtype: torch.dtype, device: torch.device
-) -> Any:
-    """A drafter for the target of the same seed and vocabulary, which it agrees with as `agreement` says."""
-    table = drafter_table(config.vocab_size, seed, agreement)
+def bigram_drafter(config: Any, seed: int, law: AgreementLaw, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """A drafter for the target of the same seed and vocabulary, which it agrees with as `law` says."""
+    table = drafter_table(config.vocab_size, seed, law)
     return _build(config, table, _DRAFTER_NOISE, (seed, _DRAFTER), dtype, device)
 
 

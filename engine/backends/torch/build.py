@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from threadpoolctl import threadpool_limits
 
 from engine.backends.clock import Clock
-from engine.backends.real import EMBEDDED, tokenizer_of
+from engine.backends.real import EMBEDDED
 from engine.limits import EngineLimits, Prefill
-from engine.models.shapes import Shape, llama_config, shape_named, shape_tokenizer
+from engine.models.shapes import Shape, llama_config, shape_named
 from engine.speculation.allocation import Speculation
-from engine.workload.markov import FittedDrafter, fitted
+from engine.workload.agreement_law import FittedDrafter, fitted
 
 if TYPE_CHECKING:
     # Loading torch takes seconds, which a simulated run has no use for: it is imported where a model is.
@@ -72,12 +72,6 @@ def device_of(settings: Any) -> torch.device:
 def sharing(settings: Any) -> Speculation:
     """How the candidates of an action are shared out."""
     return Speculation(settings.allocation, settings.branching, settings.draft_depth)
-
-
-def target_tokenizer(settings: Any) -> Any:
-    """The target's tokenizer. Raises ValueError for an unknown shape."""
-    shape = shape_named(settings.target)
-    return tokenizer_of(settings.target) if shape is None else shape_tokenizer(shape)
 
 
 def build(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, get_args
 from pydantic import Field, field_validator
 
 from engine.backends.clock import Clock
-from engine.backends.real import EMBEDDED
+from engine.backends.real import EMBEDDED, tokenizer_of
 from engine.backends.real_config import RealEngineConfig, refuse_sharing
 from engine.backends.torch.build import (
     DeviceKind,
@@ -18,13 +18,12 @@ from engine.backends.torch.build import (
     build,
     cache_limits,
     sharing,
-    target_tokenizer,
 )
 from engine.limits import EngineLimits, Prefill
 from engine.models.shapes import shape_named
 from engine.speculation.allocation import CHAINS, Speculation
 from engine.workload.agreement import Share
-from engine.workload.markov import FittedDrafter
+from engine.workload.agreement_law import FittedDrafter
 
 if TYPE_CHECKING:
     from engine.backends.torch.engine import TorchEngine
@@ -42,7 +41,7 @@ class TorchEngineConfig(RealEngineConfig):
         drafter: who proposes candidate tokens: `model`, `ngram` (prompt lookup) or `none`.
         drafter_model: folder, hub id, `embedded` or `shape:NAME`; of the target's vocabulary. Read with `drafter=model`
             only.
-        agreement: whose fitted `MarkovChain` a drafter that is a shape has with a target that is one.
+        agreement: by whose fitted `AgreementLaw` a drafter that is a shape agrees with a target that is one.
         mean_agreement: how often they agree on average; None: as fitted.
         weights_seed: of the weights of shapes, and so of their text.
         ngram_shortest, ngram_longest: tokens of the n-grams that prompt lookup matches.
@@ -113,7 +112,7 @@ class TorchEngineConfig(RealEngineConfig):
 
     def tokenizer(self) -> Any:
         """The target's tokenizer."""
-        return target_tokenizer(self)
+        return tokenizer_of(self.target)
 
     def build(
         self, *, ttft_target: float, queue_rows: int = 64, clock: Clock | None = None, record: bool = False

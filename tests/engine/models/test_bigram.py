@@ -28,12 +28,12 @@ from engine.models.bigram import (
 )
 from engine.models.shapes import SHAPES, llama_config
 from engine.speculation.allocation import Speculation
-from engine.workload.agreement import DrafterAgreement, IidAgreement
+from engine.workload.agreement_law import DRAFTERS, AgreementLaw, fitted
 from engine.workload.workload import run_lengths
 
 CPU = torch.device("cpu")
 VOCABULARY = SHAPES["mini"].vocabulary
-LAW = DrafterAgreement()
+LAW = fitted("draft68m")
 SEED = 3
 
 
@@ -105,7 +105,7 @@ def test_the_text_is_one_cycle_through_all_but_the_special_tokens(vocabulary: in
 @given(st.integers(64, 3000), st.integers(0, 2**32), st.floats(0.05, 0.95))
 @settings(deadline=None)
 def test_a_drafter_ranks_different_tokens_by_falling_probability(vocabulary: int, seed: int, alpha: float) -> None:
-    table = drafter_table(vocabulary, seed, IidAgreement(alpha=alpha))
+    table = drafter_table(vocabulary, seed, AgreementLaw(base_mean=alpha))
     np.testing.assert_array_equal(table.successor, target_table(vocabulary, seed).successor)
     assert (np.diff(np.sort(table.proposals, axis=1), axis=1) > 0).all()
     assert (table.proposals >= SPECIAL_TOKENS).all()
@@ -125,10 +125,9 @@ def tokens_an_iteration(run_length: NDArray[np.uint8], candidates: int) -> float
     return position / steps
 
 
-@pytest.mark.parametrize("name", ["draft68m", "eagle1", "medusa"])
-def test_along_the_cycle_agreement_has_the_law_of_the_model(name: Any) -> None:
-    """Of the model's positions one after the other, so runs are as long; a draft of 8 tells runs from a coin's."""
-    law = DrafterAgreement(drafter=name)
+@pytest.mark.parametrize("law", DRAFTERS.values(), ids=DRAFTERS)
+def test_agreement_along_the_cycle_has_the_law(law: AgreementLaw) -> None:
+    """Of positions one after the other, so runs are as long; a draft of 8 tells them from a coin's."""
     table = drafter_table(32_000, SEED, law)
     token, ranks = SPECIAL_TOKENS, np.empty(32_000 - SPECIAL_TOKENS, dtype=np.uint8)
     for place in range(len(ranks)):
@@ -136,7 +135,7 @@ def test_along_the_cycle_agreement_has_the_law_of_the_model(name: Any) -> None:
         token = int(table.successor[token])
     runs = run_lengths(ranks, np.array([0, len(ranks)]))
     other = law.draw(SEED + 1, np.arange(2000), np.full(2000, 256, dtype=np.int32))
-    assert (ranks == 0).mean() == pytest.approx(law.chain.mean_agreement, abs=0.02)
+    assert (ranks == 0).mean() == pytest.approx(law.mean_agreement, abs=0.02)
     for candidates in (1, 3, 8):
         expected = tokens_an_iteration(other.run_length, candidates)
         assert tokens_an_iteration(runs, candidates) == pytest.approx(expected, rel=0.04)
@@ -151,7 +150,7 @@ def test_a_planned_candidate_is_right_as_often_as_it_is_probable() -> None:
             if inside.sum() > 200:
                 expected = probability[inside].mean()
                 spread = np.sqrt(expected * (1 - expected) / inside.sum())
-                # The model's confidences themselves are calibrated to .02.
+                # The law's confidences themselves are calibrated to .02.
                 assert abs(right[inside].mean() - expected) < 0.02 + 4 * spread
 
 
