@@ -82,7 +82,7 @@ def _subject(section: dict[str, Any]) -> measuring.Subject:
     made = SimpleNamespace(**settings)
     return measuring.Subject(
         settings,
-        partial(tokenizer_of, settings["target"]),
+        partial(tokenizer_of, made.target),
         partial(build, made, ttft_target=1.0),
     )
 

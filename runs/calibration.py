@@ -32,8 +32,8 @@ from engine.latency.table_file import LatencyTables
 from engine.plant import Plant
 from engine.workload.acceptance_log import AcceptanceLog, LoggedTurn
 from engine.workload.agreement import AgreementModel, MarkovAgreement
-from engine.workload.agreement_law import Agreement
 from engine.workload.fit_agreement import fit_agreement
+from engine.workload.markov import Agreement
 from engine.workload.prompts import Prompts, PromptSource
 from engine.workload.workload import Workload
 from runs import calibration_cells as cells

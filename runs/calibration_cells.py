@@ -24,7 +24,7 @@ from engine.core.state import State
 from engine.latency.table_file import LatencyTables
 from engine.limits import EngineLimits
 from engine.plant import Plant
-from engine.workload.agreement_law import Agreement
+from engine.workload.markov import Agreement
 from engine.workload.prompts import Prompts
 from engine.workload.workload import Workload, offsets, run_lengths
 from runs import folder, live, simulated

@@ -4,7 +4,7 @@ A model of random weights repeats itself after a few tokens, and a second one ne
 random too, and every product is computed in full; but what attention and MLP add to the residual stream is tiny, so the
 hidden state is the embedding of the last token, and the output projection says what follows it. The target's text is
 one cycle through the vocabulary. The drafter ranks candidates for every token, the target's among them or not, with the
-probabilities that it gives them. What is drawn for the tokens along the cycle is what an `AgreementLaw` draws for the
+probabilities that it gives them. What is drawn for the tokens along the cycle is what an `MarkovChain` draws for the
 positions of requests, so that runs of agreements and confidence along an output have that law.
 
 Forward passes, verification and outputs are real, and greedy acceptance has a real drafter's statistics. The text has
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.workload.agreement_law import AgreementLaw
+from engine.workload.markov import MarkovChain
 
 SPECIAL_TOKENS = 3
 """The first ids begin, end or fill a text; no token is followed by one of them."""
@@ -77,7 +77,7 @@ def target_table(vocabulary: int, seed: int) -> Table:
     return Table(successor, successor[:, None], np.full((vocabulary, 1), _CERTAIN), np.zeros(vocabulary, np.int64))
 
 
-def drafter_table(vocabulary: int, seed: int, law: AgreementLaw) -> Table:
+def drafter_table(vocabulary: int, seed: int, law: MarkovChain) -> Table:
     """The drafter's, for the target of the same vocabulary and seed.
 
     The first candidate has the drawn confidence, by which it is the target's token that often. Further ones share what
@@ -118,7 +118,7 @@ def bigram_target(config: Any, seed: int, *, dtype: torch.dtype, device: torch.d
     return _build(config, table, _TARGET_NOISE, (seed, _TARGET), dtype, device)
 
 
-def bigram_drafter(config: Any, seed: int, law: AgreementLaw, *, dtype: torch.dtype, device: torch.device) -> Any:
+def bigram_drafter(config: Any, seed: int, law: MarkovChain, *, dtype: torch.dtype, device: torch.device) -> Any:
     """A drafter for the target of the same seed and vocabulary, which it agrees with as `law` says."""
     table = drafter_table(config.vocab_size, seed, law)
     return _build(config, table, _DRAFTER_NOISE, (seed, _DRAFTER), dtype, device)

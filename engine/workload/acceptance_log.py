@@ -13,7 +13,7 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from engine.workload.agreement import AgreementModel
-from engine.workload.agreement_law import confidence_at
+from engine.workload.markov import confidence_at
 from engine.workload.workload import Workload, WorkloadError, offsets, run_lengths
 
 UNOBSERVED = -1

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from engine.workload.agreement_law import Agreement, AgreementLaw, FittedDrafter, fitted
+from engine.workload.markov import Agreement, FittedDrafter, MarkovChain, fitted
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -25,7 +25,7 @@ class AgreementModel(BaseModel, ABC):
 
     @property
     @abstractmethod
-    def chain(self) -> AgreementLaw:
+    def chain(self) -> MarkovChain:
         """The law that this model stands for."""
 
     def draw(self, seed: int, request: NDArray[np.int64], output_tokens: NDArray[np.int32]) -> Agreement:
@@ -38,42 +38,42 @@ class AgreementModel(BaseModel, ABC):
 
 
 class MarkovAgreement(AgreementModel):
-    """Any `AgreementLaw`, which says what the settings mean."""
+    """A `MarkovChain`, its parameters checked."""
 
     base_mean: Probability
     base_concentration: Positive | None = None
-    easy_share: Probability = 0.0
-    easy_logit: Annotated[float, Field(ge=0.0, le=20.0)] = 0.0
-    persistence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    momentum: Annotated[float, Field(ge=-5.0, le=5.0)] = 0.0
-    rank_exponent: RankExponent = 1.4
-    confidence_concentration: Positive = 2.0
-    confidence_temperature: Positive = 1.0
+    easy_share: Probability = MarkovChain.easy_share
+    easy_logit: Annotated[float, Field(ge=0.0, le=20.0)] = MarkovChain.easy_logit
+    persistence: Annotated[float, Field(ge=0.0, lt=1.0)] = MarkovChain.persistence
+    momentum: Annotated[float, Field(ge=-5.0, le=5.0)] = MarkovChain.momentum
+    rank_exponent: RankExponent = MarkovChain.rank_exponent
+    confidence_concentration: Positive = MarkovChain.confidence_concentration
+    confidence_temperature: Positive = MarkovChain.confidence_temperature
 
     @classmethod
-    def of(cls, law: AgreementLaw) -> Self:
-        """The model of a law."""
-        return cls(**asdict(law))
+    def of(cls, chain: MarkovChain) -> MarkovAgreement:
+        """The model of this law."""
+        return cls(**asdict(chain))
 
     @property
-    def chain(self) -> AgreementLaw:
-        return AgreementLaw(**self.model_dump())
+    def chain(self) -> MarkovChain:
+        return MarkovChain(**dict(self))
 
 
 class IidAgreement(AgreementModel):
     """Every position agrees with probability `alpha`, independently: the textbook model, for tests and baselines.
 
-    Ranks and confidence as in `AgreementLaw`.
+    Ranks and confidence as in `MarkovChain`.
     """
 
     alpha: Probability
-    rank_exponent: RankExponent = 1.4
-    confidence_concentration: Positive = 2.0
-    confidence_temperature: Positive = 1.0
+    rank_exponent: RankExponent = MarkovChain.rank_exponent
+    confidence_concentration: Positive = MarkovChain.confidence_concentration
+    confidence_temperature: Positive = MarkovChain.confidence_temperature
 
     @property
-    def chain(self) -> AgreementLaw:
-        return AgreementLaw(
+    def chain(self) -> MarkovChain:
+        return MarkovChain(
             base_mean=self.alpha,
             rank_exponent=self.rank_exponent,
             confidence_concentration=self.confidence_concentration,
@@ -82,7 +82,7 @@ class IidAgreement(AgreementModel):
 
 
 class DrafterAgreement(AgreementModel):
-    """A drafter's fitted `AgreementLaw` by name, with one knob: how often positions agree on average.
+    """A drafter's fitted `MarkovChain` by name, with one knob: how often positions agree on average.
 
     `mean_agreement` (None = as fitted) moves the base's mean: for domain randomisation and for
     "what if the drafter were better".
@@ -92,5 +92,5 @@ class DrafterAgreement(AgreementModel):
     mean_agreement: Share | None = None
 
     @property
-    def chain(self) -> AgreementLaw:
+    def chain(self) -> MarkovChain:
         return fitted(self.drafter, self.mean_agreement)

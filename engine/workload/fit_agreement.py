@@ -1,8 +1,8 @@
 """Fit the agreement model to acceptance logs: `python -m engine.workload.fit_agreement --logs FILE...`.
 
 Fits by maximum likelihood on half of the questions and prints how well it predicts the other half, then the parameters
-fitted to all of them: what `agreement_law.DRAFTERS` holds. Censoring is exact: after a draft accepted as a whole the
-next position is unobserved and adds nothing to the likelihood, and since draft lengths depend only on what was observed
+fitted to all of them: what `markov.DRAFTERS` holds. Censoring is exact: after a draft accepted as a whole the next
+position is unobserved and adds nothing to the likelihood, and since draft lengths depend only on what was observed
 before them, leaving them out of the likelihood biases nothing.
 """
 
@@ -20,7 +20,8 @@ from scipy.optimize import brentq, minimize
 from scipy.special import expit, logsumexp
 
 from engine.workload.acceptance_log import AcceptanceLog, forward, read_acceptance_log
-from engine.workload.agreement_law import AgreementLaw
+from engine.workload.agreement import IidAgreement
+from engine.workload.markov import MarkovChain
 
 _NODES = 20
 _REPEATS = 20
@@ -29,13 +30,13 @@ LOOP_RUN = 20
 _MOMENTUM = (-1.5, 5.0)
 
 
-def log_likelihood(model: AgreementLaw, log: AcceptanceLog) -> float:
+def log_likelihood(model: MarkovChain, log: AcceptanceLog) -> float:
     """Log-likelihood of all observed positions; each turn's quality is integrated out by quadrature."""
     return _log_likelihood(model, *log.observed())
 
 
-def fit_agreement(log: AcceptanceLog) -> AgreementLaw:
-    """The maximum-likelihood `AgreementLaw` (its rank and confidence settings stay at their defaults)."""
+def fit_agreement(log: AcceptanceLog) -> MarkovChain:
+    """The maximum-likelihood `MarkovChain` (its rank and confidence settings stay at their defaults)."""
     seen, offset = log.observed()
 
     def loss(theta: NDArray[np.float64]) -> float:
@@ -49,7 +50,7 @@ def fit_agreement(log: AcceptanceLog) -> AgreementLaw:
     return _model(min(fits, key=lambda fit: fit.fun).x)
 
 
-def fit_chain_equivalent(log: AcceptanceLog) -> AgreementLaw:
+def fit_chain_equivalent(log: AcceptanceLog) -> MarkovChain:
     """`fit_agreement`, then its base moved until drafts of the log's constant depth are accepted as far as the log's.
 
     For tree drafters: a chain whose agreement does not depend on the depth cannot follow acceptance that first rises
@@ -60,10 +61,10 @@ def fit_chain_equivalent(log: AcceptanceLog) -> AgreementLaw:
     return fitted.shifted(shift)
 
 
-def fit_iid(log: AcceptanceLog) -> AgreementLaw:
+def fit_iid(log: AcceptanceLog) -> MarkovChain:
     """The geometric baseline: one agreement probability for every position of every request."""
     seen, _ = log.observed()
-    return AgreementLaw(base_mean=float((seen == 1).sum() / (seen >= 0).sum()))
+    return IidAgreement(alpha=float((seen == 1).sum() / (seen >= 0).sum())).chain
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def logged_steps(log: AcceptanceLog) -> Steps:
     )
 
 
-def simulated_steps(model: AgreementLaw, log: AcceptanceLog, candidates: int | None = None, seed: int = 0) -> Steps:
+def simulated_steps(model: MarkovChain, log: AcceptanceLog, candidates: int | None = None, seed: int = 0) -> Steps:
     """Steps of the model on the log's output lengths, under the log's own rule for draft lengths (or a constant one).
 
     The rule is recognised by the log: constant, or Hugging Face's heuristic (start at 5, +2 after a draft accepted as a
@@ -111,7 +112,7 @@ def simulated_steps(model: AgreementLaw, log: AcceptanceLog, candidates: int | N
     return Steps(*_decode(drawn.run_length, np.concatenate(([0], np.cumsum(lengths))), constant))
 
 
-def report(name: str, model: AgreementLaw, baseline: AgreementLaw, test: AcceptanceLog) -> str:
+def report(name: str, model: MarkovChain, baseline: MarkovChain, test: AcceptanceLog) -> str:
     """The held-out comparison as text."""
     logged, drawn = logged_steps(test), simulated_steps(model, test)
     flat = simulated_steps(baseline, test)
@@ -174,7 +175,7 @@ def held_out(log: AcceptanceLog) -> NDArray[np.bool_]:
     return np.isin([turn.question_id for turn in log.turns], questions[1::2])
 
 
-def _log_likelihood(model: AgreementLaw, seen: NDArray[np.int8], offset: NDArray[np.int64]) -> float:
+def _log_likelihood(model: MarkovChain, seen: NDArray[np.int8], offset: NDArray[np.int64]) -> float:
     # Gauss-Legendre in v with quality = 3 v^2 - 2 v^3: nodes crowd at both ends, where the unusual turns live.
     nodes, weights = leggauss(_NODES)
     v = 0.5 * (nodes + 1.0)
@@ -182,10 +183,10 @@ def _log_likelihood(model: AgreementLaw, seen: NDArray[np.int8], offset: NDArray
     return float(logsumexp(given, axis=1, b=weights * 3.0 * v * (1.0 - v)).sum())
 
 
-def _model(theta: NDArray[np.float64]) -> AgreementLaw:
+def _model(theta: NDArray[np.float64]) -> MarkovChain:
     """Parameters from an unbounded vector."""
     base, concentration, share, easy, persistence, momentum = (float(value) for value in theta)
-    return AgreementLaw(
+    return MarkovChain(
         base_mean=float(expit(base)),
         base_concentration=float(np.exp(concentration)),
         easy_share=float(expit(share)),

@@ -2,23 +2,31 @@
 
 The same held-out prompts, greedy, B requests in flight, the same budget of c candidate tokens a request in every
 iteration; only their shape and their allocation differ. Prints tokens per iteration and request, and TPOT, as means
-over requests with 95 % intervals of the paired difference to `local` of the same shape.
+over requests with 95 % intervals of the paired difference to `local` of the same shape, and TPOT without candidates;
+with `--out`, writes them as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Literal, NamedTuple
+import gc
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from engine.backends.torch.config import TorchEngineConfig
+from engine.backends.real import tokenizer_of
+from engine.backends.torch.build import build, device_of
 from engine.backends.torch.engine import TorchEngine
-from engine.core.metrics import request_table
+from engine.files import write_whole
 from engine.models.corpus import held_out_prompts
 from engine.speculation.allocation import Speculation
 from tests.bench import measure
+from tests.bench.gpu import device as devices
+from tests.bench.gpu.engines import but, configured, overridden
 
 Allocation = Literal["uniform", "local", "global"]
 
@@ -40,7 +48,6 @@ class Way(NamedTuple):
 
 
 ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "local", "global")
-WAYS = tuple(Way(allocation, branching) for branching in (1, 2, 3) for allocation in ALLOCATIONS)
 
 
 class Served(NamedTuple):
@@ -56,10 +63,10 @@ def serve(engine: TorchEngine, prompts: list[list[int]], candidates: int) -> Ser
     engine.reset()
     numbers = [engine.submit(prompt, NEW_TOKENS) for prompt in prompts]
     engine.run(candidates, TOKEN_BUDGET)
-    table = request_table(engine.state)
-    decoded = table["generated_tokens"] - 1
-    steps = decoded - table["accepted_tokens"]
-    return Served(decoded / steps, table["tpot_s"], [engine.output(number) for number in numbers])
+    rows = engine.state.requests[0, : len(numbers)]
+    decoded = rows["generated"] - 1
+    tpot_s = (rows["last_token"] - rows["first_token"]) / decoded
+    return Served(decoded / (decoded - rows["accepted"]), tpot_s, [engine.output(number) for number in numbers])
 
 
 def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
@@ -73,52 +80,80 @@ def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
 def main(arguments: list[str] | None = None) -> None:
     """Every way at every batch size, in alternating rounds."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.torch_trees")
+    parser.add_argument("--engine", default="torch_small", help="a configuration of conf/engine")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the engine")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--candidates", type=int, nargs="+", default=[4])
-    parser.add_argument("--layers", type=int, default=24, help="layers the shipped target is deepened to")
-    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--branching", type=int, nargs="+", default=[1, 2, 3], help="most children of a candidate")
+    parser.add_argument("--prompts", type=int, default=32, help="at least; twice the batch where that is more")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
-    base = TorchEngineConfig(name="trees", layers=options.layers, num_kv_blocks=1024)
-    cut = held_out_prompts(base.tokenizer(), [PROMPT_TOKENS] * options.prompts, 1)
-    prompts = [prompt.tokens.tolist() for prompt in cut]
+    try:
+        base = configured(options.engine, **(overridden(options.set) | {"device": options.device}))
+        device = device_of(base)
+    except ValueError as problem:
+        parser.error(str(problem))
+    ways = [Way(allocation, branching) for branching in options.branching for allocation in ALLOCATIONS]
+    tokenizer, rows = tokenizer_of(base.target), []
     for batch in options.batches:
-        engine = base.model_copy(update={"max_num_seqs": batch}).build(ttft_target=60.0)
+        count = max(options.prompts, 2 * batch)
+        prompts = [prompt.tokens.tolist() for prompt in held_out_prompts(tokenizer, [PROMPT_TOKENS] * count, 1)]
+        engine = build(but(base, max_num_seqs=batch), ttft_target=60.0)
         for candidates in options.candidates:
-            rounds: dict[Way, list[Served]] = {way: [] for way in WAYS}
+            plain: list[Served] = []
+            rounds: dict[Way, list[Served]] = {way: [] for way in ways}
             for _ in range(1 + options.rounds):
-                for way in WAYS:
+                plain.append(serve(engine, prompts, 0))
+                for way in ways:
                     engine.speculation = Speculation(way.allocation, way.branching)
                     rounds[way].append(serve(engine, prompts, candidates))
-            measure.title(f"B = {batch}, c = {candidates}, {options.prompts} prompts, {options.layers} layers")
-            # What a drafter's probabilities are worth is learnt in the first round.
-            _report({way: served[1:] for way, served in rounds.items()})
+            measure.title(f"{base.name}, B = {batch}, c = {candidates}, {count} prompts")
+            # What a drafter's probabilities are worth is learnt in the first round, and shapes are compiled.
+            found = _compared(_over_rounds(plain[1:]), {way: _over_rounds(all_[1:]) for way, all_ in rounds.items()})
+            rows += [{"batch": batch, "candidates": candidates} | row for row in found]
+        # The next engine's weights and cache may not fit beside this one's.
+        del engine
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if options.out is not None:
+        about = {"engine": vars(base), "machine": devices.about(device), "rows": rows}
+        write_whole(options.out, (json.dumps(about, indent=1) + "\n").encode())
 
 
-def _report(rounds: dict[Way, list[Served]]) -> None:
-    results = {
-        way: Served(
-            served[0].tokens_per_iteration,
-            np.median([one.tpot_s for one in served], axis=0),
-            served[0].outputs,
-        )
-        for way, served in rounds.items()
-    }
-    reference = results[WAYS[0]].outputs
+def _over_rounds(served: list[Served]) -> Served:
+    tpot_s = np.median([one.tpot_s for one in served], axis=0)
+    return Served(served[0].tokens_per_iteration, tpot_s, served[0].outputs)
+
+
+def _compared(plain: Served, results: dict[Way, Served]) -> list[dict[str, Any]]:
+    """Print a line for every way, and return them."""
     print(f"  {'shape':<14}{'allocation':<12}{'tokens/iteration':>26}{'TPOT':>30}{'same output':>14}")
+    print(f"  {'none':<14}{'':<12}{1.0:>8.2f} {'':>17}{1e3 * plain.tpot_s.mean():>9.2f} ms")
+    rows: list[dict[str, Any]] = [{"shape": "none", "tokens_per_iteration": 1.0, "tpot_s": plain.tpot_s.mean()}]
     for way, served in results.items():
         local = results[Way("local", way.branching)]
-        gain = served.tokens_per_iteration - local.tokens_per_iteration
-        slower = served.tpot_s / local.tpot_s - 1.0
+        row = {
+            "shape": way.shape,
+            "allocation": way.allocation,
+            "tokens_per_iteration": served.tokens_per_iteration.mean(),
+            "tpot_s": served.tpot_s.mean(),
+            "same_output": sum(a == b for a, b in zip(served.outputs, plain.outputs, strict=True)),
+        }
         tokens, tpot = "", ""
         if way.allocation != "local":
-            tokens = "({:+.2f} to {:+.2f})".format(*interval(gain))
-            tpot = "({:+.1%} to {:+.1%})".format(*interval(slower))
-        same = sum(a == b for a, b in zip(served.outputs, reference, strict=True))
+            gain = interval(served.tokens_per_iteration - local.tokens_per_iteration)
+            slower = interval(served.tpot_s / local.tpot_s - 1.0)
+            row |= {"tokens_over_local": gain, "tpot_over_local": slower}
+            tokens, tpot = "({:+.2f} to {:+.2f})".format(*gain), "({:+.1%} to {:+.1%})".format(*slower)
+        rows.append(row)
         print(
-            f"  {way.shape:<14}{way.allocation:<12}{served.tokens_per_iteration.mean():>8.2f} {tokens:>17}"
-            f"{1e3 * served.tpot_s.mean():>9.2f} ms {tpot:>17}{same:>9}/{len(reference)}"
+            f"  {way.shape:<14}{way.allocation:<12}{row['tokens_per_iteration']:>8.2f} {tokens:>17}"
+            f"{1e3 * row['tpot_s']:>9.2f} ms {tpot:>17}{row['same_output']:>9}/{len(plain.outputs)}"
         )
+    return rows
 
 
 if __name__ == "__main__":

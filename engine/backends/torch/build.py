@@ -16,7 +16,7 @@ from engine.backends.real import EMBEDDED
 from engine.limits import EngineLimits, Prefill
 from engine.models.shapes import Shape, llama_config, shape_named
 from engine.speculation.allocation import Speculation
-from engine.workload.agreement_law import FittedDrafter, fitted
+from engine.workload.markov import FittedDrafter, fitted
 
 if TYPE_CHECKING:
     # Loading torch takes seconds, which a simulated run has no use for: it is imported where a model is.

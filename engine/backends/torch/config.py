@@ -23,7 +23,7 @@ from engine.limits import EngineLimits, Prefill
 from engine.models.shapes import shape_named
 from engine.speculation.allocation import CHAINS, Speculation
 from engine.workload.agreement import Share
-from engine.workload.agreement_law import FittedDrafter
+from engine.workload.markov import FittedDrafter
 
 if TYPE_CHECKING:
     from engine.backends.torch.engine import TorchEngine
@@ -41,7 +41,7 @@ class TorchEngineConfig(RealEngineConfig):
         drafter: who proposes candidate tokens: `model`, `ngram` (prompt lookup) or `none`.
         drafter_model: folder, hub id, `embedded` or `shape:NAME`; of the target's vocabulary. Read with `drafter=model`
             only.
-        agreement: by whose fitted `AgreementLaw` a drafter that is a shape agrees with a target that is one.
+        agreement: whose fitted `MarkovChain` a drafter that is a shape has with a target that is one.
         mean_agreement: how often they agree on average; None: as fitted.
         weights_seed: of the weights of shapes, and so of their text.
         ngram_shortest, ngram_longest: tokens of the n-grams that prompt lookup matches.

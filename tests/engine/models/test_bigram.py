@@ -28,7 +28,7 @@ from engine.models.bigram import (
 )
 from engine.models.shapes import SHAPES, llama_config
 from engine.speculation.allocation import Speculation
-from engine.workload.agreement_law import DRAFTERS, AgreementLaw, fitted
+from engine.workload.markov import DRAFTERS, MarkovChain, fitted
 from engine.workload.workload import run_lengths
 
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def test_the_text_is_one_cycle_through_all_but_the_special_tokens(vocabulary: in
 @given(st.integers(64, 3000), st.integers(0, 2**32), st.floats(0.05, 0.95))
 @settings(deadline=None)
 def test_a_drafter_ranks_different_tokens_by_falling_probability(vocabulary: int, seed: int, alpha: float) -> None:
-    table = drafter_table(vocabulary, seed, AgreementLaw(base_mean=alpha))
+    table = drafter_table(vocabulary, seed, MarkovChain(base_mean=alpha))
     np.testing.assert_array_equal(table.successor, target_table(vocabulary, seed).successor)
     assert (np.diff(np.sort(table.proposals, axis=1), axis=1) > 0).all()
     assert (table.proposals >= SPECIAL_TOKENS).all()
@@ -126,7 +126,7 @@ def tokens_an_iteration(run_length: NDArray[np.uint8], candidates: int) -> float
 
 
 @pytest.mark.parametrize("law", DRAFTERS.values(), ids=DRAFTERS)
-def test_agreement_along_the_cycle_has_the_law(law: AgreementLaw) -> None:
+def test_agreement_along_the_cycle_has_the_law(law: MarkovChain) -> None:
     """Of positions one after the other, so runs are as long; a draft of 8 tells them from a coin's."""
     table = drafter_table(32_000, SEED, law)
     token, ranks = SPECIAL_TOKENS, np.empty(32_000 - SPECIAL_TOKENS, dtype=np.uint8)

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.workload.acceptance_log import AcceptanceLog, LoggedTurn, read_acceptance_log, replay
-from engine.workload.agreement import DrafterAgreement
-from engine.workload.agreement_law import AgreementLaw
+from engine.workload.agreement import DrafterAgreement, IidAgreement
 from engine.workload.fit_agreement import (
     fit_agreement,
     fit_iid,
@@ -22,6 +21,7 @@ from engine.workload.fit_agreement import (
     simulated_steps,
     without_loops,
 )
+from engine.workload.markov import MarkovChain
 from engine.workload.workload import WorkloadError
 
 ROW = {"question_id": 1, "task": "qa", "turn": 0, "new_tokens": 6, "n_accepted": [2, 0, 1], "k_drafted": [2, 4, 3]}
@@ -130,7 +130,7 @@ def test_the_likelihood_of_an_iid_model_is_the_product_of_its_positions():
     # Observed: four agreements less the one off the end, misses as in the first test.
     seen, _ = log.observed()
     expected = (seen == 1).sum() * np.log(0.7) + (seen == 0).sum() * np.log(0.3)
-    assert log_likelihood(AgreementLaw(base_mean=0.7), log) == pytest.approx(expected)
+    assert log_likelihood(IidAgreement(alpha=0.7).chain, log) == pytest.approx(expected)
 
 
 def synthetic_log(model, turns=200, tokens=200) -> AcceptanceLog:
@@ -143,7 +143,7 @@ def synthetic_log(model, turns=200, tokens=200) -> AcceptanceLog:
 
 
 def test_a_fit_recovers_the_model_that_made_the_log():
-    truth = AgreementLaw(
+    truth = MarkovChain(
         base_mean=0.5, base_concentration=30.0, easy_share=0.3, easy_logit=1.8, persistence=0.95, momentum=0.3
     )
     log = synthetic_log(truth)

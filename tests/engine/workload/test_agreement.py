@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from engine.workload.agreement import DrafterAgreement, IidAgreement, MarkovAgreement
-from engine.workload.agreement_law import DRAFTERS
+from engine.workload.markov import DRAFTERS
 
 MODELS = [IidAgreement(alpha=0.6), DrafterAgreement(), DrafterAgreement(drafter="medusa", mean_agreement=0.5)]
 

@@ -1,4 +1,7 @@
-"""The law by which a drafter agrees with its target, and how agreement is drawn from it."""
+"""The law by which a drafter agrees with its target: a request's quality, and a two-state chain along its positions.
+
+Numbers and kernels alone; `engine.workload.agreement` has the models that a workload is configured with.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class Agreement(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AgreementLaw:
+class MarkovChain:
     """Requests differ (Beta), and within a request hard and easy passages alternate (two-state chain).
 
     Request r has a base h_r ~ Beta(m s, (1 - m) s), with m = `base_mean`, s = `base_concentration` (None: no spread):
@@ -65,6 +68,11 @@ class AgreementLaw:
     rank_exponent: float = 1.4
     confidence_concentration: float = 2.0
     confidence_temperature: float = 1.0
+
+    @property
+    def chain(self) -> MarkovChain:
+        """Itself, as the law that a model of agreement stands for."""
+        return self
 
     def draw(self, seed: int, request: NDArray[np.int64], output_tokens: NDArray[np.int32]) -> Agreement:
         """Agreement for requests numbered `request` (R,) with `output_tokens` (R,) output positions each."""
@@ -105,11 +113,11 @@ class AgreementLaw:
             joint = np.stack((before.sum(axis=2) - agreed, agreed), axis=2)
         return float(joint[:, :, 1].sum(axis=1).mean())
 
-    def shifted(self, by: float) -> AgreementLaw:
+    def shifted(self, by: float) -> MarkovChain:
         """The same model with the logit of the base's mean moved by `by`."""
         return replace(self, base_mean=float(expit(logit(np.clip(self.base_mean, 1e-9, 1 - 1e-9)) + by)))
 
-    def with_mean(self, mean_agreement: float) -> AgreementLaw:
+    def with_mean(self, mean_agreement: float) -> MarkovChain:
         """The same model with the base's mean moved so that positions agree this often on average."""
         return self.shifted(brentq(lambda by: self.shifted(by).mean_agreement - mean_agreement, -12.0, 12.0, xtol=1e-4))
 
@@ -126,17 +134,17 @@ class AgreementLaw:
 
 # Fitted by `python -m engine.workload.fit_agreement` to acceptance logs of greedy Vicuna-7B on Spec-Bench (Xia et al.,
 # 2024; even question ids, no RAG). Errors are held out: fitted to half of the questions, compared with the other half.
-DRAFTERS: dict[FittedDrafter, AgreementLaw] = {
+DRAFTERS: dict[FittedDrafter, MarkovChain] = {
     # Vicuna-68M chain, 238 turns, 35,000 positions seen; two looping turns left out. Tokens an iteration at c = 1..8
     # within 5.2 % (c <= 3: 0.9 %); log-likelihood a position -.630 against -.658 for iid; the spread of the turns' mean
     # accepted tokens is .84 where the log has .69, and the least predictable turns (translation) are not reached.
-    "draft68m": AgreementLaw(
+    "draft68m": MarkovChain(
         base_mean=0.525, base_concentration=60.0, easy_share=0.152, easy_logit=1.439, persistence=0.987, momentum=0.29
     ),
     # EAGLE-1's static tree, depth 5, as the chain that emits as many tokens an iteration (held out: within 5.1 % at
     # depth 1..5). Its negative momentum stands for the tree's narrowing with depth; constant drafts shorter than the
     # tree come out up to 4 % low.
-    "eagle1": AgreementLaw(
+    "eagle1": MarkovChain(
         base_mean=0.923,
         base_concentration=65.0,
         easy_share=0.0084,
@@ -146,21 +154,21 @@ DRAFTERS: dict[FittedDrafter, AgreementLaw] = {
     ),
     # Medusa's tree, depth 4, MT-Bench only, 80 turns, in the same way (held out: within 4.2 %; shorter drafts up to 7 %
     # low). Momentum is at the bound of the fit.
-    "medusa": AgreementLaw(
+    "medusa": MarkovChain(
         base_mean=0.8216, base_concentration=83.6, easy_share=0.035, easy_logit=0.032, persistence=0.056, momentum=-1.5
     ),
 }
 
 
-def fitted(drafter: FittedDrafter, mean_agreement: float | None = None) -> AgreementLaw:
-    """A drafter's law; with `mean_agreement` its base's mean is moved so that positions agree this often on average.
+def fitted(drafter: FittedDrafter, mean_agreement: float | None = None) -> MarkovChain:
+    """A drafter's fitted law; with `mean_agreement` its base's mean is moved so that positions agree so often.
 
     Raises ValueError when that is no share.
     """
+    chain = DRAFTERS[drafter]
     if mean_agreement is not None and not 0.0 < mean_agreement < 1.0:
         raise ValueError(f"mean_agreement={mean_agreement} must be above 0 and below 1")
-    law = DRAFTERS[drafter]
-    return law if mean_agreement is None else law.with_mean(mean_agreement)
+    return chain if mean_agreement is None else chain.with_mean(mean_agreement)
 
 
 @njit(cache=True, error_model="numpy")
@@ -203,7 +211,7 @@ def confidence_at(confidences, probability, agrees, quantile):
 
 @njit(cache=True, error_model="numpy")
 def _fill(seed, request, offset, easy_share, persistence, agree, ranks, confidences, rank, confidence):
-    """Walk every request's chain; `agree`, `ranks` and `confidences` as in `AgreementLaw`."""
+    """Walk every request's chain; `agree`, `ranks` and `confidences` as in `MarkovAgreement`."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     low = np.uint64(0xFFFFFFFF)
     to_unit = 2.0**-32
