@@ -65,7 +65,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     missing = [package for package in APP_PACKAGES if importlib.util.find_spec(package) is None]
     bench = bench_arguments(arguments)
-    if FINISH in arguments or (missing and bench is None):
+    if missing and {"-h", "--help"} & set(arguments):
+        print(__doc__)
+    elif FINISH in arguments or (missing and bench is None):
         from runs import bare
 
         bare.main(profile_arguments(arguments))
