@@ -38,6 +38,9 @@ from runs.measured_folder import (
 
 FEWEST_POINTS = 50
 
+USUAL_POINTS, USUAL_POINTS_GPU = 300, 3000
+"""A GPU's iterations are short, and their times are staircases in every size: graphs and products are padded."""
+
 Progress = Callable[[int, int], Any]
 
 
@@ -63,8 +66,8 @@ def check(wanted: Any, prefill: str) -> None:
         )
     if not wanted.minutes > 0.0:
         raise ValueError(f"minutes={wanted.minutes} must be above 0")
-    if wanted.points < FEWEST_POINTS:
-        raise ValueError(f"points={wanted.points} must be at least {FEWEST_POINTS}")
+    if wanted.points != 0 and wanted.points < FEWEST_POINTS:
+        raise ValueError(f"points={wanted.points} must be at least {FEWEST_POINTS}, or 0 for the usual number")
     if wanted.seed < 0:
         raise ValueError(f"seed={wanted.seed} must be at least 0")
     for key, least in (("prompts", 1), ("prompt_tokens", 1), ("max_tokens", 2)):
@@ -83,12 +86,14 @@ def profile(subject: Subject, wanted: Any, out: Path, progress: Callable[[str], 
         ValueError: the engine cannot be built or is too small for the choices, or `out` holds another profile.
     """
     engine = subject.build()
+    engine.prepare()
     text, prompts = _texts(subject.tokenizer(), wanted)
     # An engine that never drafts plans no candidates, whatever c is.
     choices = tuple(c for c in wanted.actions.candidate_choices if c <= engine.max_candidates)
     space = Space(engine.limits, choices or (0,), max(wanted.actions.budget_choices))
-    points = design(space, wanted.points, wanted.seed)
     about = engine.about()
+    usual = USUAL_POINTS if about["device"] == "cpu" else USUAL_POINTS_GPU
+    points = design(space, wanted.points or usual, wanted.seed)
     identity, clocks = _identity(subject.settings, about), clocks_of(about["device"])
     begin(out / VISITS, points, identity)
     write_machine(out, subject.settings, engine, clocks, wanted.predictor, wanted.seed)

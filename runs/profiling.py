@@ -35,7 +35,7 @@ class Profile(BaseModel):
         engine: the real engine.
         actions: the choices of c and n that the points cover.
         minutes: of measuring iterations; every point is measured once whatever this says.
-        points: iterations to measure.
+        points: iterations to measure; 0 for the usual number, which is larger on a GPU.
         seed: draws the points, their order and the prompts.
         predictor: the regression that controllers predict with, for its held-out error.
         speculation: prompts that are served under every c.
@@ -46,7 +46,7 @@ class Profile(BaseModel):
     engine: TorchEngineConfig | VllmEngineConfig
     actions: ActionGrid = ActionGrid()
     minutes: float = 4.0
-    points: int = 300
+    points: int = 0
     seed: int = 0
     predictor: Forest = MEASURED_FOREST
     speculation: SpeculationPrompts = SpeculationPrompts()
