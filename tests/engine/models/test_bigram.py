@@ -37,14 +37,6 @@ LAW = fitted("draft68m")
 SEED = 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @cache
 def target(dtype: torch.dtype = torch.float32, seed: int = SEED) -> Any:
     return bigram_target(llama_config(SHAPES["mini"]), seed, dtype=dtype, device=CPU)

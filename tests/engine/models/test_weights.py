@@ -11,14 +11,6 @@ from engine.models.heldout import conditional_acceptance, drafter_agreement, gre
 from engine.models.load import DRAFTER_FOLDER, TARGET_FOLDER, WEIGHTS, deepen, load_drafter, load_target, load_tokenizer
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def target():
     return load_target()

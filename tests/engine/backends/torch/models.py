@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 
 from engine.backends.torch.engine import TorchEngine
 from engine.backends.torch.model import PagedModel
@@ -20,6 +21,7 @@ from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.drafter import Drafter, NoDrafter
 from engine.speculation.model import ModelDrafter
 from engine.speculation.ngram import NgramDrafter
+from engine.speculation.tree import Branches
 
 VOCABULARY = 40
 LAYERS = 2
@@ -122,6 +124,16 @@ def _generated(kind: str, prompt: tuple[int, ...], max_tokens: int) -> tuple[int
 def generated(kind: str, prompt: Sequence[int], max_tokens: int) -> list[int]:
     """Greedy output of `model.generate` in float64."""
     return list(_generated(kind, tuple(prompt), max_tokens))
+
+
+def trees(roots: NDArray[np.int64], nodes: int, random: np.random.Generator) -> Branches:
+    """Random trees of so many nodes behind the roots; the first is a chain."""
+    requests = np.arange(len(roots))
+    parents = np.array([[random.integers(-1, node) if i else node - 1 for node in range(nodes)] for i in requests])
+    depths = np.zeros(parents.shape, dtype=np.int32)
+    for node in range(nodes):
+        depths[:, node] = 1 + np.where(parents[:, node] < 0, 0, depths[requests, parents[:, node]])
+    return Branches(roots, parents.astype(np.int32), depths)
 
 
 class ManualClock:

@@ -16,8 +16,7 @@ from engine.backends.torch.engine import TorchEngine
 from engine.backends.torch.model import PagedModel
 from engine.backends.torch.table import CacheTable
 from engine.speculation.ngram import NgramDrafter
-from engine.speculation.tree import Branches
-from tests.engine.backends.torch.models import VOCABULARY, generated, limits, model, prompts
+from tests.engine.backends.torch.models import VOCABULARY, generated, limits, model, prompts, trees
 
 KINDS = ("llama", "qwen2", "mistral_window")
 
@@ -71,13 +70,7 @@ def test_tree_nodes_see_their_ancestors_only(kind: str, nodes: int) -> None:
     seats, roots = np.arange(3), np.array([12, 5, 30])
     for one in pair:
         one.forward(table, seats, 0 * roots, roots, 0 * roots)
-    parents = np.array([[random.integers(-1, node) if seat else node - 1 for node in range(nodes)] for seat in seats])
-    depths = np.zeros((3, nodes), dtype=np.int32)
-    for node in range(nodes):
-        above = np.where(parents[:, node] < 0, 0, depths[seats, parents[:, node]])
-        depths[:, node] = above + 1
-    counts = np.full(3, 1 + nodes)
-    branches = Branches(roots, parents.astype(np.int32), depths)
+    counts, branches = np.full(3, 1 + nodes), trees(roots, nodes, random)
     got, expected = (one.forward(table, seats, roots, counts, counts, branches) for one in pair)
     np.testing.assert_allclose(got.numpy(), expected.numpy(), atol=1e-4)
 

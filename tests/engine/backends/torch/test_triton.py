@@ -24,9 +24,8 @@ from engine.backends.torch.triton_llama import TritonLlama
 from engine.speculation.allocation import Speculation
 from engine.speculation.model import ModelDrafter
 from engine.speculation.sampling import Sampling
-from engine.speculation.tree import Branches
 from tests.engine.backends.torch import models
-from tests.engine.backends.torch.models import VOCABULARY, limits, prompts
+from tests.engine.backends.torch.models import VOCABULARY, limits, prompts, trees
 
 pytest.importorskip("triton")
 
@@ -126,13 +125,7 @@ def test_tree_nodes_see_their_ancestors_only(processors: int, monkeypatch: pytes
     seats, roots = np.arange(3), np.array([12, 5, 30])
     for one in pair:
         one.forward(table, seats, 0 * roots, roots, 0 * roots)
-    parents = np.array([[random.integers(-1, node) if seat else node - 1 for node in range(nodes)] for seat in seats])
-    depths = np.zeros((3, nodes), dtype=np.int32)
-    for node in range(nodes):
-        above = np.where(parents[:, node] < 0, 0, depths[seats, parents[:, node]])
-        depths[:, node] = above + 1
-    counts = np.full(3, 1 + nodes)
-    branches = Branches(roots, parents.astype(np.int32), depths)
+    counts, branches = np.full(3, 1 + nodes), trees(roots, nodes, random)
     got, expected = (one.forward(table, seats, roots, counts, counts, branches).cpu() for one in pair)
     np.testing.assert_allclose(got.numpy(), expected.numpy(), atol=1e-4)
 
