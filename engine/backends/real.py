@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engine.backends.clock import Clock, WallClock
 from engine.core import state as core
 from engine.core.live import append, grown
-from engine.core.scheduler import advance_clock, has_work, release
+from engine.core.scheduler import arrive
 from engine.core.telemetry import Observation, allocate_observation
 from engine.latency.design import Point
 from engine.latency.measured_fit import MemoryFigures
@@ -208,11 +208,10 @@ class RealEngine(ABC):
     def _release(self, now: float) -> bool:
         """Let arrivals join the queue; whether anybody wants anything."""
         before = int(self.state.engines["released"][0])
-        advance_clock(self.state, 0, now)
-        release(self.state, 0)
+        unfinished = arrive(self.state, 0, now)
         self._arrived(range(before, int(self.state.engines["released"][0])))
         self._earliest = max(self._earliest, math.nextafter(now, math.inf))
-        return bool(has_work(self.state, 0))
+        return bool(unfinished)
 
     def _arrived(self, rows: range) -> None:  # noqa: B027 - only who has a queue beside the table needs it
         """The requests of these rows joined the queue."""

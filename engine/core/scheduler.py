@@ -102,6 +102,14 @@ def has_work(state, e):
 
 
 @kernel
+def arrive(state, e, now):
+    """Move the clock to `now` and let who has arrived join the queue; returns `has_work`."""
+    advance_clock(state, e, now)
+    release(state, e)
+    return has_work(state, e)
+
+
+@kernel
 def preempt_latest(state, e):
     """Take the blocks of the running request that arrived last; it recomputes its context when it returns."""
     engine = state.engines[e]

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.backends.torch.build import build, device_of, target_tokenizer
+from engine.backends.real import tokenizer_of
+from engine.backends.torch.build import build, device_of
 from engine.backends.torch.engine import TorchEngine
 from engine.files import write_whole
 from engine.models.corpus import held_out_prompts
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as problem:
         parser.error(str(problem))
     ways = [Way(allocation, branching) for branching in options.branching for allocation in ALLOCATIONS]
-    words, rows = target_tokenizer(base), []
+    words, rows = tokenizer_of(base.target), []
     for batch in options.batches:
         count = max(options.prompts, 2 * batch)
         prompts = [prompt.tokens.tolist() for prompt in held_out_prompts(words, [PROMPT_TOKENS] * count, 1)]

@@ -294,7 +294,7 @@ class TorchEngine(RealEngine):
                 emitted.append([])
                 continue
             generation = self._generations[number]
-            tokens = [chosen[row] if generation.sampling.greedy else _drawn(generation, logits, row)]
+            tokens = [chosen[row] if generation.greedy else _drawn(generation, logits, row)]
             emitted.append(tokens[: generation.until_stop(tokens)] if generation.may_stop else tokens)
             row += 1
         return emitted
@@ -314,6 +314,10 @@ class TorchEngine(RealEngine):
             choices, first_row[: decodes + 1], drafts.tokens, drafts.parents, paths, accepted[:decodes], reach[:decodes]
         )
         taken, lengths = drafts.tokens[np.arange(decodes)[:, None], paths].tolist(), accepted[:decodes].tolist()
+        # A token's row comes one after that of the root.
+        rows = np.concatenate((np.full((decodes, 1), -1, dtype=np.int32), paths), axis=1)
+        last = 1 + rows[np.arange(decodes), accepted[:decodes]]
+        following = choices[first_row[:decodes] + last].tolist()
         emitted: list[list[int]] = []
         for i, number in enumerate(planned.numbers.tolist()):
             generation, first = self._generations[number], int(first_row[i])
@@ -321,11 +325,9 @@ class TorchEngine(RealEngine):
                 if not planned.completes[i]:
                     emitted.append([])
                     continue
-                tokens = [int(choices[first]) if generation.sampling.greedy else _drawn(generation, logits, first)]
-            elif generation.sampling.greedy:
-                length = lengths[i]
-                last = 1 + paths[i, length - 1] if length else 0
-                tokens = [*taken[i][:length], int(choices[first + last])]
+                tokens = [int(choices[first]) if generation.greedy else _drawn(generation, logits, first)]
+            elif generation.greedy:
+                tokens = [*taken[i][: lengths[i]], following[i]]
             else:
                 nodes = int(drafts.counts[i])
                 weights = generation.sampling.probabilities(logits[first : first + 1 + nodes].double().cpu().numpy())

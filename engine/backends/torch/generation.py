@@ -31,16 +31,19 @@ class Generation:
     output: list[int] = field(default_factory=list)
     stopped: bool = False
     """Whether a stop token or `ending` has ended the output."""
+    greedy: bool = field(init=False)
+    """Whether its next token is the most probable one."""
+    may_stop: bool = field(init=False)
+    """Whether anything but its limit can end the output."""
+
+    def __post_init__(self) -> None:
+        self.greedy = self.sampling.greedy
+        self.may_stop = bool(self.stop) or self.ending is not None
 
     @property
     def tokens(self) -> NDArray[np.int32]:
         """Prompt and output."""
         return np.concatenate((self.prompt, np.array(self.output, dtype=np.int32)))
-
-    @property
-    def may_stop(self) -> bool:
-        """Whether anything but its limit can end the output."""
-        return bool(self.stop) or self.ending is not None
 
     def until_stop(self, tokens: list[int]) -> int:
         """How many of the next `tokens` belong to the output, which may be `stopped` by them; to be asked once."""

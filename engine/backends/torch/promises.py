@@ -69,4 +69,7 @@ class Promises:
 
     def known(self, tokens: NDArray[np.integer]) -> NDArray[np.int64]:
         """Tokens of any shape with those that were promised before the last `settle` filled in."""
-        return np.where(tokens < 0, self._known[np.maximum(-1 - tokens, 0)], tokens)
+        promised = tokens < 0
+        if promised.all():
+            return self._known[-1 - tokens]
+        return np.where(promised, self._known[np.maximum(-1 - tokens, 0)], tokens)
