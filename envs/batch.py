@@ -121,6 +121,7 @@ class ServingBatch(Episodes):
             self.simulator.observe(e, observation)
 
     def step(self, actions: NDArray[np.int64]) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_]]:
+        """See `Episodes.step`: every environment's next iteration, all at once."""
         simulator = self.simulator
         self._check_actions(actions)
         observation = simulator.new_observation()

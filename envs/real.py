@@ -70,6 +70,7 @@ class RealEpisodes(Episodes):
     def reset(
         self, envs: Sequence[int], rngs: Sequence[np.random.Generator], workloads: Sequence[Given] | None = None
     ) -> None:
+        """See `Episodes.reset`: the engine starts anew on the prompts of the one environment."""
         prompts: Prompts = self._made(self._origins_of(rngs, workloads)[0])
         engine = self.engine
         if self._clock is None:
@@ -99,6 +100,7 @@ class RealEpisodes(Episodes):
         return np.array([engine["tpot_cost"], engine["violations"], engine["lateness"]])
 
     def step(self, actions: NDArray[np.int64]) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_]]:
+        """See `Episodes.step`: iterations are run for real."""
         clock = self._clock
         if clock is None:
             raise RuntimeError("call reset() before anything else")

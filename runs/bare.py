@@ -77,21 +77,20 @@ def _subject(section: dict[str, Any]) -> measuring.Subject:
         raise MistakeError(
             f"engine: {section['_target_']} cannot be profiled without hydra-core, omegaconf and pydantic: install them"
         )
-    settings = {key: value for key, value in section.items() if key not in ("_target_", "profile")}
-    check_settings(settings)
-    made = SimpleNamespace(**settings)
+    made = engine_settings(section)
     return measuring.Subject(
-        settings,
+        vars(made),
         partial(tokenizer_of, made.target),
         partial(build, made, ttft_target=1.0),
     )
 
 
-def check_settings(settings: dict[str, Any]) -> None:
-    """Refuse settings of a torch engine that lack a key or hold an impossible value. Raises MistakeError naming it.
+def engine_settings(section: dict[str, Any]) -> SimpleNamespace:
+    """A torch engine's settings as attributes. Raises MistakeError naming a missing key or an impossible value.
 
     `torch_tiny` lists every setting, each of its kind.
     """
+    settings = {key: value for key, value in section.items() if key not in ("_target_", "profile")}
     listed = read_choice("engine", COMPLETE)
     missing = [key for key in listed if key not in settings and key not in ("_target_", "profile")]
     if missing:
@@ -111,6 +110,7 @@ def check_settings(settings: dict[str, Any]) -> None:
         may_be_zero = key in MAY_BE_ZERO or listed[key] == 0
         if type(value) in (int, float) and (value < 0 or (value == 0 and not may_be_zero)):
             raise MistakeError(f"engine.{key}={value}: must be above 0")
+    return SimpleNamespace(**settings)
 
 
 def _wanted(config: dict[str, Any]) -> SimpleNamespace:

@@ -48,8 +48,7 @@ def measure(
 
     What the file holds already is not measured again; a last line that was cut off by a kill is dropped.
     `identity` names what else the measurement depends on. What `sensors` gives is noted with each visit, right behind
-    its iterations. `on_progress` gets (done, total) in points for the first
-    round, then in seconds.
+    its iterations. `on_progress` gets (done, total) in points for the first round, then in seconds.
 
     Raises:
         AnotherProfileError: the file holds visits of other points, or of another engine.

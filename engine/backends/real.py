@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engine.backends.clock import Clock, WallClock
 from engine.core import state as core
-from engine.core.live import append, grown
+from engine.core.live import append, for_limits, grown
 from engine.core.scheduler import arrive
 from engine.core.telemetry import Observation, allocate_observation
 from engine.latency.design import Point
@@ -105,16 +105,7 @@ class RealEngine(ABC):
         clock: Clock | None,
     ) -> None:
         self.limits, self.max_candidates, self.queue_rows = limits, max_candidates, queue_rows
-        self.state = core.allocate(
-            1,
-            64,
-            total_blocks=limits.total_blocks,
-            block_size=limits.block_size,
-            watermark_blocks=limits.watermark_blocks,
-            max_num_seqs=limits.max_num_seqs,
-            ttft_target=ttft_target,
-            prefill=limits.prefill,
-        )
+        self.state = for_limits(limits, 64, ttft_target)
         """One engine; its totals and timelines are what was served."""
         self.clock: Clock = WallClock() if clock is None else clock
         self.emitted: list[tuple[int, list[int]]] = []

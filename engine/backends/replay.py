@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core import state as core
-from engine.core.live import append, cancel, stop_after
+from engine.core.live import append, cancel, for_limits, stop_after
 from engine.core.redistribute import redistribute
 from engine.core.scheduler import advance_clock, commit, plan, release
 from engine.core.state import State
@@ -90,16 +89,7 @@ def replay(
     Raises `ReplayError` when the engine plans another batch than the one recorded, which means that `limits` are not
     those of the recorded engine.
     """
-    state = core.allocate(
-        1,
-        max(1, len(recording.requests)),
-        total_blocks=limits.total_blocks,
-        block_size=limits.block_size,
-        watermark_blocks=limits.watermark_blocks,
-        max_num_seqs=limits.max_num_seqs,
-        ttft_target=ttft_target,
-        prefill=limits.prefill,
-    )
+    state = for_limits(limits, max(1, len(recording.requests)), ttft_target)
     for arrival, prompt, output in recording.requests:
         append(state, 0, arrival, prompt, output)
     decodes: NDArray[np.int64] = np.array(recording.decodes, dtype=np.int64).reshape(-1, 3)

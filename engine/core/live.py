@@ -13,7 +13,22 @@ from numpy.typing import NDArray
 from engine.compiled import kernel
 from engine.core.blocks import give_back
 from engine.core.scheduler import drop_finished, skip_cancelled
-from engine.core.state import CANCELLED, DECODING, FINISHED, NOT_ADMITTED, PREEMPTED, PREFILLING, State
+from engine.core.state import CANCELLED, DECODING, FINISHED, NOT_ADMITTED, PREEMPTED, PREFILLING, State, allocate
+from engine.limits import EngineLimits
+
+
+def for_limits(limits: EngineLimits, num_requests: int, ttft_target: float) -> State:
+    """One empty engine within these limits, with room for so many requests; `ttft_target` in s."""
+    return allocate(
+        1,
+        num_requests,
+        total_blocks=limits.total_blocks,
+        block_size=limits.block_size,
+        watermark_blocks=limits.watermark_blocks,
+        max_num_seqs=limits.max_num_seqs,
+        ttft_target=ttft_target,
+        prefill=limits.prefill,
+    )
 
 
 def grown(state: State, num_requests: int) -> State:

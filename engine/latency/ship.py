@@ -51,7 +51,7 @@ def table_document(folder: Path, name: str) -> dict[str, Any]:
         "schema": document["schema"],
         "name": name,
         "model": _model(engine["target"]),
-        "drafter_model": _model(engine["drafter_model"]) if engine["drafter"] == "model" else engine["drafter"],
+        "drafter_model": _drafter(engine),
         "gpu": provenance["device"],
         **{key: part for key, part in document.items() if key not in ("schema", "name", "provenance")},
         "provenance": {**provenance, "held_out_error": errors},
@@ -66,10 +66,11 @@ def engine_yaml(folder: Path, name: str, pattern: str) -> str:
     Raises ShipError when the folder is no finished profile.
     """
     provenance = _json(folder / "table.json")["provenance"]
+    engine = provenance["engine"]
     settings = _settings(folder / "engine.yaml") | {"name": name, "latency": name}
     given = {key: str(settings[key]) for key in MEASURED}
-    models = " with a ".join(_model(provenance["engine"][key]) for key in ("target", "drafter_model"))
-    lines = [f"# {models} drafter on one {provenance['device']}, measured whole by runs.profile."]
+    models = f"{_model(engine['target'])} with a {_drafter(engine)} drafter"
+    lines = [f"# {models} on one {provenance['device']}, measured whole by runs.profile."]
     for line in pattern.splitlines():
         key = line.partition(":")[0]
         if key in given:
@@ -114,6 +115,11 @@ def ship(folder: Path, name: str, tables: Path, engines: Path, *, replace: bool 
 def _model(source: str) -> str:
     """`vicuna_7b` of `shape:vicuna_7b`, and the last part of a path or a hub id."""
     return source.removeprefix("shape:").rstrip("/").rpartition("/")[2]
+
+
+def _drafter(engine: dict[str, Any]) -> str:
+    """The drafter's model, or what drafts in place of one."""
+    return _model(engine["drafter_model"]) if engine["drafter"] == "model" else str(engine["drafter"])
 
 
 def _settings(path: Path) -> dict[str, Any]:

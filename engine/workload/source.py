@@ -90,6 +90,7 @@ class TraceSource(WorkloadSource):
         return f"{stem(self.path)}{options}{self._suffix()}"
 
     def draw(self, seed: int) -> Workload:
+        """The recorded requests; `seed` draws the agreements that the record does not have."""
         trace = prepare_trace(
             read_trace(self.path, self.zero_output),
             start_s=self.start_s,

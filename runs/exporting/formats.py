@@ -178,6 +178,7 @@ class Trtllm(Format):
     file: ClassVar[str] = "llm_api.yaml"
 
     def files(self, schedule: Schedule, deployment: Deployment) -> dict[str, str]:
+        """See `Format.files`."""
         options: dict[str, Any] = {
             "max_batch_size": schedule.max_num_seqs,
             "max_num_tokens": schedule.total_budget,

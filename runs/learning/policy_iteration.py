@@ -98,6 +98,7 @@ class _Iteration:
         self.begun_at = self.saved_at = time.perf_counter()
 
     def go(self, on_progress: Progress | None) -> dict[str, Any]:
+        """Learn to the end, going on from the folder's checkpoint where there is one; returns the summary of it."""
         saved = load_checkpoint(self.folder, self.training.fingerprint)
         if saved is not None:
             self.__dict__.update(saved["state"])

@@ -56,6 +56,7 @@ class Run(BaseCallback):
         self.begun_at = self.saved_at = time.perf_counter()
 
     def go(self) -> dict[str, Any]:
+        """Learn to the end, going on from the folder's checkpoint where there is one; returns the summary of it."""
         saved = load_checkpoint(self.folder, self.settings.fingerprint)
         learner = self.learner
         if saved is None:

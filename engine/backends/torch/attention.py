@@ -108,17 +108,12 @@ class Pool:
 
         self.num_blocks, self.block_size = num_blocks, block_size
         alike = len({(shape.kv_heads, shape.key_width, shape.value_width) for shape in shapes}) == 1
-        self._pieces: list[Tensor]
+        groups = [shapes] if alike else [[shape] for shape in shapes]
+        keys = [zeros(len(group), group[0].kv_heads, group[0].key_width) for group in groups]
+        values = [zeros(len(group), group[0].kv_heads, group[0].value_width) for group in groups]
+        self._pieces = keys + values
         """Tensors (layers or 1, blocks * kv_heads, block_size * width) that the layers' own are views of."""
-        if alike:
-            heads, key_width, value_width = shapes[0].kv_heads, shapes[0].key_width, shapes[0].value_width
-            self._pieces = [zeros(len(shapes), heads, key_width), zeros(len(shapes), heads, value_width)]
-            self.keys, self.values = (list(piece.unbind()) for piece in self._pieces)
-        else:
-            keys = [zeros(1, shape.kv_heads, shape.key_width) for shape in shapes]
-            values = [zeros(1, shape.kv_heads, shape.value_width) for shape in shapes]
-            self._pieces = keys + values
-            self.keys, self.values = ([piece[0] for piece in pieces] for pieces in (keys, values))
+        self.keys, self.values = ([layer for piece in pieces for layer in piece] for pieces in (keys, values))
         self._buffers = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
 
     def gather(self, layer: int, index: Tensor) -> tuple[Tensor, Tensor]:

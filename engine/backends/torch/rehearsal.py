@@ -61,9 +61,6 @@ class Rehearsal:
         self._outputs = {number: len(engine.output(number)) for number in self._sources}
         arrays = [array for array in (*engine.state, *vars(engine.table).values()) if isinstance(array, np.ndarray)]
         self._saved = [(array, array.copy()) for array in arrays]
-        if engine.model.device.type == "cuda":
-            # What a shape makes the device compile or capture at first is not part of an iteration.
-            self.run()
 
     def run(self) -> Timing:
         """The arranged iteration once."""

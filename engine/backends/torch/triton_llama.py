@@ -68,9 +68,10 @@ class TritonLlama:
         self.codes = np.zeros(0, dtype=np.int64)
         """(rows,) what the latest forward chose, by the negative ids of `Promises`."""
         self._pool: Pool | None = None
-        self._layout = Layout(0, 0, 0, 0, 0)
-        self._memory = torch.zeros(0, dtype=torch.int32, device=self._device)
-        self._staging = Staging(self._layout, self._device, self.promises)
+        # Made for a cache and a table by `_follow`.
+        self._layout: Layout
+        self._memory: Tensor
+        self._staging: Staging
         self._cos = self._sin = torch.zeros(0, self._width // 2, device=self._device)
 
     @staticmethod
@@ -162,9 +163,9 @@ class TritonLlama:
 
     def join(self, promises: Promises) -> None:
         """Promise in the same room as another model, so that both are read at once."""
-        self.graphs.forget()
         self.promises = promises
-        self._staging = Staging(self._layout, self._device, promises)
+        # The next forward makes anew what was made for the old one.
+        self._pool = None
 
     def _follow(self, pool: Pool, table: CacheTable) -> None:
         """Make ready for another cache, or a table of another size."""

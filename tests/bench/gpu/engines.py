@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from runs.bare import check_settings
+from runs.bare import engine_settings
 from runs.bare_config import read_choice
 from runs.endings import MistakeError
 
@@ -22,12 +22,7 @@ def configured(name: str, **overrides: Any) -> Settings:
     Raises:
         MistakeError: no such file, or a setting that the engine refuses; the message names it.
     """
-    settings = read_choice("engine", name)
-    settings.pop("_target_", None)
-    settings.pop("profile", None)
-    settings |= overrides
-    check_settings(settings)
-    return Settings(**settings)
+    return engine_settings(read_choice("engine", name) | overrides)
 
 
 def but(settings: Settings, **overrides: Any) -> Settings:
