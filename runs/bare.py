@@ -80,7 +80,7 @@ def _subject(section: dict[str, Any]) -> measuring.Subject:
     made = engine_settings(section)
     return measuring.Subject(
         vars(made),
-        partial(tokenizer_of, made.target),
+        partial(tokenizer_of, made.target, made.trust_remote_code),
         partial(build, made, ttft_target=1.0),
     )
 

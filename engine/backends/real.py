@@ -255,8 +255,8 @@ class RealEngine(ABC):
         """Let go of what it holds; it serves no more."""
 
 
-def tokenizer_of(model: str) -> Any:
-    """The tokenizer of a folder, a hub id, the embedded model or a shape."""
+def tokenizer_of(model: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder, a hub id, the embedded model or a shape. Raises ModelFilesError."""
     shape = shape_named(model)
     if shape is not None:
         return shape_tokenizer(shape)
@@ -264,9 +264,9 @@ def tokenizer_of(model: str) -> Any:
         from engine.models.load import load_tokenizer
 
         return load_tokenizer()
-    from transformers import AutoTokenizer
+    from engine.models.load import load_pretrained_tokenizer
 
-    return AutoTokenizer.from_pretrained(model)
+    return load_pretrained_tokenizer(model, trust_remote_code=trust_remote_code)
 
 
 def warm_up(engine: RealEngine, prompts: Prompts) -> None:

@@ -23,6 +23,7 @@ class RealEngineConfig(BaseModel, ABC):
         block_size: tokens per KV block.
         profile: the engine yaml that `runs.profile` wrote for this engine on this machine, from which controllers
             predict iteration times; None: there is none, and controllers that predict are refused.
+        trust_remote_code: run Python code that a model's folder or hub page brings with it. Nobody is asked.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,6 +36,7 @@ class RealEngineConfig(BaseModel, ABC):
     max_model_len: Annotated[int, Field(ge=2)] = 2048
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16
     profile: Path | None = None
+    trust_remote_code: bool = False
 
     @property
     def variant(self) -> str:

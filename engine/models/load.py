@@ -1,4 +1,4 @@
-"""The two embedded models and their tokenizer, read from the package's own files: nothing is downloaded."""
+"""Models and tokenizers of Hugging Face folders and hub ids, and the two embedded in the package."""
 
 from __future__ import annotations
 
@@ -14,9 +14,62 @@ TARGET_FOLDER = WEIGHTS / "target"
 DRAFTER_FOLDER = WEIGHTS / "drafter"
 
 
+class ModelFilesError(ValueError):
+    """A model or tokenizer cannot be read; the message says of which folder or hub id, and why."""
+
+
+def load_pretrained(source: str, dtype: str = "auto", *, trust_remote_code: bool = False) -> Any:
+    """The causal language model of a folder or hub id. Code that comes with it runs only with `trust_remote_code`.
+
+    Raises ModelFilesError, also where weights are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, info = _read(AutoModelForCausalLM, source, trust_remote_code, dtype=dtype, output_loading_info=True)
+    for kind in ("missing_keys", "mismatched_keys"):
+        if names := sorted(str(entry) for entry in info.get(kind, ())):
+            raise ModelFilesError(
+                f"{source}: {kind.removesuffix('_keys')} weights: {', '.join(names[:3])}"
+                + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            )
+    return model
+
+
+def load_pretrained_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub id, as `load_pretrained` reads models."""
+    from transformers import AutoTokenizer
+
+    return _read(AutoTokenizer, source, trust_remote_code)
+
+
+def _read(kind: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
+    """`kind.from_pretrained`, its many errors as one. It never asks anything on the terminal."""
+    path = Path(source).expanduser()
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        if not path.is_dir():
+            raise ModelFilesError(f"{source}: no such folder (from {Path.cwd()})")
+    elif not path.exists():
+        path = Path(source)
+    if path.is_file():
+        raise ModelFilesError(f"{source}: a file; give the folder that holds the model's config.json and weights")
+    what = "model" if "Model" in kind.__name__ else "tokenizer"
+    try:
+        return kind.from_pretrained(str(path), trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # whatever a damaged file makes of the reader
+        if "trust_remote_code" in str(error):
+            reason = "it comes with Python code of its own, which runs only with engine.trust_remote_code=true"
+        elif not path.exists():
+            reason = (
+                "no such folder, and the Hugging Face hub gave no such model (no network, no such id, or no access); "
+                "give a local folder or download the model first"
+            )
+        else:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ModelFilesError(f"{source}: its {what} cannot be read: {reason}") from error
+
+
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A model of a local folder in evaluation mode, its weights cast to `dtype`. Raises FileNotFoundError."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     if not (folder / "model.safetensors").is_file():
@@ -27,7 +80,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        model = load_pretrained(str(folder))
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -46,9 +99,7 @@ def load_drafter(dtype: torch.dtype = torch.float32) -> Any:
 
 def load_tokenizer(folder: Path = TARGET_FOLDER) -> Any:
     """The byte-level BPE tokenizer that both models share."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return load_pretrained_tokenizer(str(folder))
 
 
 def deepen(model: Any, layers: int = 24) -> Any:
@@ -61,6 +112,8 @@ def deepen(model: Any, layers: int = 24) -> Any:
     cost is real; only the depth is not earned by training. `model` itself is left as it is. Raises ValueError if it has
     more than `layers` layers, or layers without those projections.
     """
+    if not isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList):
+        raise ValueError(f"layers={layers}: {type(model).__name__} cannot be deepened: it is not built as Llama is")
     own = model.config.num_hidden_layers
     if layers < own:
         raise ValueError(f"layers={layers}: the model has {own} layers already; give at least as many")
@@ -86,7 +139,7 @@ def _idle_copy(layer: Any) -> Any:
     try:
         outputs = (idle.self_attn.o_proj, idle.mlp.down_proj)
     except AttributeError as error:
-        raise ValueError(f"{type(layer).__name__} has no self_attn.o_proj and mlp.down_proj to set to zero") from error
+        raise ValueError(f"{type(layer).__name__} cannot be deepened: no self_attn.o_proj and mlp.down_proj") from error
     for projection in outputs:
         for parameter in projection.parameters():
             nn.init.zeros_(parameter)

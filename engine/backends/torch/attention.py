@@ -23,7 +23,7 @@ from engine.backends.torch.pack import EXACT_ROWS, Pack
 
 NAME = "governor_paged"
 
-_UNKNOWN = ("position_bias", "head_mask", "indices", "block_indices", "sinks", "alibi")
+_UNKNOWN = ("attention_mask", "position_bias", "head_mask", "indices", "block_indices", "sinks", "alibi")
 """What layers may ask of attention beyond scale, window, softcap and sinks, and does not get here."""
 
 
@@ -65,6 +65,8 @@ def _attention(
         raise RuntimeError(f"attention {NAME!r} works only inside a forward of PagedModel")
     if "sliding_window" not in options:
         options["sliding_window"] = getattr(module, "sliding_window", None)
+    # No mask is made for this function: one that comes is the layer's own.
+    options["attention_mask"] = attention_mask
     return _current.step.attend(query, key, value, scaling, options), None
 
 

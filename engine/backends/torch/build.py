@@ -80,9 +80,8 @@ def build(
     """Load the models and return the engine; its clock starts when this returns.
 
     Raises:
-        ValueError: no such device, a drafter of another vocabulary, a model that cannot be run
-            (`UnsupportedModelError`).
-        OSError: no such model.
+        ValueError: no such device, a drafter of another vocabulary, a model that cannot be read (`ModelFilesError`)
+            or run (`UnsupportedModelError`).
     """
     import torch
 
@@ -117,9 +116,9 @@ def _load(settings: Any, source: str, embedded: Callable[[torch.dtype], Any], *,
         return _random_weights(settings, shape, drafts)
     if source == EMBEDDED:
         return embedded(torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype))
-    from transformers import AutoModelForCausalLM
+    from engine.models.load import load_pretrained
 
-    return AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype)
+    return load_pretrained(source, settings.dtype, trust_remote_code=settings.trust_remote_code)
 
 
 def _random_weights(settings: Any, shape: Shape, drafts: bool) -> Any:
@@ -142,7 +141,12 @@ def _paged(settings: Any, model: Any, limits: EngineLimits) -> PagedModel:
 
     blocks = CacheTable(limits).num_blocks
     return PagedModel(
-        model.to(device_of(settings)), blocks, limits.block_size, fused=settings.fused, exact=settings.exact
+        model.to(device_of(settings)),
+        blocks,
+        limits.block_size,
+        fused=settings.fused,
+        exact=settings.exact,
+        max_model_len=limits.max_model_len,
     )
 
 

@@ -33,7 +33,7 @@ class TorchEngineConfig(RealEngineConfig):
     """A Hugging Face model with its drafter, run for real on this machine.
 
     Args:
-        name, max_num_seqs, max_model_len, block_size, profile: see `RealEngineConfig`.
+        name, max_num_seqs, max_model_len, block_size, profile, trust_remote_code: see `RealEngineConfig`.
         target: a local folder, a hub id, `embedded` for the target that ships with the project, or `shape:NAME` for an
             architecture of `engine.models.shapes` with random weights (`engine.models.bigram`).
         layers: deepen the target to this many layers, which change its cost and not its output (`engine.models.deepen`
@@ -112,7 +112,7 @@ class TorchEngineConfig(RealEngineConfig):
 
     def tokenizer(self) -> Any:
         """The target's tokenizer."""
-        return tokenizer_of(self.target)
+        return tokenizer_of(self.target, self.trust_remote_code)
 
     def build(
         self, *, ttft_target: float, queue_rows: int = 64, clock: Clock | None = None, record: bool = False

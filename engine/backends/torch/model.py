@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,15 @@ In float64 too, some models take their softmax in float32 (Gemma 2).
 
 ROUNDED = 2
 """Logits may differ by so many units in their last place before the difference counts."""
+
+REACH = re.compile(r"window|chunk|keep|local_attention|span|stride|block_size|topk|floor_scale")
+"""Settings of a model that may say how far back its attention sees, or from which position it does something else."""
+
+CHECKED_ROWS = 8
+"""Logits compared before and behind each such position."""
+
+CHECKED_CHUNK = 512
+"""Most tokens of a packed forward of a long comparison."""
 
 STRETCHED_ROPE = ("dynamic", "longrope")
 """Kinds of rotary embedding whose angles change for all positions once a forward holds a later one."""
@@ -57,10 +69,20 @@ class PagedModel:
             in float32, `TritonLlama` on a GPU, `FusedLlama` otherwise.
         exact: for tests. A float64 copy of the model, and shapes that make every row's result independent of what else
             is in the batch, bit for bit.
+        max_model_len: most tokens of a request; None: as many as the cache holds. Every figure of the model's
+            configuration below it that may bound attention (`reaches`) is passed once by the check, at the cost of
+            about two prompts of that length.
     """
 
     def __init__(
-        self, model: Any, num_blocks: int, block_size: int, *, fused: bool = True, exact: bool = False
+        self,
+        model: Any,
+        num_blocks: int,
+        block_size: int,
+        *,
+        fused: bool = True,
+        exact: bool = False,
+        max_model_len: int | None = None,
     ) -> None:
         self.model = (copy.deepcopy(model).double() if exact else model).eval()
         self.exact = exact
@@ -71,16 +93,22 @@ class PagedModel:
         self.vocab_size: int = text.vocab_size
         _check_rope(self.model, num_blocks * block_size)
         shapes = _probe(self.model, text.num_hidden_layers, self.vocab_size)
+        most = min(num_blocks * block_size, max_model_len or num_blocks * block_size)
+        self._reaches = reaches(text, most)
+        past = (reach + min(reach, CHECKED_CHUNK) for reach in self._reaches.values())
+        self._longest = min(most, max(past, default=0))
         self.fused: Way | None = None
         self._defers = False
-        if fused:
-            self.fused = self._shorter_way(shapes)
-        if self.fused is None and not (error := self._packing_error(shapes)) <= self._tolerance:
+        try:
+            if fused:
+                self.fused = self._shorter_way(shapes)
+            found = "" if self.fused is not None else self._problem(shapes)
+        except Exception as error:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__}: logits of a packed forward over a paged cache differ from a plain "
-                f"forward's by {error:.2g} of their standard deviation. It attends in a way that the paged cache does "
-                "not do; choose another model"
-            )
+                f"{type(self.model).__name__} does not run over a paged cache ({_said(error)})"
+            ) from error
+        if found:
+            raise UnsupportedModelError(f"{type(self.model).__name__}: {found}; choose another model")
         self.pool = Pool(shapes, num_blocks, block_size, self.dtype, self.device)
 
     @classmethod
@@ -95,10 +123,10 @@ class PagedModel:
         fused: bool = True,
         exact: bool = False,
     ) -> PagedModel:
-        """Load a local folder or a hub id; see the class for the rest."""
-        from transformers import AutoModelForCausalLM
+        """Load a local folder or a hub id; see the class for the rest. Raises ModelFilesError."""
+        from engine.models.load import load_pretrained
 
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = load_pretrained(str(source), dtype)
         return cls(model.to(device), num_blocks, block_size, fused=fused, exact=exact)
 
     def forward(
@@ -197,44 +225,109 @@ class PagedModel:
         for way in ways:
             if way.supports(self.model, shapes):
                 self.fused = way(self.model, shapes)
-                if self._packing_error(shapes) <= self._tolerance:
+                if not self._problem(shapes):
                     return self.fused
                 self.fused = None
         return None
 
-    @property
-    def _tolerance(self) -> float:
-        return TOLERANCE.get(self.dtype, 0.05)
+    def _problem(self, shapes: list[LayerShape]) -> str:
+        """Why a packed forward is not the plain one; empty where their logits agree."""
+        tolerance = TOLERANCE.get(self.dtype, 0.05)
+        lengths, parts = (5, 19, 40), ((3, 15, 16), (1, 4, 20), (1, 0, 4))
+        error, where = self._packing_error(shapes, lengths, parts, parts), ""
+        if error <= tolerance and self._longest > max(lengths):
+            counts, keep = _passing(list(self._reaches.values()), self._longest)
+            error = self._packing_error(shapes, (self._longest,), counts, keep)
+            named = ", ".join(f"{name}={value}" for name, value in self._reaches.items())
+            where = f", past what its configuration bounds ({named}) in a text of {self._longest} tokens"
+        if error <= tolerance:
+            return ""
+        if math.isnan(error):
+            return "its logits are not finite, so its weights are damaged or too large for its dtype"
+        return (
+            f"logits of a packed forward over a paged cache differ from a plain forward's by {error:.2g} of their "
+            f"standard deviation{where}. It attends in a way that the paged cache does not do"
+        )
 
-    def _packing_error(self, shapes: list[LayerShape]) -> float:
+    def _packing_error(
+        self,
+        shapes: list[LayerShape],
+        lengths: Sequence[int],
+        parts: Sequence[Sequence[int]],
+        keep: Sequence[Sequence[int]],
+    ) -> float:
         """Largest difference between logits of packed chunks and of plain forwards, in their standard deviations.
 
         What rounding the logits themselves may make of it is taken off: one that stands far out is rounded coarsely.
+
+        Args:
+            shapes: of the layers.
+            lengths: tokens of each text.
+            parts: by forward, how many tokens of each text it runs.
+            keep: by forward, the last of these whose logits are compared.
         """
-        lengths, parts = (5, 19, 40), ((3, 15, 16), (1, 4, 20), (1, 0, 4))
-        pool = Pool(shapes, 16, 16, self.dtype, self.device)
-        limits = EngineLimits(15, pool.block_size, 0, len(lengths), 64)
+        size, random = 16, np.random.default_rng(1)
+        width = -(-max(lengths) // size)
+        limits = EngineLimits(len(lengths) * width, size, 0, len(lengths), width * size)
         table = CacheTable(limits)
-        table.blocks[: len(lengths), :4] = np.random.default_rng(0).permutation(12).reshape(3, 4)
-        random = np.random.default_rng(1)
-        plain, packed = [], []
+        pool = Pool(shapes, table.num_blocks, size, self.dtype, self.device)
+        blocks = np.random.default_rng(0).permutation(limits.total_blocks)
+        table.blocks[: len(lengths), :width] = blocks.reshape(len(lengths), width)
+        plain: list[Tensor] = []
         for seat, length in enumerate(lengths):
             table.tokens[seat, :length] = random.integers(0, self.vocab_size, length)
             ids = torch.from_numpy(table.tokens[seat : seat + 1, :length].astype(np.int64)).to(self.device)
+            ends = np.cumsum([part[seat] for part in parts]).tolist()
+            rows = np.concatenate([np.arange(end - kept[seat], end) for end, kept in zip(ends, keep, strict=True)])
+            wanted = torch.from_numpy(rows).to(self.device)
             with torch.inference_mode():
-                plain.append(self.model(input_ids=ids, use_cache=False).logits[0])
-        starts = np.zeros(len(lengths), dtype=np.int64)
-        for part in parts:
-            counts = np.array(part, dtype=np.int64)
+                plain.append(self.model(input_ids=ids, use_cache=False, logits_to_keep=wanted).logits[0])
+        starts, done = np.zeros((2, len(lengths)), dtype=np.int64)
+        packed: list[Tensor] = []
+        for part, kept in zip(parts, keep, strict=True):
+            counts, rows = np.array(part, dtype=np.int64), np.array(kept, dtype=np.int64)
             seats = np.flatnonzero(counts)
-            logits = self._forward(pool, table, seats, starts[seats], counts[seats], counts[seats])
-            for seat, rows in zip(seats.tolist(), logits.split(counts[seats].tolist()), strict=True):
-                begin = int(starts[seat])
-                expected = plain[seat][begin : begin + len(rows)]
+            logits = self._forward(pool, table, seats, starts[seats], counts[seats], rows[seats])
+            for seat, found in zip(seats.tolist(), logits.split(rows[seats].tolist()), strict=True):
+                expected = plain[seat][done[seat] : done[seat] + len(found)]
                 rounding = ROUNDED * torch.finfo(self.dtype).eps * expected.abs()
-                packed.append(((rows - expected).abs() - rounding).clamp_min(0.0))
+                packed.append(((found - expected).abs() - rounding).clamp_min(0.0))
             starts += counts
+            done += rows
         return float(torch.cat(packed).max() / torch.cat(plain).std())
+
+
+def reaches(config: Any, most: int) -> dict[str, int]:
+    """Figures of a model's configuration, by key, past which its attention may differ and a request may come.
+
+    Windows, chunks, tokens kept, and the like, above 1 and below `most` tokens.
+    """
+    found = {}
+    for name, value in config.to_dict().items():
+        entries = value if isinstance(value, list | tuple) else (value,)
+        figures = [entry for entry in entries if type(entry) is int and 1 < entry < most]
+        if REACH.search(name) and figures:
+            found[name] = max(figures)
+    return found
+
+
+def _passing(reaches: Sequence[int], length: int) -> tuple[list[tuple[int]], list[tuple[int]]]:
+    """Tokens of each forward of one text, and of these the last that are compared: around each reach and at the end."""
+    edges = {place for reach in reaches for place in (reach, reach + CHECKED_ROWS) if place < length} | {length}
+    counts, keep, start = [], [], 0
+    for edge in sorted(edges):
+        while edge - start > CHECKED_CHUNK:
+            counts.append((CHECKED_CHUNK,))
+            keep.append((0,))
+            start += CHECKED_CHUNK
+        counts.append((edge - start,))
+        keep.append((min(CHECKED_ROWS, edge - start),))
+        start = edge
+    return counts, keep
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _check_rope(model: Any, most_tokens: int) -> None:
@@ -262,9 +355,7 @@ def _probe(model: Any, layers: int, vocab_size: int) -> list[LayerShape]:
             ids = torch.arange(4, device=model.device)[None] % vocab_size
             model(input_ids=ids, position_ids=torch.arange(4, device=model.device)[None], use_cache=False)
     except Exception as problem:
-        raise UnsupportedModelError(
-            f"{name} does not run with its attention replaced ({type(problem).__name__}: {problem})"
-        ) from problem
+        raise UnsupportedModelError(f"{name} does not run with its attention replaced ({_said(problem)})") from problem
     if len(step.shapes) != layers:
         raise UnsupportedModelError(
             f"{name}: {len(step.shapes)} of {layers} layers called transformers' attention interface, through which "

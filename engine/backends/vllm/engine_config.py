@@ -28,8 +28,8 @@ class VllmEngineConfig(RealEngineConfig):
     scheduled before the one before it is seen.
 
     Args:
-        name, max_num_seqs, max_model_len, block_size, profile: see `RealEngineConfig`. On a processor `block_size` is a
-            multiple of 32.
+        name, max_num_seqs, max_model_len, block_size, profile, trust_remote_code: see `RealEngineConfig`. On a
+            processor `block_size` is a multiple of 32.
         target: a local folder, a hub id, or `embedded` for the target that ships with the project.
         drafter: who proposes candidate tokens: `model`, `ngram` (vLLM's prompt lookup) or `none`.
         drafter_model: folder, hub id or `embedded`; of the target's vocabulary. Read with `drafter=model` only.
@@ -101,7 +101,7 @@ class VllmEngineConfig(RealEngineConfig):
 
     def tokenizer(self) -> Any:
         """The target's tokenizer."""
-        return tokenizer_of(self.target)
+        return tokenizer_of(self.target, self.trust_remote_code)
 
     def build(self, *, ttft_target: float, queue_rows: int = 64, clock: Clock | None = None) -> VllmEngine:
         """Start vLLM in this process and return the engine; its clock starts when this returns.
@@ -138,6 +138,7 @@ class VllmEngineConfig(RealEngineConfig):
         cache_bytes = self.kv_cache_memory_bytes or (CPU_CACHE_BYTES if on_processor else None)
         return {
             "model": target,
+            "trust_remote_code": self.trust_remote_code,
             "speculative_config": None if self.drafter == "none" else speculation,
             "dtype": self.dtype,
             "enforce_eager": self.enforce_eager,
