@@ -1,15 +1,122 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and readers that name the file when it is damaged."""
 
+from __future__ import annotations
+
+import io
+import json
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class FileFaultError(ValueError):
+    """A file cannot be read or written; the message names it and says why."""
+
+
+@contextmanager
+def reading(path: str | Path, maker: str = "") -> Iterator[None]:
+    """Passes whatever a missing or damaged file makes of its reader on as a FileFaultError, on one line.
+
+    Args:
+        path: the file read within.
+        maker: what writes such files anew, as an end of the message.
+    """
+    hint = f"; {maker}" if maker else ""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileFaultError(f"{path}: no such file{hint}") from error
+    except OSError as error:
+        raise FileFaultError(f"{path}: cannot be read: {error.strerror or _said(error)}{hint}") from error
+    except FileFaultError:
+        raise
+    except Exception as error:
+        what = f"no {error}" if isinstance(error, KeyError) else _said(error)
+        raise FileFaultError(f"{path}: damaged, or no such file as is expected here ({what}){hint}") from error
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Gives an OSError the name of the file that was written within, which errors of writing lack."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror or _said(error)}", str(path)) from error
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its final name, then rename it; folders on the way are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file beside its final name, then rename it; folders on the way are made. Raises OSError naming it."""
     partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        finally:
+            remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Remove a file if it can be."""
     try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    except OSError:
+        return
+
+
+def read_json(path: Path, maker: str = "") -> Any:
+    """A JSON file's content. Raises FileFaultError."""
+    with reading(path, maker):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_arrays(path: Path, names: Iterable[str], maker: str = "") -> dict[str, NDArray[Any]]:
+    """Arrays of a `.npz`. Raises FileFaultError, also where one is missing."""
+    with reading(path, maker), np.load(path, allow_pickle=False) as stored:
+        return {name: stored[name] for name in names}
+
+
+def write_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """A compressed `.npz`, whole or not there."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
+    write_whole(path, content.getvalue())
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """A parquet file with checksums, whole or not there; equal tables give equal bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    content = pa.BufferOutputStream()
+    pq.write_table(table, content, compression="zstd", write_statistics=False, write_page_checksum=True)
+    write_whole(path, content.getvalue().to_pybytes())
+
+
+def read_table(path: str | Path, columns: Iterable[str] | None = None, maker: str = "") -> pa.Table:
+    """A parquet file, or columns of it, its checksums verified. Raises FileFaultError, also for a missing column."""
+    import pyarrow.parquet as pq
+
+    with reading(path, maker):
+        # Opened here: the reader gives its message without the file's name, and a folder would be a data set.
+        with open(path, "rb") as file:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            wanted = None if columns is None else list(columns)
+            for name in wanted or ():
+                if name not in parquet.schema_arrow.names:
+                    raise FileFaultError(f"{path}: column '{name}' is missing")
+            table = parquet.read(columns=wanted, use_threads=False)
+        table.validate(full=True)
+        return table
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -11,7 +11,6 @@ shipped tables of the same cards are checked.
 import logging
 from pathlib import Path
 
-import hydra
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -59,7 +58,7 @@ def job(config: DictConfig) -> None:
     log.info("Card: %s", out / calibration_page.PAGE)
 
 
-main = hydra.main(version_base=None, config_path="../conf", config_name="calibrate")(job)
+main = mistakes.app("calibrate")(job)
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,6 @@ import logging
 import math
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
@@ -55,7 +54,7 @@ def _interval(figures: tuple[float, float, float]) -> str:
     return f"{mean:.3f}" + ("" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]")
 
 
-main = hydra.main(version_base=None, config_path="../conf", config_name="capacity")(job)
+main = mistakes.app("capacity")(job)
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,6 @@ import json
 import logging
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -40,7 +39,7 @@ def job(config: DictConfig) -> None:
         log.info("written to %s", out)
 
 
-main = hydra.main(version_base=None, config_path="../conf", config_name="distill")(job)
+main = mistakes.app("distill")(job)
 
 if __name__ == "__main__":
     main()

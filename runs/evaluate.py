@@ -11,7 +11,6 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -93,7 +92,7 @@ def job(config: DictConfig) -> None:
         _say(evaluate(config, out, dict(HydraConfig.get().runtime.choices)), out)
 
 
-main = hydra.main(version_base=None, config_path="../conf", config_name="evaluate")(job)
+main = mistakes.app("evaluate")(job)
 
 if __name__ == "__main__":
     main()

@@ -10,7 +10,6 @@ import logging
 import math
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
@@ -89,7 +88,7 @@ def _relative(paired: PairedDifference | None) -> str:
     return f"{100 * (paired.ratio - 1):+.1f}{interval} %"
 
 
-main = hydra.main(version_base=None, config_path="../conf", config_name="export")(job)
+main = mistakes.app("export")(job)
 
 if __name__ == "__main__":
     main()

@@ -2,30 +2,137 @@
 
 import difflib
 import logging
+import os
 import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+import hydra
 import hydra.utils
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from omegaconf import DictConfig
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from runs import endings
+from runs import bare_config, endings
 from runs.endings import MistakeError, named, one_line
 
-__all__ = ["MistakeError", "ending", "explain", "instantiate", "named"]
+__all__ = ["MistakeError", "app", "ending", "explain", "instantiate", "named"]
+
+Task = Callable[[DictConfig], Any]
 
 T = TypeVar("T")
+
+_NO_CHOICE = re.compile(
+    r"Could not find '([^']+)'(?:\s+Available options in '[^']+':\s+(.*?)\s*(?:Config search path|\Z))?", re.S
+)
+_NO_KEY = re.compile(r"Could not (?:override|delete from config\.) '([^']+)'|is not in struct\s+full_key: (\S+)")
+
+NEAR = 0.5
+"""Least likeness of a key that is offered for a mistyped one."""
 
 _FULL_KEY = re.compile(r"full_key: (\S+)")
 
 
 def wants_traceback() -> bool:
     """Whether the user asked for tracebacks: HYDRA_FULL_ERROR=1 or hydra.verbose=true."""
-    return endings.wants_traceback() or bool(HydraConfig.get().verbose)
+    return endings.wants_traceback() or (HydraConfig.initialized() and bool(HydraConfig.get().verbose))
+
+
+def app(name: str) -> Callable[[Task], Callable[[], None]]:
+    """Make a Hydra job the command of the app with the configuration `conf/NAME.yaml`.
+
+    What Hydra refuses of a command line, and what the system refuses before a job begins, are one message that names
+    the nearest key or choice, and exit status 2.
+    """
+
+    def decorate(job: Task) -> Callable[[], None]:
+        main = hydra.main(version_base=None, config_path="../conf", config_name=name)(job)
+
+        def command() -> None:
+            # A failing log file would print a traceback at every line.
+            logging.raiseExceptions = endings.wants_traceback()
+            # Hydra itself then raises what it would print otherwise.
+            os.environ[endings.FULL_ERROR] = "1"
+            try:
+                main()
+            except (HydraException, OmegaConfBaseException, OSError, MistakeError) as error:
+                if wants_traceback():
+                    raise
+                said = endings.of_system(error) if isinstance(error, OSError) else refused(error, name, sys.argv[1:])
+                print(f"E {said}", file=sys.stderr)
+                sys.exit(2)
+
+        return command
+
+    return decorate
+
+
+def refused(error: Exception, name: str, words: Sequence[str]) -> str:
+    """What Hydra or OmegaConf refuses, on one line, with what could have been meant instead."""
+    said = str(error)
+    if found := _NO_KEY.search(said):
+        key = found.group(1) or found.group(2)
+        return f"{key}: unknown key{_meant(key, _keys(name, words))}"
+    if found := _NO_CHOICE.search(said):
+        group, _, choice = found.group(1).rpartition("/")
+        known = (found.group(2) or "").split()
+        near = difflib.get_close_matches(choice, known, n=1)
+        there = f"there are {', '.join(known)}" if known else "there is no such group"
+        return f"{group}={choice}: no such choice; {f'did you mean {near[0]}?' if near else there}"
+    if found := re.search(r"Error parsing override '(.*)'\n(.*)", said):
+        word, reason = found.groups()
+        return f"{word}: not of the form key=value ({reason}); quote it as in 'key=\"value\"' if it holds , : {{ [ or ="
+    if found := re.search(r"Ambiguous value for argument '(.*)'", said):
+        word = found.group(1)
+        key, _, value = word.partition("=")
+        return f"{word}: several values: add -m to run one job for each, or give a list as '{key}=[{value}]'"
+    return one_line(error).split(" full_key:")[0]
+
+
+def _meant(wrong: str, known: Sequence[str]) -> str:
+    """The end of a message on a key that is not among the known ones."""
+    section, _, last = wrong.rpartition(".")
+    siblings = [key for key in known if key.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.0) if section in known or not section else []
+    if near and difflib.SequenceMatcher(None, last, near[0].rpartition(".")[2]).ratio() < NEAR:
+        near = []
+    # The right name in another section, or in one whose name is mistyped.
+    elsewhere = [key for key in known if key.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(wrong, elsewhere, n=1, cutoff=NEAR) or elsewhere[:1]
+    if not near and section and section not in known:
+        near = difflib.get_close_matches(section, [key for key in known if "." not in key], n=1, cutoff=NEAR)
+    if near:
+        return f"; did you mean {near[0]}?"
+    names = [key.rpartition(".")[2] for key in siblings or [key for key in known if "." not in key]]
+    return f"; {section if siblings and section else 'the configuration'} has {', '.join(names)}" if names else ""
+
+
+def _keys(name: str, words: Sequence[str]) -> list[str]:
+    """All keys of the configuration that the command line chooses, as far as it can be composed."""
+    groups = [
+        word for word in words if (bare_config.CONF / word.lstrip("+~").partition("=")[0]).is_dir() and "," not in word
+    ]
+    for overrides in (groups, []):
+        try:
+            GlobalHydra.instance().clear()
+            with hydra.initialize_config_dir(str(bare_config.CONF), version_base=None):
+                config = hydra.compose(name, overrides)
+            return [*_below(OmegaConf.to_container(config, resolve=False), "")]
+        except (HydraException, OmegaConfBaseException):
+            continue
+    return []
+
+
+def _below(section: Any, prefix: str) -> Iterator[str]:
+    for key, value in section.items() if isinstance(section, dict) else ():
+        if key != "_target_":
+            yield f"{prefix}{key}"
+            yield from _below(value, f"{prefix}{key}.")
 
 
 def instantiate(config: DictConfig, kind: type[T]) -> T:
@@ -53,29 +160,71 @@ def ending(log: logging.Logger, interrupted: str) -> AbstractContextManager[None
     return endings.ending(log, interrupted, wants_traceback)
 
 
+_OTHER_CLASS = ("model_type", "model_class_type", "dataclass_type", "dataclass_exact_type", "is_instance_of")
+"""Pydantic's errors for an object of another class, one for each member of a union."""
+
+_KEY_PART = re.compile(r"(?!(?:int|float|str|bool|none)$)[a-z_]\w*$|\d+$")
+"""Parts of a place that are keys; the others say which member of a union was tried."""
+
+
 def explain(error: ValidationError, prefix: str, config: DictConfig | None = None) -> str:
     """A pydantic error as one line per key: `engine.max_num_seqs=0: Input should be greater than ...`."""
-    return "\n".join(_line(entry, prefix, config) for entry in error.errors())
+    lines: dict[str, list[str]] = {}
+    others: dict[str, list[str]] = {}
+    for entry in error.errors():
+        key = ".".join([*([prefix] if prefix else []), *_place(entry)])
+        if entry["type"] in _OTHER_CLASS and not isinstance(entry["input"], dict | str | int | float | list | None):
+            others.setdefault(key, []).append(str(entry.get("ctx", {}).get("class_name") or entry["ctx"]["class"]))
+            continue
+        line = _line(entry, key, prefix, config)
+        if line not in lines.setdefault(key, []):
+            lines[key].append(line)
+    said = [line for found in lines.values() for line in found]
+    for key, kinds in others.items():
+        choices = _choices(key, kinds)
+        wanted = f"choose {key}={', '.join(choices)}" if choices else f"a {' or '.join(kinds)} is needed"
+        said.append(f"{key}: {_chosen(key)}cannot be used here; {wanted}")
+    return "\n".join(said)
 
 
-def _line(entry: Any, prefix: str, config: DictConfig | None) -> str:
-    key = ".".join([*([prefix] if prefix else []), *(str(part) for part in entry["loc"])])
+def _place(entry: Any) -> list[str]:
+    return [str(part) for part in entry["loc"] if _KEY_PART.match(str(part))]
+
+
+def _chosen(group: str) -> str:
+    choice = HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
+    return f"{group}={choice} " if choice else ""
+
+
+def _choices(group: str, kinds: Sequence[str]) -> list[str]:
+    """The choices of a group that are made into one of these classes."""
+    found = []
+    for path in sorted((bare_config.CONF / group).glob("*.yaml")):
+        try:
+            target = str(bare_config.read_choice(group, path.stem).get("_target_", ""))
+        except MistakeError:
+            continue
+        if target.rpartition(".")[2] in kinds:
+            found.append(path.stem)
+    return found
+
+
+def _line(entry: Any, key: str, prefix: str, config: DictConfig | None) -> str:
     message = entry["msg"].removeprefix("Value error, ")
+    last = str(entry["loc"][-1]) if entry["loc"] else ""
     if entry["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{key}: unknown key{_known(prefix, str(entry['loc'][-1]), config)}"
+        return f"{key}: unknown key{_known(prefix, last, config)}"
     if entry["type"] == "missing":
         return f"{key}: must be given"
-    if entry["loc"] and message.startswith(f"{entry['loc'][-1]}="):
-        return key.removesuffix(str(entry["loc"][-1])) + message
-    if entry["loc"] and not isinstance(entry["input"], dict | BaseModel):
+    if last and message.startswith(f"{last}="):
+        return key.removesuffix(last) + message
+    if last and not isinstance(entry["input"], dict | BaseModel):
         return f"{key}={entry['input']!r}: {message}"
     return f"{key}: {message}" if key else message
 
 
 def _known(prefix: str, wrong: str, config: DictConfig | None) -> str:
     """What could have been meant, from the model that the section is made into."""
-    from omegaconf import OmegaConf
-
     section = config if config is None or not prefix else OmegaConf.select(config, prefix)
     target = section.get("_target_") if isinstance(section, DictConfig) else None
     model = hydra.utils.get_class(target) if target else None

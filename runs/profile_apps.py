@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
@@ -59,5 +58,5 @@ def _pair(errors: dict[str, float]) -> str:
     return ", ".join(f"{100 * errors[key]:+.1f}" for key in ("tpot_mean_s", "ttft_mean_s")) if errors else ""
 
 
-measure = hydra.main(version_base=None, config_path="../conf", config_name="profile")(job)
-calibrate = hydra.main(version_base=None, config_path="../conf", config_name="from_vllm_bench")(bench_job)
+measure = mistakes.app("profile")(job)
+calibrate = mistakes.app("from_vllm_bench")(bench_job)

@@ -9,7 +9,6 @@ import logging
 import sys
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -59,7 +58,7 @@ def job(config: DictConfig) -> None:
             sys.exit(1)
 
 
-main = hydra.main(version_base=None, config_path="../conf", config_name="serve")(job)
+main = mistakes.app("serve")(job)
 
 if __name__ == "__main__":
     main()

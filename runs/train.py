@@ -9,7 +9,6 @@ import json
 import logging
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -47,7 +46,7 @@ def job(config: DictConfig) -> None:
         log.info("written to %s", out)
 
 
-main = hydra.main(version_base=None, config_path="../conf", config_name="train")(job)
+main = mistakes.app("train")(job)
 
 if __name__ == "__main__":
     main()
