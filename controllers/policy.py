@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -197,8 +196,8 @@ def read_stored(
             header = json.loads(str(stored[HEADER]))
             version = header.get("schema_version")
             arrays = {name: stored[name] for name in names if version == schema}
-    except (OSError, KeyError, ValueError, EOFError, AttributeError, BadZipFile) as error:
-        raise PolicyError(f"{path} is no {kind} that python -m {maker} wrote: {error}") from error
+    except Exception as error:  # whatever a damaged file makes of numpy
+        raise PolicyError(f"{path} is no {kind} that python -m {maker} wrote, or damaged: {_said(error)}") from error
     if version != schema:
         raise PolicyError(
             f"{path} has schema {version}, this version reads {schema}: make it anew with python -m {maker}"
@@ -206,11 +205,15 @@ def read_stored(
     return path, header, arrays
 
 
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _header(path: Path, plain: Any) -> Header:
     try:
         header = Header.model_validate(plain)
     except ValidationError as error:
-        raise PolicyError(f"{path} is no policy that python -m runs.train wrote: {error}") from error
+        raise PolicyError(f"{path} is no policy that python -m runs.train wrote: {_said(error)}") from error
     now = input_names(header.layout, header.actions, header.residual)
     if header.features != now:
         gone = sorted(set(header.features) - set(now))

@@ -130,7 +130,7 @@ def load_table(name_or_path: str) -> tuple[TableHeader, Table]:
     try:
         return TableHeader.model_validate(plain), Table(**arrays)
     except ValidationError as error:
-        raise PolicyError(f"{path} is no table that python -m runs.distill wrote: {error}") from error
+        raise PolicyError(f"{path} is no table that python -m runs.distill wrote, or damaged") from error
 
 
 @configured

@@ -21,6 +21,10 @@ class FileFaultError(ValueError):
     """A file cannot be read or written; the message names it and says why."""
 
 
+class WriteError(OSError):
+    """A file cannot be written; `filename` is its final name."""
+
+
 @contextmanager
 def reading(path: str | Path, maker: str = "") -> Iterator[None]:
     """Passes whatever a missing or damaged file makes of its reader on as a FileFaultError, on one line.
@@ -48,8 +52,10 @@ def writing(path: str | Path) -> Iterator[None]:
     """Gives an OSError the name of the file that was written within, which errors of writing lack."""
     try:
         yield
+    except WriteError:
+        raise
     except OSError as error:
-        raise OSError(error.errno, f"cannot be written: {error.strerror or _said(error)}", str(path)) from error
+        raise WriteError(error.errno, f"cannot be written: {error.strerror or _said(error)}", str(path)) from error
 
 
 def write_whole(path: Path, content: bytes) -> None:

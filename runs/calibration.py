@@ -27,7 +27,7 @@ from engine.backends.torch.config import TorchEngineConfig
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.core.metrics import request_table
-from engine.files import write_whole
+from engine.files import read_arrays, read_json, write_whole
 from engine.latency.table_file import LatencyTables
 from engine.plant import Plant
 from engine.workload.acceptance_log import AcceptanceLog, LoggedTurn
@@ -303,8 +303,8 @@ def agreement_model(path: Path) -> AgreementModel:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; python -m runs.profile writes it beside the engine yaml")
-    with np.load(path) as measured:
-        return MarkovAgreement.of(fit_agreement(as_log(path, measured["rank"], measured["offset"])))
+    measured = read_arrays(path, ("rank", "offset"))
+    return MarkovAgreement.of(fit_agreement(as_log(path, measured["rank"], measured["offset"])))
 
 
 def as_log(path: Path, rank: NDArray[np.uint8], offset: NDArray[np.int64]) -> AcceptanceLog:
@@ -345,7 +345,7 @@ def _held_out(profile: Path | None) -> dict[str, dict[str, float]]:
     path = Path(profile or "").parent / CARD
     if not path.is_file():
         return {}
-    held_out: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    held_out: dict[str, dict[str, float]] = read_json(path)
     return held_out
 
 

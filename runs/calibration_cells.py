@@ -1,6 +1,5 @@
 """One real run of a calibration: served and recorded, kept on disk, read back, replayed, and simulated."""
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from controllers.controller import Controller
@@ -21,6 +19,7 @@ from engine.backends.torch.engine import TorchEngine
 from engine.config import EngineConfig
 from engine.core.metrics import request_table, summarize
 from engine.core.state import State
+from engine.files import read_arrays, read_json, read_table, write_arrays
 from engine.latency.table_file import LatencyTables
 from engine.limits import EngineLimits
 from engine.plant import Plant
@@ -98,20 +97,19 @@ def serve(
     out.mkdir(parents=True, exist_ok=True)
     assert engine.recording is not None
     engine.recording.save(out / RECORDING)
-    np.savez_compressed(out / AGREEMENT, rank=found["rank"], confidence=found["confidence"])
+    write_arrays(out / AGREEMENT, {name: found[name] for name in ("rank", "confidence")})
     requests = request_table(served.state)
     folder.write_run(out, settings, summary, requests, served.iterations, [asdict(output) for output in outputs])
 
 
 def read(out: Path) -> RealRun:
     """What `serve` left."""
-    table = pq.read_table(out / folder.REQUESTS)
+    table = read_table(out / folder.REQUESTS)
     requests = {name: table[name].to_numpy() for name in table.column_names}
-    with np.load(out / AGREEMENT) as found:
-        rank, confidence = found["rank"], found["confidence"]
+    rank, confidence = read_arrays(out / AGREEMENT, ("rank", "confidence")).values()
     return RealRun(
         requests=requests,
-        summary=json.loads((out / folder.SUMMARY).read_text(encoding="utf-8")),
+        summary=read_json(out / folder.SUMMARY),
         recording=Recording.load(out / RECORDING),
         agreement=Agreement(run_lengths(rank, offsets(requests["output_tokens"])), rank, confidence),
     )

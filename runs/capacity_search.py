@@ -20,7 +20,7 @@ from engine.backends.torch.config import TorchEngineConfig
 from engine.backends.vllm.engine_config import VllmEngineConfig
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
-from engine.files import write_whole
+from engine.files import reading, write_whole
 from engine.workload.source import WorkloadSource
 from runs.code import code_digest
 from runs.evaluation import Evaluation, LookupFit, Targets
@@ -232,9 +232,11 @@ def _probes(path: Path, identity: str) -> Iterator[tuple[dict[tuple[int, float],
     known: dict[tuple[int, float], Probe] = {}
     title = json.dumps({"identity": identity})
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        with reading(path):
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         if lines and lines[0] == title + "\n":
-            kept = [Probe(**json.loads(line)) for line in lines[1:] if line.endswith("\n")]
+            with reading(path, "remove it to begin anew"):
+                kept = [Probe(**json.loads(line)) for line in lines[1:] if line.endswith("\n")]
             known = {(probe.seed, probe.rate_scale): probe for probe in kept}
         else:
             log.warning("%s holds runs of other settings or other code: beginning anew", path)

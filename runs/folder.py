@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+from engine.files import remove, write_table, writing
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
@@ -32,7 +33,19 @@ def write_run(
     Where there is a summary, everything it speaks of is there; a run that is killed leaves none. The parquet files
     depend on their contents alone, so that equal runs are equal byte by byte.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder, config, summary, requests, iterations, outputs)
+
+
+def _write(
+    folder: Path,
+    config: str,
+    summary: dict[str, Any],
+    requests: dict[str, NDArray[Any]],
+    iterations: NDArray[np.void] | None,
+    outputs: Sequence[dict[str, Any]] | None,
+) -> None:
     partial = {name: folder / f".{name}.partial" for name in (CONFIG, REQUESTS, ITERATIONS, OUTPUTS, SUMMARY)}
     try:
         partial[CONFIG].write_text(config, encoding="utf-8")
@@ -55,11 +68,11 @@ def write_run(
             os.replace(path, folder / name)
     finally:
         for path in partial.values():
-            path.unlink(missing_ok=True)
+            remove(path)
 
 
 def _write_table(columns: dict[str, NDArray[Any]], path: Path) -> None:
-    pq.write_table(pa.table(columns), path, compression="zstd", write_statistics=False)
+    write_table(path, pa.table(columns))
 
 
 def _plain(value: Any) -> Any:

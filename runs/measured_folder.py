@@ -23,7 +23,7 @@ import yaml
 from engine.backends.clocks import GpuClocks, summarise
 from engine.backends.measure import collect, loads, sensed
 from engine.backends.real import RealEngine
-from engine.files import write_whole
+from engine.files import FileFaultError, read_json, reading, write_whole
 from engine.latency.measured import MeasuredIterations
 from engine.latency.measured_card import card
 from engine.latency.measured_fit import MemoryFigures, fit_table
@@ -64,6 +64,13 @@ class Result:
     missing: tuple[str, ...] = ()
 
 
+MACHINE_KEYS = {
+    "engine", "limits", "memory", "predictor", "seed", "begun", "processor", "cores", "torch_threads", "device", "gpu",
+    "python", "software",
+}  # fmt: skip
+"""Keys of `machine.json`."""
+
+
 def write_machine(
     folder: Path, settings: dict[str, Any], engine: RealEngine, clocks: GpuClocks | None, predictor: Forest, seed: int
 ) -> None:
@@ -97,6 +104,11 @@ def write_machine(
 def read_machine(folder: Path) -> dict[str, Any]:
     """What `write_machine` kept. Raises UnfinishedError when there is nothing."""
     content: dict[str, Any] = _read(folder, MACHINE)
+    missing = MACHINE_KEYS - content.keys() if isinstance(content, dict) else MACHINE_KEYS
+    if missing:
+        raise FileFaultError(
+            f"{folder / MACHINE}: no {', '.join(sorted(missing))}; remove it and measure again with the same command"
+        )
     return content
 
 
@@ -111,7 +123,8 @@ def finish(folder: Path) -> Result:
         ValueError: no measured iteration decodes.
     """
     machine = read_machine(folder)
-    gains = _read(folder, TOKENS_PER_ITERATION)["tokens_per_iteration"]
+    with reading(folder / TOKENS_PER_ITERATION, "remove it and measure again with the same command"):
+        gains = _read(folder, TOKENS_PER_ITERATION)["tokens_per_iteration"]
     if not (folder / VISITS).is_file():
         raise _unfinished(folder, VISITS)
     measured = collect(folder / VISITS)
@@ -124,9 +137,7 @@ def finish(folder: Path) -> Result:
     write_whole(folder / TABLE, dump(document).encode())
     missing: tuple[str, ...] = (ITERATIONS, ENGINE)
     if importlib.util.find_spec("pyarrow") is not None:
-        partial = folder / f".{ITERATIONS}.partial"
-        measured.write(partial, provenance)
-        os.replace(partial, folder / ITERATIONS)
+        measured.write(folder / ITERATIONS, provenance)
         # The engine file comes last: where there is one, everything that it names is there.
         write_whole(folder / ENGINE, _engine_yaml(machine, name, folder).encode())
         missing = ()
@@ -187,10 +198,9 @@ def _provenance(machine: dict[str, Any], folder: Path, measured: MeasuredIterati
 
 
 def _read(folder: Path, name: str) -> Any:
-    try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise _unfinished(folder, name) from error
+    if not (folder / name).is_file():
+        raise _unfinished(folder, name)
+    return read_json(folder / name)
 
 
 def _unfinished(folder: Path, name: str) -> UnfinishedError:

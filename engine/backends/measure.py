@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.real import RealEngine, Rehearsing, Timing
+from engine.files import reading
 from engine.latency.design import Point, digest
 from engine.latency.measured import MeasuredIterations
 
@@ -26,6 +27,10 @@ VISIT_S = 0.1
 """Seconds of iterations that a visit times, at most `MOST_REPEATS` of them and at least one."""
 
 MOST_REPEATS = 5
+
+
+VISIT_KEYS = {"round", "point", "planned", "timings", "load", "wall_s"}
+"""Keys of a row of the visits."""
 
 
 class AnotherProfileError(ValueError):
@@ -92,7 +97,8 @@ def begin(visits: Path, points: Sequence[Point], identity: str) -> list[dict[str
     if not whole:
         visits.write_text(json.dumps(title) + "\n", encoding="utf-8")
         return []
-    found = json.loads(whole.partition(b"\n")[0])
+    with reading(visits, "remove it to measure anew"):
+        found = json.loads(whole.partition(b"\n")[0])
     if found != title:
         raise AnotherProfileError(
             f"{visits} holds measurements of other points or of another engine; give another folder "
@@ -158,7 +164,12 @@ def _visit(
 
 
 def _lines(visits: Path) -> Iterator[dict[str, Any]]:
-    with visits.open(encoding="utf-8") as file:
-        next(file)
-        for line in file:
-            yield json.loads(line)
+    with reading(visits):
+        lines = visits.read_text(encoding="utf-8").splitlines()[1:]
+    for row, line in enumerate(lines, 2):
+        with reading(f"{visits}, row {row}", "remove the row to measure it anew"):
+            visit = json.loads(line)
+            missing = VISIT_KEYS - visit.keys()
+            if missing or not np.isfinite(np.array(visit["timings"], dtype=np.float64)).all():
+                raise ValueError(f"no {', '.join(sorted(missing)) or 'times'}")
+        yield visit

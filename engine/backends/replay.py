@@ -19,6 +19,7 @@ from engine.core.live import append, cancel, for_limits, stop_after
 from engine.core.redistribute import redistribute
 from engine.core.scheduler import advance_clock, commit, plan, release
 from engine.core.state import State
+from engine.files import read_arrays, write_arrays
 from engine.limits import EngineLimits
 
 REQUEST = np.dtype([("arrival", np.float64), ("prompt", np.int64), ("output", np.int64)])
@@ -67,13 +68,12 @@ class Recording:
     def save(self, path: str | Path) -> None:
         """Write a compressed `.npz`."""
         tables: dict[str, Any] = {name: np.array(getattr(self, name), dtype) for name, dtype in _TABLES.items()}
-        np.savez_compressed(path, **tables)
+        write_arrays(Path(path), tables)
 
     @classmethod
     def load(cls, path: str | Path) -> Recording:
-        """Read what `save` wrote."""
-        with np.load(path) as tables:
-            return cls(**{name: tables[name].tolist() for name in _TABLES})
+        """Read what `save` wrote. Raises FileFaultError."""
+        return cls(**{name: column.tolist() for name, column in read_arrays(Path(path), _TABLES).items()})
 
 
 def replay(

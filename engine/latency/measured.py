@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from engine.files import FileFaultError, read_table, reading, write_table
+
 PROVENANCE_KEY = "provenance"
 """Under which a file's own key-value metadata holds, as JSON, where its iterations come from."""
 
@@ -71,13 +73,10 @@ class MeasuredIterations:
     @classmethod
     def read(cls, path: str | Path) -> MeasuredIterations:
         """What `write` wrote. Raises MeasuredError: no such file, not parquet, a column missing, no rows."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         try:
-            columns = pq.read_table(path).to_pydict()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise _unreadable(path, error) from error
+            columns = read_table(path).to_pydict()
+        except FileFaultError as error:
+            raise _unreadable(error) from error
         missing = {field.name for field in fields(cls)} - columns.keys()
         if missing or not columns["seconds"]:
             what = f"no column {', '.join(sorted(missing))}" if missing else "no rows"
@@ -87,12 +86,11 @@ class MeasuredIterations:
     def write(self, path: str | Path, provenance: dict[str, Any] | None = None) -> None:
         """One parquet file, its origin with it (`read_provenance`); equal iterations and origins give equal bytes."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         columns["chunks"] = pa.array(self.chunks, type=pa.list_(pa.int32()))
         origin = {PROVENANCE_KEY: json.dumps(provenance or {}, allow_nan=False)}
-        pq.write_table(pa.table(columns, metadata=origin), path, compression="zstd", write_statistics=False)
+        write_table(Path(path), pa.table(columns, metadata=origin))
 
     def subset(self, rows: ArrayLike) -> MeasuredIterations:
         """The rows of a boolean mask or of indices."""
@@ -143,14 +141,12 @@ class MeasuredIterations:
 
 def read_provenance(path: str | Path) -> dict[str, Any]:
     """Where the iterations of a file come from; empty if it does not say. Raises MeasuredError: no parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        found = pq.read_schema(path).metadata or {}
-    except (OSError, pa.ArrowInvalid) as error:
-        raise _unreadable(path, error) from error
-    origin: dict[str, Any] = json.loads(found.get(PROVENANCE_KEY.encode(), b"{}"))
+        found = read_table(path, []).schema.metadata or {}
+        with reading(path):
+            origin: dict[str, Any] = json.loads(found.get(PROVENANCE_KEY.encode(), b"{}"))
+    except FileFaultError as error:
+        raise _unreadable(error) from error
     return origin
 
 
@@ -160,7 +156,5 @@ def errors(measured: MeasuredIterations, predicted_s: NDArray[np.float64]) -> di
     return {name: float(error[rows].mean()) for name, rows in measured.groups.items()}
 
 
-def _unreadable(path: str | Path, error: Exception) -> MeasuredError:
-    return MeasuredError(
-        f"{path}: cannot be read ({error}); measured iterations are what `python -m runs.profile` leaves"
-    )
+def _unreadable(error: FileFaultError) -> MeasuredError:
+    return MeasuredError(f"{error}; measured iterations are what `python -m runs.profile` leaves")

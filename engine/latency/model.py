@@ -4,7 +4,6 @@ This is what the simulator takes as the truth. The two kernels read plain arrays
 loops call them without returning to Python; the class loads a shipped table, knows the memory, and answers for people.
 """
 
-import json
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from engine.compiled import kernel
+from engine.files import FileFaultError, read_json
 from engine.latency.table_file import (
     KV_STEP_TOKENS,
     MAX_BATCH_TOKENS,
@@ -208,9 +208,9 @@ class LatencyModel:
                 f"no latency table {str(name_or_path)!r}; give a .json path or one of {', '.join(available_tables())}"
             )
         try:
-            document = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise LatencyTableError(f"{path}: not JSON ({error}); rebuild it") from error
+            document = read_json(path, "rebuild it")
+        except FileFaultError as error:
+            raise LatencyTableError(str(error)) from error
         if not isinstance(document, dict):
             raise LatencyTableError(f"{path}: must hold a JSON object")
         return cls.from_document(document, str(path), **overrides)

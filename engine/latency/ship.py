@@ -10,7 +10,6 @@ gives the same bytes.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from engine.files import write_whole
+from engine.files import read_json, reading, write_whole
 from engine.latency.model import TABLES_FOLDER, LatencyModel
 from engine.latency.table_file import dump
 
@@ -125,14 +124,15 @@ def _drafter(engine: dict[str, Any]) -> str:
 def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise _unfinished(path)
-    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with reading(path):
+        found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return found
 
 
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise _unfinished(path)
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, Any] = read_json(path)
     return found
 
 

@@ -16,7 +16,7 @@ from scipy.optimize import brentq
 
 from engine.config import EngineConfig
 from engine.core.choices import MAX_TOKEN_BUDGET
-from engine.files import write_whole
+from engine.files import read_json, write_whole
 from engine.latency.model import TABLES_FOLDER, LatencyModel
 from engine.latency.table_file import dump
 from engine.workload.agreement import IidAgreement
@@ -86,7 +86,7 @@ class BenchCalibration(BaseModel):
             ValueError: a request does not fit the engine.
         """
         runs = read_bench_runs(self.files)
-        base = json.loads(_table_path(self.base).read_text(encoding="utf-8"))
+        base = read_json(_table_path(self.base))
         acceptances = [acceptance_of(run) for run in runs]
         replays = [self._replay(run, alpha) for run, alpha in zip(runs, acceptances, strict=True)]
         folds = min(len(runs), MOST_FOLDS) if len(runs) > 1 else 0

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from engine.files import write_whole
+from engine.files import read_json, reading, write_whole
 from runs.tracking import Tracking
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ class Metrics:
         import wandb
 
         identity = self._folder / IDENTITY
-        known = json.loads(identity.read_text(encoding="utf-8"))["id"] if identity.is_file() else None
+        with reading(identity, "remove it"):
+            known = read_json(identity)["id"] if identity.is_file() else None
         if known is not None:
             for killed in (self._folder / "wandb").glob(f"offline-run-*-{known}"):
                 shutil.rmtree(killed)

@@ -1,7 +1,6 @@
 """Finds run folders, checks them, and reads them into two tidy frames: one row a run, one row a time window."""
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -12,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+from engine.files import FileFaultError, read_json, read_table, reading
 
 SUMMARY = "summary.json"
 REQUESTS = "requests.parquet"
@@ -229,9 +228,9 @@ def time_windows(
 
 def _read_summary(path: Path) -> dict[str, Any]:
     try:
-        summary = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: not readable as JSON ({error})") from error
+        summary = read_json(path)
+    except FileFaultError as error:
+        raise ReportError(str(error)) from error
     run = summary.get("run") if isinstance(summary, dict) else None
     if not isinstance(run, dict):
         raise ReportError(f"{path}: key 'run' is missing, so what was run is not known")
@@ -272,14 +271,11 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 def _read_requests(path: Path) -> dict[str, NDArray[np.float64]]:
     try:
-        table = pq.ParquetFile(path, memory_map=True)
-        absent = [name for name in REQUEST_COLUMNS if name not in table.schema_arrow.names]
-        if absent:
-            raise ReportError(f"{path}: column '{absent[0]}' is missing")
-        columns = table.read(columns=list(REQUEST_COLUMNS), use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise ReportError(f"{path}: not readable as parquet ({error})") from error
-    requests = {name: columns[name].to_numpy().astype(np.float64) for name in REQUEST_COLUMNS}
+        columns = read_table(path, REQUEST_COLUMNS)
+        with reading(path):
+            requests = {name: columns[name].to_numpy().astype(np.float64) for name in REQUEST_COLUMNS}
+    except FileFaultError as error:
+        raise ReportError(str(error)) from error
     if not len(requests["arrival_s"]):
         raise ReportError(f"{path}: holds no requests")
     if not np.isfinite(requests["arrival_s"]).all() or (requests["arrival_s"] < 0).any():

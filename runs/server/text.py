@@ -11,6 +11,8 @@ from typing import Any
 
 import jinja2
 
+from engine.files import reading
+
 PLAIN_CHAT = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -165,7 +167,5 @@ def read_template(path: Path | None) -> str | None:
     """The chat template in a file. Raises ValueError naming the key."""
     if path is None:
         return None
-    try:
+    with reading(f"chat_template={path}"):
         return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"chat_template={path} cannot be read: {error.strerror}") from error
