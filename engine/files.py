@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -68,6 +69,37 @@ def write_whole(path: Path, content: bytes) -> None:
             os.replace(partial, path)
         finally:
             remove(partial)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing into a folder, which is made if need be, until the end or this process's.
+
+    The lock is on the folder itself, so nothing is left behind. Where the system has no such locks there is none.
+
+    Raises FileFaultError when another process holds it.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if importlib.util.find_spec("fcntl") is None:
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileFaultError(
+                f"{folder}: another process is writing into this folder; wait for it, or choose another one"
+            ) from error
+        except OSError:
+            # Some network file systems lock no folders.
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove(path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 from engine.backends.real import tokenizer_of
 from engine.backends.torch.build import CHOICES, MAY_BE_ZERO, OPTIONAL_NUMBERS, build
+from engine.files import locked
 from engine.latency.predictors import Forest
 from runs import measuring
 from runs.bare_config import KINDS, compose, read_choice, read_logging
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str]) -> None:
     with ending(log, "interrupted: the same command goes on from here"), named():
         if FINISH in arguments:
             folder = _folder(arguments)
-            result = finish(folder)
+            with locked(folder):
+                result = finish(folder)
             say(result, folder, log)
             if result.missing:
                 sys.exit(2)
@@ -58,10 +60,10 @@ def _folder(arguments: Sequence[str]) -> Path:
 def _measure(words: Sequence[str]) -> None:
     config = compose("profile", words)
     out = Path(config["hydra"]["run"]["dir"])
-    out.mkdir(parents=True, exist_ok=True)
-    logging.config.dictConfig(read_logging(config))
-    subject, wanted = configured(config)
-    say(measuring.profile(subject, wanted, out, progress), out, log)
+    with locked(out):
+        logging.config.dictConfig(read_logging(config))
+        subject, wanted = configured(config)
+        say(measuring.profile(subject, wanted, out, progress), out, log)
 
 
 def configured(config: dict[str, Any]) -> tuple[measuring.Subject, SimpleNamespace]:

@@ -5,7 +5,6 @@ left behind, are not counted.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from engine.files import write_whole
 from runs.code import code_digest
+from runs.endings import command
 from runs.reporting import scores, suite
 from runs.reporting.collate import ReportError, collate
 
@@ -54,4 +54,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

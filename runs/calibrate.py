@@ -49,7 +49,7 @@ def recorded(folder: Path) -> Card:
 def job(config: DictConfig) -> None:
     """The Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
     out = Path(HydraConfig.get().runtime.output_dir)
-    with mistakes.ending(log, f"interrupted: go on with hydra.run.dir={out}"):
+    with mistakes.ending(log, f"interrupted: go on with hydra.run.dir={out}", out):
         card = calibrate(config, out)
     for line in card.said:
         log.info("%s", line)

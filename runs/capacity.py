@@ -24,7 +24,7 @@ log = logging.getLogger("capacity")
 def job(config: DictConfig) -> None:
     """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
     out = Path(HydraConfig.get().runtime.output_dir)
-    with mistakes.ending(log, "interrupted: the same command goes on from here"):
+    with mistakes.ending(log, "interrupted: the same command goes on from here", out):
         capacity = mistakes.instantiate(config, Capacity)
         with mistakes.named():
             _say(capacity, capacity.run(out, progress), out)

@@ -23,7 +23,7 @@ log = logging.getLogger("distill")
 def job(config: DictConfig) -> None:
     """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
     out = Path(HydraConfig.get().runtime.output_dir)
-    with mistakes.ending(log, "interrupted: nothing was written"):
+    with mistakes.ending(log, "interrupted: nothing was written", out):
         distillation = mistakes.instantiate(config, Distillation)
         with mistakes.named(), progress("Distilling") as on_progress:
             result = distillation.run(out, on_progress)

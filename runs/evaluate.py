@@ -85,7 +85,7 @@ def _say(result: Result, out: Path) -> None:
 def job(config: DictConfig) -> None:
     """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
     out = Path(HydraConfig.get().runtime.output_dir)
-    with mistakes.ending(log, "interrupted: nothing was written"):
+    with mistakes.ending(log, "interrupted: nothing was written", out):
         if config.resume and _is_there(config, out):
             log.info("already in %s", out)
             return

@@ -27,7 +27,7 @@ log = logging.getLogger("export")
 def job(config: DictConfig) -> None:
     """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
     out = Path(HydraConfig.get().runtime.output_dir)
-    with mistakes.ending(log, "interrupted: nothing was written"):
+    with mistakes.ending(log, "interrupted: nothing was written", out):
         export = mistakes.instantiate(config, Export)
         _warn(export)
         with mistakes.named():

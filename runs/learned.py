@@ -5,13 +5,13 @@ label ends in `seed=K` count as training seed K of one kind.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from engine.files import write_whole
+from runs.endings import command
 from runs.reporting import learned
 from runs.reporting.collate import ReportError, collate
 
@@ -37,4 +37,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

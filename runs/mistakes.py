@@ -6,7 +6,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
@@ -18,8 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from engine.files import FileFaultError, locked
 from runs import bare_config, endings
 from runs.endings import MistakeError, named, one_line
+from runs.progress import compiling
 
 __all__ = ["MistakeError", "app", "ending", "explain", "instantiate", "named"]
 
@@ -60,7 +63,7 @@ def app(name: str) -> Callable[[Task], Callable[[], None]]:
             os.environ[endings.FULL_ERROR] = "1"
             try:
                 main()
-            except (HydraException, OmegaConfBaseException, OSError, MistakeError) as error:
+            except (HydraException, OmegaConfBaseException, OSError, MistakeError, FileFaultError) as error:
                 if wants_traceback():
                     raise
                 said = endings.of_system(error) if isinstance(error, OSError) else refused(error, name, sys.argv[1:])
@@ -155,9 +158,14 @@ def instantiate(config: DictConfig, kind: type[T]) -> T:
     return made
 
 
-def ending(log: logging.Logger, interrupted: str) -> AbstractContextManager[None]:
-    """`endings.ending` of a Hydra app."""
-    return endings.ending(log, interrupted, wants_traceback)
+@contextmanager
+def ending(log: logging.Logger, interrupted: str, out: Path) -> Iterator[None]:
+    """`endings.ending` of a Hydra app, during which no other process writes into its folder `out`."""
+    with endings.ending(log, interrupted, wants_traceback), ExitStack() as held:
+        with named():
+            held.enter_context(locked(out))
+        held.enter_context(compiling())
+        yield
 
 
 _OTHER_CLASS = ("model_type", "model_class_type", "dataclass_type", "dataclass_exact_type", "is_instance_of")

@@ -5,7 +5,6 @@ shipped one.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from engine.core.action import ActionGrid
 from engine.files import write_whole
 from engine.latency.table_file import LatencyTableError
 from engine.plant import Plant
+from runs.endings import command
 from runs.evaluation import LookupFit, load_lookup
 from runs.reporting import policy_map
 from runs.reporting.palette import png
@@ -65,4 +65,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -22,7 +22,7 @@ log = logging.getLogger("profile")
 def job(config: DictConfig) -> None:
     """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
     out = Path(HydraConfig.get().runtime.output_dir)
-    with mistakes.ending(log, "interrupted: the same command goes on from here"):
+    with mistakes.ending(log, "interrupted: the same command goes on from here", out):
         profile = mistakes.instantiate(config, Profile)
         with mistakes.named():
             say(profile.run(out, progress), out, log)
@@ -31,7 +31,7 @@ def job(config: DictConfig) -> None:
 def bench_job(config: DictConfig) -> None:
     """One Hydra job of `--from-vllm-bench`. Exits as `job` does."""
     out = Path(HydraConfig.get().runtime.output_dir)
-    with mistakes.ending(log, "interrupted: nothing was written"):
+    with mistakes.ending(log, "interrupted: nothing was written", out):
         wanted = mistakes.instantiate(config, BenchCalibration)
         with mistakes.named():
             _say_bench(wanted.run(out, progress), out)

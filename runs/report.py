@@ -9,7 +9,6 @@ bound was run there is the regret to it (`regrets.csv`).
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +18,8 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
+from engine.files import locked, write_whole
+from runs.endings import command
 from runs.reporting import (
     across,
     allocation,
@@ -210,7 +211,7 @@ def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
     )
     out.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
-        (out / f"{picture.name}.png").write_bytes(picture.png)
+        write_whole(out / f"{picture.name}.png", picture.png)
     runs.drop(columns="written").to_csv(out / "runs.csv", index=False)
     report.comparison.to_csv(out / "comparison.csv", index=False)
     if report.across is not None:
@@ -226,8 +227,8 @@ def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
         frame.to_csv(out / f"{name}.csv", index=False)
     counted = {name: json.loads(frame.to_json(orient="records")) for name, frame in report.claims.items()}
     content = {"rules": {"best_fixed": claims.BEST_FIXED_RULE, **claims.RULES}, "said": report.sentences, **counted}
-    (out / "claims.json").write_text(json.dumps(content, indent=1) + "\n")
-    (out / "report.html").write_text(html, encoding="utf-8")
+    write_whole(out / "claims.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_whole(out / "report.html", html.encode())
 
 
 def describe(runs: pd.DataFrame) -> str:
@@ -282,7 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ReportError as error:
         complaints.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
-    write(report, pictures, out)
+    with locked(out):
+        write(report, pictures, out)
     show(report, console, options.full)
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
     return 0
@@ -336,4 +338,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -51,7 +51,7 @@ def _say(outcome: Outcome, out: Path) -> None:
 def job(config: DictConfig) -> None:
     """One Hydra job. Exits with 2 and one message on what the user can fix, with 1 if accepted requests were lost."""
     out = Path(HydraConfig.get().runtime.output_dir)
-    with mistakes.ending(log, "interrupted before it served"):
+    with mistakes.ending(log, "interrupted before it served", out):
         outcome = serve(config, out)
         _say(outcome, out)
         if not outcome.clean:

@@ -26,7 +26,7 @@ RESULT = "result.json"
 def job(config: DictConfig) -> None:
     """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
     out = Path(HydraConfig.get().runtime.output_dir)
-    with mistakes.ending(log, "interrupted: the same command goes on from the last checkpoint"):
+    with mistakes.ending(log, "interrupted: the same command goes on from the last checkpoint", out):
         training = mistakes.instantiate(config, Training)
         out.mkdir(parents=True, exist_ok=True)
         resolved = OmegaConf.to_yaml(config, resolve=True)

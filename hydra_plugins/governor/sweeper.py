@@ -14,6 +14,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from engine.files import locked
+
 Settings = dict[str, str]
 """Sweep by key, in Hydra's syntax: `{"controller": "poster,analytic", "seed": "range(3)"}`."""
 
@@ -55,10 +57,10 @@ class AlternativesSweeper(Sweeper):
         assert self.hydra_context is not None
         assert self.launcher is not None
         folder = Path(self.config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
-        jobs = combine(self.params, self.axes, arguments, self.hydra_context.config_loader)
-        return self.launcher.launch(jobs, initial_job_idx=0)
+        with locked(folder):
+            OmegaConf.save(self.config, folder / "multirun.yaml")
+            jobs = combine(self.params, self.axes, arguments, self.hydra_context.config_loader)
+            return self.launcher.launch(jobs, initial_job_idx=0)
 
 
 def combine(
