@@ -27,25 +27,26 @@ class WriteError(OSError):
 
 
 @contextmanager
-def reading(path: str | Path, maker: str = "") -> Iterator[None]:
+def reading(path: str | Path, maker: str = "", kind: str = "what is expected here") -> Iterator[None]:
     """Passes whatever a missing or damaged file makes of its reader on as a FileFaultError, on one line.
 
     Args:
         path: the file read within.
         maker: what writes such files anew, as an end of the message.
+        kind: of the file.
     """
     hint = f"; {maker}" if maker else ""
     try:
         yield
     except FileNotFoundError as error:
         raise FileFaultError(f"{path}: no such file{hint}") from error
-    except OSError as error:
-        raise FileFaultError(f"{path}: cannot be read: {error.strerror or _said(error)}{hint}") from error
     except FileFaultError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.strerror is not None:
+            raise FileFaultError(f"{path}: cannot be read: {error.strerror}{hint}") from error
         what = f"no {error}" if isinstance(error, KeyError) else _said(error)
-        raise FileFaultError(f"{path}: damaged, or no such file as is expected here ({what}){hint}") from error
+        raise FileFaultError(f"{path}: not readable as {kind} ({what}){hint}") from error
 
 
 @contextmanager
@@ -112,13 +113,13 @@ def remove(path: Path) -> None:
 
 def read_json(path: Path, maker: str = "") -> Any:
     """A JSON file's content. Raises FileFaultError."""
-    with reading(path, maker):
+    with reading(path, maker, "JSON"):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_arrays(path: Path, names: Iterable[str], maker: str = "") -> dict[str, NDArray[Any]]:
     """Arrays of a `.npz`. Raises FileFaultError, also where one is missing."""
-    with reading(path, maker), np.load(path, allow_pickle=False) as stored:
+    with reading(path, maker, "numpy arrays"), np.load(path, allow_pickle=False) as stored:
         return {name: stored[name] for name in names}
 
 
@@ -143,7 +144,7 @@ def read_table(path: str | Path, columns: Iterable[str] | None = None, maker: st
     """A parquet file, or columns of it, its checksums verified. Raises FileFaultError, also for a missing column."""
     import pyarrow.parquet as pq
 
-    with reading(path, maker):
+    with reading(path, maker, "parquet"):
         # Opened here: the reader gives its message without the file's name, and a folder would be a data set.
         with open(path, "rb") as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)

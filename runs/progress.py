@@ -97,10 +97,9 @@ class _CompileNotes:
             seconds = self._seconds()
             due = NOTED_AFTER_S if self._said == 0.0 else self._said + (0.2 if self._terminal else SECONDS_PER_NOTE)
             if self._depth > 0 and seconds >= due:
-                first = "compiling for the first run on this machine (about a minute, once): "
-                self._say(
-                    f"{first if self._said == 0.0 or self._terminal else 'compiling: '}{self._count} functions, {seconds:.0f} s"
-                )
+                first = self._terminal or self._said == 0.0
+                what = "compiling for the first run on this machine (about a minute, once)" if first else "compiling"
+                self._say(f"{what}: {self._count} functions, {seconds:.0f} s")
                 self._said = seconds
 
     def _say(self, text: str, end: str = "") -> None:

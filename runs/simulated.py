@@ -38,7 +38,13 @@ def serve(
     """
     controller.reset(plant)
     charged_s = controller.decision_s if charge == "constant" else 0.0
-    if not isinstance(controller, CompiledController) or (charge == "measured" and not controller.peeks):
+    stepwise = not isinstance(controller, CompiledController) or (charge == "measured" and not controller.peeks)
+    if stepwise or not controller.peeks:
+        # First decisions compile, which is neither the controller's nor the simulator's speed.
+        _step(simulator, controller, charged_s, lambda _: None, most=WARMUP_DECISIONS)
+        simulator.load(0, workload)
+        controller.reset(plant)
+    if stepwise:
         return _serve_stepwise(
             simulator, controller, None if charge == "measured" else charged_s, recording, on_progress
         )
@@ -83,11 +89,11 @@ def _time_decisions(simulator: Simulator, controller: Controller, charged_s: flo
     """Seconds of each of the first decisions of a run, taken step by step.
 
     Inside compiled code a decision cannot be timed, so `choose` is, from Python, on the observations that the run's
-    beginning makes; the call from Python is part of the figure, the first `WARMUP_DECISIONS` are not.
+    beginning makes; the call from Python is part of the figure.
     """
     spent: list[float] = []
-    _step(simulator, controller, charged_s, spent.append, most=WARMUP_DECISIONS + TIMED_DECISIONS)
-    return np.array(spent[WARMUP_DECISIONS:] or spent)
+    _step(simulator, controller, charged_s, spent.append, most=TIMED_DECISIONS)
+    return np.array(spent)
 
 
 def _step(

@@ -231,7 +231,7 @@ def test_an_unknown_or_unreadable_table_is_refused(tmp_path: Any) -> None:
         LatencyModel.load("vicuna_8b_a100")
     broken = tmp_path / "broken.json"
     broken.write_text("{")
-    with pytest.raises(LatencyTableError, match=r"broken\.json: not JSON"):
+    with pytest.raises(LatencyTableError, match=r"broken\.json: not readable as JSON"):
         LatencyModel.load(broken)
 
 

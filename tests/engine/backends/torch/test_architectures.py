@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from engine.backends.torch.engine import TorchEngine
-from engine.backends.torch.model import UnsupportedModelError
+from engine.backends.torch.model import PagedModel, UnsupportedModelError
 from engine.backends.torch.table import CacheTable
 from engine.speculation.ngram import NgramDrafter
 from tests.engine.backends.torch.models import limits, paged, prompts
@@ -123,6 +123,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {**COMMON, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 8},
         "differ from a plain forward's",
     ),
+    "llama 4, chunks longer than the short comparison": (
+        "Llama4TextConfig",
+        {**COMMON, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 64},
+        r"attention_chunk_size=64\) in a text of 128 tokens",
+    ),
+    "doge, masks of its own": ("DogeConfig", {**COMMON, "keep_window_size": 64}, "attention_mask"),
+    "phimoe, a window it does not pass on": (
+        "PhimoeConfig",
+        {**COMMON, **FEW_EXPERTS, "sliding_window": 64},
+        r"sliding_window=64\)",
+    ),
     "llama, dynamic rotary": (
         "LlamaConfig",
         {**COMMON, "rope_parameters": DYNAMIC_ROPE},
@@ -169,6 +180,29 @@ def test_the_others_are_refused_with_the_reason(name: str) -> None:
     config, values, reason = REFUSED[name]
     with pytest.raises(UnsupportedModelError, match=reason):
         paged(_made(config, values), limits(), exact=False)
+
+
+def test_a_figure_that_no_request_reaches_refuses_nothing() -> None:
+    config, values, _ = REFUSED["llama 4, chunks longer than the short comparison"]
+    bounds = limits()
+    blocks = CacheTable(bounds).num_blocks
+    assert PagedModel(_made(config, values), blocks, bounds.block_size, max_model_len=64).pool.num_blocks == blocks
+
+
+@pytest.mark.parametrize("window", [64, 100])
+def test_windows_longer_than_the_short_comparison_are_served(window: int) -> None:
+    source = _made("MistralConfig", COMMON | {"sliding_window": window})
+    bounds, prompt = limits(), prompts((150,))[0]
+    target = paged(source, bounds)
+    served = TorchEngine(target, bounds, NgramDrafter())
+    number = served.submit(prompt, MAX_TOKENS)
+    served.run(2, 70)
+    ids = torch.tensor(prompt)[None]
+    with torch.inference_mode():
+        out = target.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, do_sample=False
+        )
+    assert served.output(number) == out[0, len(prompt) :].tolist()
 
 
 def test_a_rotary_embedding_that_stretches_is_served_where_it_does_not() -> None:
