@@ -66,7 +66,11 @@ def app(name: str) -> Callable[[Task], Callable[[], None]]:
             except (HydraException, OmegaConfBaseException, OSError, MistakeError, FileFaultError) as error:
                 if wants_traceback():
                     raise
-                said = endings.of_system(error) if isinstance(error, OSError) else refused(error, name, sys.argv[1:])
+                said = (
+                    refused(error, name, sys.argv[1:])
+                    if isinstance(error, HydraException) or not isinstance(error, OSError)
+                    else endings.of_system(error)
+                )
                 print(f"E {said}", file=sys.stderr)
                 sys.exit(2)
 

@@ -45,13 +45,13 @@ def load_pretrained_tokenizer(source: str, *, trust_remote_code: bool = False) -
 def _read(kind: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
     """`kind.from_pretrained`, its many errors as one. It never asks anything on the terminal."""
     path = Path(source).expanduser()
+    if path.is_file():
+        raise ModelFilesError(f"{source}: a file; give the folder that holds the model's config.json and weights")
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         if not path.is_dir():
             raise ModelFilesError(f"{source}: no such folder (from {Path.cwd()})")
     elif not path.exists():
         path = Path(source)
-    if path.is_file():
-        raise ModelFilesError(f"{source}: a file; give the folder that holds the model's config.json and weights")
     what = "model" if "Model" in kind.__name__ else "tokenizer"
     try:
         return kind.from_pretrained(str(path), trust_remote_code=trust_remote_code, **options)
