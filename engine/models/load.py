@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ def _read(kind: Any, source: str, trust_remote_code: bool, **options: Any) -> An
             raise ModelFilesError(f"{source}: no such folder (from {Path.cwd()})")
     elif not path.exists():
         path = Path(source)
+    # Without network its retries would be ten lines; the error at the end says the same.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     what = "model" if "Model" in kind.__name__ else "tokenizer"
     try:
         return kind.from_pretrained(str(path), trust_remote_code=trust_remote_code, **options)
@@ -70,20 +73,20 @@ def _read(kind: Any, source: str, trust_remote_code: bool, **options: Any) -> An
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A model of a local folder in evaluation mode, its weights cast to `dtype`. Raises FileNotFoundError."""
-    from transformers.utils import logging
+    from transformers.utils import logging as progress
 
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"{folder}: no weights here; reinstall the package, or train them: "
             f"python -m engine.models.train --out {folder.parent}"
         )
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
     try:
         model = load_pretrained(str(folder))
     finally:
         if shown:
-            logging.enable_progress_bar()
+            progress.enable_progress_bar()
     return model.to(dtype).eval()
 
 
