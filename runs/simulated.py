@@ -44,7 +44,7 @@ def serve(
         _step(simulator, controller, charged_s, lambda _: None, most=WARMUP_DECISIONS)
         simulator.load(0, workload)
         controller.reset(plant)
-    if stepwise:
+    if stepwise or not isinstance(controller, CompiledController):
         return _serve_stepwise(
             simulator, controller, None if charge == "measured" else charged_s, recording, on_progress
         )
