@@ -126,7 +126,7 @@ def times_of(form: TraceFormat) -> Convert:
 def seconds(
     path: Path, form: TraceFormat, raw: NDArray[Any], rows: NDArray[np.int64], unit: TimeUnit | None
 ) -> tuple[NDArray[np.float64], str]:
-    """Seconds from the first time of the file, and the name of the unit that was read.
+    """Seconds, from the first time of the file if they are dates, and the name of the unit that was read.
 
     Raises:
         WorkloadError: a negative time, or a unit that the numbers leave open.
@@ -141,7 +141,8 @@ def seconds(
         if negative.size:
             raise WorkloadError(f"{path}, row {rows[negative[0]]}: {form.time} = {raw[negative[0]]:g} is negative")
         counted = unit or (form.unit if _trusted(form, raw) else None) or _unit_of(path, form, raw)
-        arrival = (raw - raw[0]) / _PER_SECOND[counted]
+        since_1970 = raw[0] / _PER_SECOND[counted] >= _EPOCH[0]
+        arrival = (raw - raw[0] if since_1970 else raw) / _PER_SECOND[counted]
         called = _NAMES[counted]
     if np.ptp(arrival) > _CENTURY_S:
         raise WorkloadError(
