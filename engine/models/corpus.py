@@ -206,12 +206,11 @@ def _conversation(entry: dict[str, Any], file: Path, row: int) -> Prompt | None:
     turns = entry["conversations"]
     if not isinstance(turns, list) or len(turns) < 2:
         return None
-    values = [turn.get("value") if isinstance(turn, dict) else None for turn in turns[:2]]
-    if not all(isinstance(value, str) for value in values):
+    prompt, answer = (turn.get("value") if isinstance(turn, dict) else None for turn in turns[:2])
+    if not isinstance(prompt, str) or not isinstance(answer, str):
         raise CorpusError(f"{file}, row {row}: the first two 'conversations' must be objects whose 'value' is text")
-    for value in values:
-        _check_characters(value, f"{file}, row {row}")
-    return Prompt(f"{file.name}:{row}", values[0], answer=values[1])
+    _check_characters(prompt + answer, f"{file}, row {row}")
+    return Prompt(f"{file.name}:{row}", prompt, answer=answer)
 
 
 def _prompt(entry: dict[str, Any], file: Path, row: int) -> Prompt:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,8 @@ from engine.workload.workload import WorkloadError
 
 TimeUnit = Literal["s", "ms", "us", "ns"]
 
-_PER_SECOND = dict(zip(get_args(TimeUnit), (1.0, 1e3, 1e6, 1e9), strict=True))
-_NAMES = dict(zip(get_args(TimeUnit), ("seconds", "milliseconds", "microseconds", "nanoseconds"), strict=True))
+_PER_SECOND: dict[TimeUnit, float] = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+_NAMES: dict[TimeUnit, str] = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 _EPOCH = (1e9, 1e10)
 """Seconds since 1970 from 2001 to 2286: ten digits."""
 _USUAL_RATE = (0.01, 100.0)
@@ -161,11 +161,12 @@ def _unit_of(path: Path, form: TraceFormat, raw: NDArray[np.float64]) -> TimeUni
     """The unit of numbers that do not say it: by their size if they count from 1970, else by the rate they imply."""
     for unit, per_second in _PER_SECOND.items():
         if _EPOCH[0] <= raw[0] / per_second < _EPOCH[1]:
-            return unit  # type: ignore[return-value]
+            return unit
     span = float(np.ptp(raw))
     if span == 0.0:
         return "s"
-    rate = {unit: (raw.size - 1) / span * _PER_SECOND[unit] for unit in ("s", "ms")}
+    units: tuple[TimeUnit, ...] = ("s", "ms")
+    rate = {unit: (raw.size - 1) / span * _PER_SECOND[unit] for unit in units}
     likely = [unit for unit, one in rate.items() if _USUAL_RATE[0] <= one < _USUAL_RATE[1]]
     if len(likely) > 1 and (raw != np.floor(raw)).any():
         likely = ["s"]
@@ -176,4 +177,4 @@ def _unit_of(path: Path, form: TraceFormat, raw: NDArray[np.float64]) -> TimeUni
             f"requests/s) or milliseconds ({rate['ms']:.3g} requests/s); set workload.time_unit=s or "
             "workload.time_unit=ms"
         )
-    return likely[0]  # type: ignore[return-value]
+    return likely[0]

@@ -8,10 +8,11 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from io import BufferedReader
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,7 +148,7 @@ def text_lines(path: Path) -> Iterator[str]:
         raise WorkloadError(f"{path}, line {line + 1}: cannot be read ({error}); is the file damaged?") from error
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> gzip.GzipFile | BufferedReader:
     with path.open("rb") as file:
         gzipped = file.read(len(_GZIP)) == _GZIP
     if path.name.lower().endswith(".gz") and not gzipped:
