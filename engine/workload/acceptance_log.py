@@ -70,7 +70,7 @@ class AcceptanceLog:
 
 
 def read_acceptance_log(path: str | Path, depth: int | None = None) -> AcceptanceLog:
-    """Read JSON lines (also gzipped) with question_id, turn, new_tokens, n_accepted[] and, if lengths varied, k_drafted[].
+    """Read JSON lines with question_id, turn, new_tokens, n_accepted[] and, if lengths varied, k_drafted[].
 
     Without `k_drafted` every step is taken to have drafted `depth` tokens, or the most any step of the file accepted:
     right for a drafter of fixed depth (a tree's depth, for one). Raises `WorkloadError` naming file and row.

@@ -140,7 +140,7 @@ def seconds(
         negative = np.flatnonzero(raw < 0)
         if negative.size:
             raise WorkloadError(f"{path}, row {rows[negative[0]]}: {form.time} = {raw[negative[0]]:g} is negative")
-        counted = unit or (form.unit if _trusted(form, raw) else None) or _unit_of(path, form, raw)
+        counted = unit or _unit_of(path, form, raw)
         since_1970 = raw[0] / _PER_SECOND[counted] >= _EPOCH[0]
         arrival = (raw - raw[0] if since_1970 else raw) / _PER_SECOND[counted]
         called = _NAMES[counted]
@@ -152,23 +152,25 @@ def seconds(
     return arrival, called
 
 
-def _trusted(form: TraceFormat, raw: NDArray[np.float64]) -> bool:
-    """Whether the numbers can have the format's unit: milliseconds are whole, as everybody logs them."""
-    return form.unit != "ms" or bool((raw == np.floor(raw)).all())
-
-
 def _unit_of(path: Path, form: TraceFormat, raw: NDArray[np.float64]) -> TimeUnit:
-    """The unit of numbers that do not say it: by their size if they count from 1970, else by the rate they imply."""
+    """The format's unit; else told from the size of numbers that count from 1970, or from the rate they imply.
+
+    Milliseconds are logged as whole numbers: a format's are not taken for them with fractions, or at unusual rates.
+    """
+    if form.unit == "s":
+        return form.unit
     for unit, per_second in _PER_SECOND.items():
         if _EPOCH[0] <= raw[0] / per_second < _EPOCH[1]:
             return unit
-    span = float(np.ptp(raw))
+    whole, span = bool((raw == np.floor(raw)).all()), float(np.ptp(raw))
     if span == 0.0:
-        return "s"
+        return form.unit or "s"
     units: tuple[TimeUnit, ...] = ("s", "ms")
     rate = {unit: (raw.size - 1) / span * _PER_SECOND[unit] for unit in units}
     likely = [unit for unit, one in rate.items() if _USUAL_RATE[0] <= one < _USUAL_RATE[1]]
-    if len(likely) > 1 and (raw != np.floor(raw)).any():
+    if form.unit == "ms" and whole:
+        likely = ["ms"] if rate["ms"] < _USUAL_RATE[1] else []
+    elif len(likely) > 1 and not whole:
         likely = ["s"]
     if len(likely) != 1:
         begin = ", ".join(f"{value:g}" for value in raw[:4])

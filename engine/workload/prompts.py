@@ -101,7 +101,7 @@ class PromptSource(WorkloadSource):
     """Takes the arrival times of this trace file in place of `arrivals`, and nothing else of it."""
     time_unit: TimeUnit | None = None
     """Of `arrivals_path`, as `TraceSource` has it; so is `spread_ticks`."""
-    spread_ticks: bool | Seconds | None = None
+    spread_ticks: bool | None = None
     own_arrivals: bool = True
     """Takes `arrival_s` of a `.jsonl` that has them in place of `arrivals`."""
     lengths: SerializeAsAny[LengthModel]

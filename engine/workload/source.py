@@ -76,7 +76,7 @@ class TraceSource(WorkloadSource):
     zero_output: ZeroOutput = "error"
     time_unit: TimeUnit | None = None
     """Of the file's times; None: the format's, or told from the numbers (`formats`)."""
-    spread_ticks: bool | Seconds | None = None
+    spread_ticks: bool | None = None
     """Spreads arrivals that a coarse clock logged over its ticks (`trace.read_trace`)."""
     thin_seed: Annotated[int, Field(ge=0)] = 0
     agreement: SerializeAsAny[AgreementModel] = DrafterAgreement()
@@ -152,9 +152,10 @@ class SyntheticSource(WorkloadSource):
     @property
     def scenario(self) -> str:
         rate = getattr(self.arrivals, "rate", None)
+        called = " of ".join([self.name, *(scenario_of(path) for path in _paths(self))])
         if rate is None:
-            return self.name + self._suffix()
-        return f"{self.name} {rate * self.rate_scale:g}/s"
+            return called + self._suffix()
+        return f"{called} {rate * self.rate_scale:g}/s"
 
     def draw(self, seed: int) -> Workload:
         arrival = self.arrivals.draw(stream(seed, ARRIVALS), self.num_requests, self.duration_s)

@@ -53,15 +53,15 @@ def read_trace(
     path: str | Path,
     zero_output: ZeroOutput = "error",
     time_unit: TimeUnit | None = None,
-    spread_ticks: bool | float | None = None,
+    spread_ticks: bool | None = None,
 ) -> Trace:
     """Read a trace file (CSV, JSON lines or a JSON list, each also gzipped) and log what was read.
 
     The format follows from the columns (`engine.workload.formats`); others are ignored. `time_unit` is what the times
     count, where that is not what the format says. Requests that generated nothing are an error that names the row;
     `zero_output="drop"` leaves them out, and a format that logs failed requests as 0 tokens always does.
-    `spread_ticks`: whether arrivals that a coarse clock logged are spread over its ticks, or the tick in s; None: where
-    the format is known for such a clock, and the arrivals show it.
+    `spread_ticks`: whether arrivals that a coarse clock logged are spread over its ticks; None: where the format is
+    known for such a clock, and the arrivals show it.
 
     Raises:
         WorkloadError: naming file and row.
@@ -115,6 +115,14 @@ def read_lengths(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         _check_tokens(path, column, tokens[kept], rows[kept], least=1)
     if not kept.any():
         raise WorkloadError(f"{path}: the file has no request with a token")
+    log.info(
+        "%s: lengths of %s requests, on average %.1f prompt and %.1f output tokens; %s without tokens left out",
+        path,
+        f"{kept.sum():,}",
+        prompt[kept].mean(),
+        output[kept].mean(),
+        f"{rows.size - kept.sum():,}",
+    )
     return prompt[kept].astype(np.int64), output[kept].astype(np.int64)
 
 
@@ -158,19 +166,17 @@ def _log(trace: Trace, form: TraceFormat, remarks: list[str]) -> None:
     )
 
 
-def _tick(form: TraceFormat, arrival: NDArray[np.float64], asked: bool | float | None) -> float | None:
+def _tick(form: TraceFormat, arrival: NDArray[np.float64], asked: bool | None) -> float | None:
     """The tick of the clock that logged these arrivals, if they are to be spread; None: they are not.
 
-    Asked with a number, that many seconds; with True, the format's tick, or the median gap between distinct times.
-    Not asked: the format's tick where the gaps are multiples of it within 2 %, at least half of them one tick. Without
-    `hash_ids`, which published traces have, exact multiples may be waves that somebody made: these are left alone.
+    Asked for, the format's tick, or the median gap between distinct times. Not asked: the format's tick where the gaps
+    are multiples of it within 2 %, at least half of them one tick. Without `hash_ids`, which published traces have,
+    exact multiples may be waves that somebody made: these are left alone.
     """
     if asked is False or arrival.size < 2:
         return None
     gaps = np.diff(np.unique(arrival))
-    if asked is not None and asked is not True:
-        return float(asked)
-    if asked is True:
+    if asked:
         return form.tick_s or (float(np.median(gaps)) if gaps.size else None)
     if form.tick_s is None or not gaps.size or gaps.size + 1 == arrival.size:
         return None

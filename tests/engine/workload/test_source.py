@@ -155,13 +155,14 @@ def test_lengths_are_drawn_from_a_file_with_or_without_times(tmp_path):
     pairs = set(zip(drawn.prompt_tokens.tolist(), drawn.output_tokens.tolist(), strict=True))
     assert pairs == {(10, 1), (20, 2), (40, 4)}
     json.dumps(drawn.provenance)
+    assert re.fullmatch("synthetic of lengths@[0-9a-f]{6}", synthetic(lengths=FileLengths(path=path)).scenario)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda trace: TraceSource(path=trace, time_unit="min"), "time_unit"),
-        (lambda trace: TraceSource(path=trace, spread_ticks=-1.0), "spread_ticks"),
+        (lambda trace: TraceSource(path=trace, spread_ticks=3.0), "spread_ticks"),
         (lambda trace: TraceSource(path=trace, rate_scle=1), "rate_scle"),
         (lambda trace: TraceSource(path=trace, rate_scale=0), "rate_scale"),
         (lambda trace: TraceSource(path=trace, rate_scale=2, rate_mode="thin"), "rate_mode=stretch"),
