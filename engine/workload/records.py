@@ -81,7 +81,7 @@ def numbers(path: Path, column: str, values: Sequence[Any], rows: Sequence[int])
         raise WorkloadError(f"{path}, row {row}: {column} = {shown(value)} is not a number") from None
     wrong = np.flatnonzero(~np.isfinite(array))
     if wrong.size:
-        raise WorkloadError(f"{path}, row {rows[wrong[0]]}: {column} = {shown(values[wrong[0]])} must be finite")
+        raise WorkloadError(f"{path}, row {rows[wrong[0]]}: {column} = {array[wrong[0]]:g} must be finite")
     return array
 
 
