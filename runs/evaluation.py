@@ -167,7 +167,8 @@ class Evaluation(BaseModel):
         return self.record_iterations or self.logger.enabled
 
     def _draw(self) -> Workload:
-        return draw(Drawing(self.workload.model_dump_json(), type(self.workload).__name__, self.seed, self.workload))
+        settings = f"{self.workload.model_dump_json()} {self.workload.contents}"
+        return draw(Drawing(settings, type(self.workload).__name__, self.seed, self.workload))
 
     def _prompts(self, tokenizer: Any, limits: EngineLimits) -> Prompts:
         if isinstance(self.workload, PromptSource):
@@ -233,7 +234,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A workload still to be drawn; two are the same when settings and seed are."""
+    """A workload still to be drawn; two are the same when settings, contents of files and seed are."""
 
     settings: str
     kind: str

@@ -29,9 +29,12 @@ from engine.latency.model import LatencyModel, iteration_time, prefill_attention
 from engine.latency.predictors import DEFAULT_FOREST, Forest, Observed, Predictor
 from engine.latency.table_file import MAX_CONTEXT_TOKENS
 
-CACHE_VERSION = 1
-LOAD_EDGES = (0, 1, 9, 33, 65, 129)
+CACHE_VERSION = 2
+USUAL_DECODES = 256
+"""Decodes of the batches that every table is learnt from, whatever the engine's limit is: most engines stay below."""
+LOAD_EDGES = (0, 1, 9, 33, 65, 129, USUAL_DECODES + 1)
 HELDOUT_SEED = 7919
+_LARGE_SEED = 104729
 
 
 class LookupGrid(NamedTuple):
@@ -184,15 +187,16 @@ def sample_iterations(
     kv_capacity_tokens: int,
     samples: int,
     rng: np.random.Generator,
+    min_num_seqs: int = 1,
 ) -> Iterations:
-    """Draw iterations over the whole operating range, as profiling runs of an engine would.
+    """Draw iterations over a range of batch sizes, as profiling runs of an engine would.
 
-    Decodes log-uniform to `max_num_seqs` (one in 20 none); cached tokens a request lognormal (median 600) for most, and
-    uniform in total for the rest so that the grid's corners are covered; a third of the batches have no prefill,
-    the rest a budget choice (or anything below it), split over one to three prompts whose cached part is
-    exponential (mean 600 tokens), as prompts of about a thousand tokens in chunks leave it.
+    Decodes log-uniform from `min_num_seqs` to `max_num_seqs` (one in 20 none); cached tokens a request lognormal
+    (median 600) for most, and uniform in total for the rest so that the grid's corners are covered; a third of the
+    batches have no prefill, the rest a budget choice (or anything below it), split over one to three prompts whose
+    cached part is exponential (mean 600 tokens), as prompts of about a thousand tokens in chunks leave it.
     """
-    decodes = np.round(np.exp(rng.uniform(0.0, np.log(max_num_seqs), samples))).astype(np.int64)
+    decodes = np.round(np.exp(rng.uniform(np.log(min_num_seqs), np.log(max_num_seqs), samples))).astype(np.int64)
     decodes[rng.random(samples) < 0.05] = 0
     each = np.exp(rng.normal(np.log(600.0), 0.9, samples))
     kv = decodes * each
@@ -223,7 +227,8 @@ class LookupTable:
     """A baked grid and how well it predicts iterations it has not seen.
 
     `heldout_mape` maps "overall", "mixed" (decodes and prefill), "decode only", "prefill only" and buckets of decodes
-    ("1-8 decodes") to the mean absolute relative error against noise-free iterations.
+    ("1-8 decodes") to the mean absolute relative error against noise-free iterations. All but the bucket above
+    `USUAL_DECODES` are over batches up to that many decodes.
     """
 
     grid: LookupGrid
@@ -244,6 +249,10 @@ class LookupTable:
     ) -> "LookupTable":
         """Fit on `samples` iterations with multiplicative noise (standard deviation `noise`) and bake the grid.
 
+        The iterations have up to `USUAL_DECODES` decodes, whatever `max_num_seqs` is: batches that an engine never
+        has must not change what is predicted for those it has. An engine with room for more gets a second fit, on as
+        many iterations, for the grid above.
+
         Raises:
             ValueError: empty or unsorted choices, or a limit below 1.
         """
@@ -253,14 +262,27 @@ class LookupTable:
         _checked_limit("kv_capacity_tokens", kv_capacity_tokens)
         if samples < 100 or not 0.0 <= noise < 1.0:
             raise ValueError(f"samples must be >= 100 and noise in [0, 1), got samples={samples}, noise={noise}")
-        rng = np.random.default_rng(seed)
+
+        def sampled(most: int, count: int, rng: np.random.Generator, least: int = 1) -> Iterations:
+            return sample_iterations(model, candidates, budgets, most, kv_capacity_tokens, count, rng, least)
+
+        def learnt(seen: Iterations, rng: np.random.Generator) -> Predictor:
+            noisy = seen.seconds * np.maximum(0.1, 1.0 + noise * rng.standard_normal(samples))
+            return Predictor.fit(Observed(seen.decodes, seen.kv, seen.candidates, seen.prefill), noisy, forest, seed)
+
         limits = (candidates, budgets, max_num_seqs, kv_capacity_tokens)
-        seen = sample_iterations(model, *limits, samples, rng)
-        noisy = seen.seconds * np.maximum(0.1, 1.0 + noise * rng.standard_normal(samples))
-        observed = Observed(seen.decodes, seen.kv, seen.candidates, seen.prefill)
-        grid = _bake(Predictor.fit(observed, noisy, forest, seed), *limits)
-        unseen = sample_iterations(model, *limits, 4000, np.random.default_rng([seed, HELDOUT_SEED]))
-        return cls(grid, heldout_errors(grid, unseen))
+        rng = np.random.default_rng(seed)
+        grid = _bake(learnt(sampled(USUAL_DECODES, samples, rng), rng), *limits)
+        unseen = sampled(min(max_num_seqs, USUAL_DECODES), 4000, np.random.default_rng([seed, HELDOUT_SEED]))
+        errors = heldout_errors(grid, unseen)
+        if max_num_seqs > USUAL_DECODES:
+            rng = np.random.default_rng([seed, _LARGE_SEED])
+            large = _bake(learnt(sampled(max_num_seqs, samples, rng, USUAL_DECODES), rng), *limits)
+            above = grid.batch > USUAL_DECODES
+            grid.seconds[above] = large.seconds[above]
+            unseen = sampled(max_num_seqs, 4000, np.random.default_rng([seed, HELDOUT_SEED, 1]), USUAL_DECODES)
+            errors |= {name: error for name, error in heldout_errors(grid, unseen).items() if name not in errors}
+        return cls(grid, errors)
 
     @classmethod
     def load_or_fit(
@@ -381,7 +403,8 @@ def heldout_errors(grid: LookupGrid, unseen: Iterations) -> dict[str, float]:
         "prefill only": ~decoding & filling,
         "mixed": decoding & filling,
     }
-    edges = (*LOAD_EDGES, int(grid.batch[-1]) + 1)
+    largest = int(grid.batch[-1]) + 1
+    edges = (*(edge for edge in LOAD_EDGES if edge < largest), largest)
     for low, high in pairwise(edges):
         if high > max(low, 1):
             groups[f"{low}-{high - 1} decodes"] = (unseen.decodes >= low) & (unseen.decodes < high)

@@ -8,10 +8,8 @@ so the split is the same for everyone and a held-out file stays held out in anot
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import hashlib
-import json
 import math
 import os
 import sysconfig
@@ -24,12 +22,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.workload.records import ending, read_json, shown, text_lines
+
 HELD_OUT_ONE_IN = 10
 
 _LEFT_OUT_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
 )
-_KEYS = ("prompt", "max_tokens", "arrival_s")
+_LENGTHS = ("max_tokens", "output_tokens")
+_KEYS = ("prompt", *_LENGTHS, "arrival_s")
+_MAX_TOKENS = 1 << 24
 
 
 class CorpusError(ValueError):
@@ -46,12 +48,16 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the user wrote it; `max_tokens` and `arrival_s` (seconds) are None where the file does not say."""
+    """A prompt as the user wrote it.
+
+    `max_tokens`, `arrival_s` (seconds) and `answer`, whose length is the output's, are None where the file has none.
+    """
 
     name: str
     text: str
     max_tokens: int | None = None
     arrival_s: float | None = None
+    answer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,31 +146,38 @@ def held_out_prompts(tokenizer: Tokenizer, lengths: Sequence[int], seed: int = 0
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts of a user's file: one per line of a `.jsonl`, or the whole of any other text file as one.
+    """Prompts of a user's file: a `.jsonl` or `.json` of prompts or conversations, or any other text file as one.
 
-    A JSONL line is an object with `prompt` and optionally `max_tokens` and `arrival_s` (seconds, on every line or on
-    none, non-decreasing); other keys are ignored unless they look like a typo of these. Raises CorpusError naming file
-    and line.
+    An object with `prompt` has optionally its output's length, as `max_tokens` or as vLLM's `output_tokens`, and
+    `arrival_s` (seconds, on every row or on none, non-decreasing); other keys are ignored unless they look like a typo
+    of these. An object with `conversations` is ShareGPT's: its first turn is the prompt, its second the answer; it is
+    left out with fewer than two, as `vllm bench serve` does.
+
+    Raises:
+        ValueError: `CorpusError` or `WorkloadError`, naming file and row.
     """
     file = Path(path)
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
+    if not file.is_file():
+        raise CorpusError(f"{file}: cannot be read: no such file; give a text file or a .jsonl of prompts")
+    if ending(file) in (".csv", ".tsv"):
         raise CorpusError(
-            f"{file}: cannot be read: {error.strerror}; give a text file or a .jsonl of prompts"
-        ) from error
-    raw_lines = raw.removeprefix(codecs.BOM_UTF8).split(b"\n")
-    lines = [_decoded(line, f"{file}, line {i}") for i, line in enumerate(raw_lines, start=1)]
-    if file.suffix.lower() != ".jsonl":
-        text = "\n".join(lines)
+            f"{file}: a table is no text to cut prompts from; as a trace it is workload=trace workload.path={file}, "
+            f"its arrival times alone are workload.arrivals_path={file}"
+        )
+    if ending(file) not in (".jsonl", ".json"):
+        text = "".join(text_lines(file))
         if not text.strip():
             raise CorpusError(f"{file}: the file is empty; a prompt needs at least one character")
         return [Prompt(file.name, text)]
-    numbered = [(i, _parse_line(line, file, i)) for i, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
+    numbered = [
+        (row, _conversation(entry, file, row) if "conversations" in entry else _prompt(entry, file, row))
+        for row, entry in read_json(file)
+    ]
+    found = [(row, prompt) for row, prompt in numbered if prompt is not None]
+    if not found:
         raise CorpusError(f'{file}: the file has no prompts; write one {{"prompt": "..."}} a line')
-    _check_arrivals(numbered, file)
-    return [prompt for _, prompt in numbered]
+    _check_arrivals(found, file)
+    return [prompt for _, prompt in found]
 
 
 def _source_names(root: Path) -> Iterator[str]:
@@ -189,37 +202,59 @@ def _line_start_tokens(tokenizer: Tokenizer, token_ids: NDArray[np.int32]) -> ND
     return token_ids[[str(tokenizer.decode([int(token)])).startswith("\n") for token in token_ids]]
 
 
-def _decoded(line: bytes, where: str) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{where}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8 text") from error
+def _conversation(entry: dict[str, Any], file: Path, row: int) -> Prompt | None:
+    turns = entry["conversations"]
+    if not isinstance(turns, list) or len(turns) < 2:
+        return None
+    prompt, answer = (turn.get("value") if isinstance(turn, dict) else None for turn in turns[:2])
+    if not isinstance(prompt, str) or not isinstance(answer, str):
+        raise CorpusError(f"{file}, row {row}: the first two 'conversations' must be objects whose 'value' is text")
+    _check_characters(prompt + answer, f"{file}, row {row}")
+    return Prompt(f"{file.name}:{row}", prompt, answer=answer)
 
 
-def _parse_line(line: str, file: Path, number: int) -> Prompt:
-    where = f"{file}, line {number}"
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(f'{where}: not JSON ({error}); write one {{"prompt": "..."}} a line') from error
-    if not isinstance(entry, dict):
-        raise CorpusError(f'{where}: must be an object like {{"prompt": "..."}}, not {line.strip()[:40]}')
+def _prompt(entry: dict[str, Any], file: Path, row: int) -> Prompt:
+    where = f"{file}, row {row}"
     for key in entry.keys() - set(_KEYS):
-        near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85)
         if near and near[0] not in entry:
             raise CorpusError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
     text = entry.get("prompt")
     if not isinstance(text, str) or not text:
-        raise CorpusError(f"{where}: 'prompt' must be text of at least one character, not {json.dumps(text)[:40]}")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise CorpusError(f"{where}: 'prompt' has half of a surrogate pair; escape the whole character or write it out")
-    max_tokens = entry.get("max_tokens")
-    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-        raise CorpusError(f"{where}: 'max_tokens' must be a whole number of at least 1, not {json.dumps(max_tokens)}")
+        hint = (
+            ""
+            if "prompt" in entry
+            else f"; found {', '.join(entry)[:200]}: a trace is workload=trace workload.path={file}"
+        )
+        raise CorpusError(f"{where}: 'prompt' must be text of at least one character, not {shown(text)}{hint}")
+    _check_characters(text, where)
+    lengths = {key: _whole(entry[key], key, where) for key in _LENGTHS if entry.get(key) is not None}
+    if len(set(lengths.values())) > 1:
+        raise CorpusError(f"{where}: 'max_tokens' and 'output_tokens' differ; give one of them")
     arrival = entry.get("arrival_s")
-    if arrival is not None and (type(arrival) not in (int, float) or not math.isfinite(arrival) or arrival < 0):
-        raise CorpusError(f"{where}: 'arrival_s' must be seconds, 0 or more, not {json.dumps(arrival)}")
-    return Prompt(f"{file.name}:{number}", text, max_tokens, None if arrival is None else float(arrival))
+    if arrival is not None and (type(arrival) not in (int, float) or not 0 <= arrival < math.inf):
+        raise CorpusError(f"{where}: 'arrival_s' must be seconds, 0 or more, not {shown(arrival)}")
+    return Prompt(
+        f"{file.name}:{row}",
+        text,
+        next(iter(lengths.values()), None),
+        None if arrival is None else float(arrival),
+    )
+
+
+def _whole(value: Any, key: str, where: str) -> int:
+    # vLLM takes the number as text too.
+    number = int(value) if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20 else value
+    if type(number) is float and number.is_integer():
+        number = int(number)
+    if type(number) is not int or not 1 <= number <= _MAX_TOKENS:
+        raise CorpusError(f"{where}: {key!r} must be a whole number from 1 to {_MAX_TOKENS}, not {shown(value)}")
+    return number
+
+
+def _check_characters(text: str, where: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise CorpusError(f"{where}: the text has half of a surrogate pair; escape the whole character or write it out")
 
 
 def _check_arrivals(numbered: list[tuple[int, Prompt]], file: Path) -> None:
@@ -227,11 +262,11 @@ def _check_arrivals(numbered: list[tuple[int, Prompt]], file: Path) -> None:
     latest = 0.0
     for number, prompt in numbered:
         if (prompt.arrival_s is not None) != first_arrives:
-            raise CorpusError(f"{file}, line {number}: 'arrival_s' must be on every line or on none")
+            raise CorpusError(f"{file}, row {number}: 'arrival_s' must be on every row or on none")
         if prompt.arrival_s is not None:
             if prompt.arrival_s < latest:
                 raise CorpusError(
-                    f"{file}, line {number}: arrives {latest - prompt.arrival_s:g} s before the line above it; "
+                    f"{file}, row {number}: arrives {latest - prompt.arrival_s:g} s before the row above it; "
                     "sort the file by 'arrival_s'"
                 )
             latest = prompt.arrival_s

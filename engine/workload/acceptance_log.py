@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from engine.workload.agreement import AgreementModel
 from engine.workload.markov import confidence_at
+from engine.workload.records import read_json, stem
 from engine.workload.workload import Workload, WorkloadError, offsets, run_lengths
 
 UNOBSERVED = -1
 _QUALITIES = 64
+_MOST = 1024
+"""Tokens that a step may draft: a log with more is damaged."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,7 @@ def read_acceptance_log(path: str | Path, depth: int | None = None) -> Acceptanc
     file = Path(path)
     if not file.is_file():
         raise WorkloadError(f"{file}: no such acceptance log; set workload.path to a JSONL file")
-    records: list[tuple[int, dict[str, Any]]] = []
-    for row, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                records.append((row, json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise WorkloadError(f"{file}, row {row}: not JSON ({error})") from error
+    records = read_json(file)
     if not records:
         raise WorkloadError(f"{file}: the log has no turns")
     checked = [(row, record, _accepted(file, row, record)) for row, record in records]
@@ -119,7 +115,7 @@ def replay(
         chain.rank_quantiles, chain.confidence_quantiles,
     )  # fmt: skip
     return Workload(
-        name=f"{log.path.name.split('.')[0]} replay",
+        name=f"{stem(log.path)} replay",
         arrival=np.asarray(arrival, dtype=np.float64),
         prompt_tokens=np.asarray(prompt_tokens),
         output_tokens=output_tokens,
@@ -226,16 +222,16 @@ def _mark(position, probability, agrees, uniform, confidences, ranks, rank, conf
 
 def _accepted(file: Path, row: int, record: Any) -> NDArray[np.int64]:
     needed = ("question_id", "turn", "new_tokens", "n_accepted")
-    missing = [key for key in needed if not isinstance(record, dict) or key not in record]
+    missing = [key for key in needed if key not in record]
     if missing:
         raise WorkloadError(f"{file}, row {row}: no field {', '.join(missing)}; needed: {', '.join(needed)}")
     return _counts(file, row, "n_accepted", record["n_accepted"])
 
 
 def _counts(file: Path, row: int, key: str, values: Any) -> NDArray[np.int64]:
-    whole = isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    whole = isinstance(values, list) and all(type(value) is int and 0 <= value <= _MOST for value in values)
     if not whole or not values:
-        raise WorkloadError(f"{file}, row {row}: {key} must be a non-empty list of whole numbers of at least 0")
+        raise WorkloadError(f"{file}, row {row}: {key} must be a non-empty list of whole numbers from 0 to {_MOST}")
     return np.array(values, dtype=np.int64)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.special import ndtr
 
 from engine.workload.length_tables import LEVELS, LOGNORMALS, TABLES
+from engine.workload.trace import read_lengths
 from engine.workload.workload import WorkloadError
 
 Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -37,7 +39,7 @@ class LengthModel(BaseModel, ABC):
 
     def describe(self) -> dict[str, Any]:
         """Settings, for a workload's provenance; JSON-able."""
-        return {"model": type(self).__name__, **self.model_dump()}
+        return {"model": type(self).__name__, **self.model_dump(mode="json")}
 
 
 class FixedLengths(LengthModel):
@@ -111,6 +113,21 @@ class QuantileLengths(LengthModel):
 
     def _at(self, level: NDArray[np.float64], quantiles: list[int]) -> NDArray[np.float64]:
         return np.exp(np.interp(level, self.levels, np.log(quantiles)))
+
+
+class FileLengths(LengthModel):
+    """Lengths drawn with replacement from the requests of a file: a trace's, or one of lengths only.
+
+    Raises:
+        WorkloadError: naming file and row, when they are drawn.
+    """
+
+    path: Path
+
+    def draw(self, rng: np.random.Generator, num_requests: int) -> Lengths:
+        prompt, output = read_lengths(self.path)
+        drawn = rng.integers(prompt.size, size=num_requests)
+        return Lengths(prompt[drawn], output[drawn])
 
 
 class NamedLengths(LengthModel):

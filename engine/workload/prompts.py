@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +17,10 @@ from engine.limits import EngineLimits
 from engine.models.corpus import Prompt, cut_prompts, library_texts, read_prompts
 from engine.speculation.sampling import GREEDY, Sampling
 from engine.workload.arrivals import Arrivals
+from engine.workload.formats import TimeUnit
 from engine.workload.lengths import LengthModel
-from engine.workload.source import ARRIVALS, LENGTHS, PROMPTS, SAMPLING, Count, Seconds, WorkloadSource, stem, stream
+from engine.workload.records import ending, scenario_of, stem
+from engine.workload.source import ARRIVALS, LENGTHS, PROMPTS, SAMPLING, Count, Seconds, WorkloadSource, stream
 from engine.workload.trace import TooLong, read_trace
 from engine.workload.workload import Workload, WorkloadError
 
@@ -26,6 +28,9 @@ log = logging.getLogger(__name__)
 
 USUAL_REQUESTS = 100
 """Requests of a source that neither a setting nor a file bounds."""
+
+SHAREGPT_LEAST, SHAREGPT_PROMPT, SHAREGPT_TOTAL = 4, 1024, 2048
+"""Tokens of a ShareGPT conversation that `vllm bench serve` takes: at least, in its prompt, in prompt and answer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +86,11 @@ class PromptSource(WorkloadSource):
     """Prompts cut from text, or given by the user one by one, with drawn or recorded arrivals.
 
     Without `path`, prompts are cut from the held-out files of the running Python's standard library, which the embedded
-    models were not trained on (`engine.models.corpus`). A text file is cut the same way; the prompts of a `.jsonl` are
-    taken as they are, in file order, over again when more are asked for. Texts, lengths, arrivals and sampling are
-    drawn from streams of their own.
+    models were not trained on (`engine.models.corpus`). A text file is cut the same way; the prompts of a `.jsonl`
+    (vLLM's custom ones too) and the conversations of a ShareGPT `.json` are taken as they are, in file order, over
+    again when more are asked for. Of conversations those are taken that `vllm bench serve` takes, by their lengths;
+    the output has the length of the recorded answer unless `max_tokens` is set. Texts, lengths, arrivals and sampling
+    are drawn from streams of their own.
     """
 
     name: Annotated[str, Field(min_length=1)] | None = None
@@ -92,6 +99,9 @@ class PromptSource(WorkloadSource):
     arrivals: SerializeAsAny[Arrivals]
     arrivals_path: Path | None = None
     """Takes the arrival times of this trace file in place of `arrivals`, and nothing else of it."""
+    time_unit: TimeUnit | None = None
+    """Of `arrivals_path`, as `TraceSource` has it; so is `spread_ticks`."""
+    spread_ticks: bool | None = None
     own_arrivals: bool = True
     """Takes `arrival_s` of a `.jsonl` that has them in place of `arrivals`."""
     lengths: SerializeAsAny[LengthModel]
@@ -109,11 +119,12 @@ class PromptSource(WorkloadSource):
     @property
     def scenario(self) -> str:
         rate = getattr(self.arrivals, "rate", None)
+        called = self._called if self.name or self.path is None else scenario_of(self.path)
         if self.arrivals_path is not None:
-            return f"{self._called} at {stem(self.arrivals_path)}{self._suffix()}"
+            return f"{called} at {scenario_of(self.arrivals_path)}{self._suffix()}"
         if rate is None or self._recorded(self._given()) is not None:
-            return self._called + self._suffix()
-        return f"{self._called} {rate * self.rate_scale:g}/s"
+            return called + self._suffix()
+        return f"{called} {rate * self.rate_scale:g}/s"
 
     def draw(self, seed: int) -> Workload:
         raise WorkloadError(
@@ -129,6 +140,8 @@ class PromptSource(WorkloadSource):
                 is too long.
         """
         given = self._given()
+        if given is not None:
+            given = self._measured(given, tokenizer)
         arrival = self._arrivals(seed, given)
         count = arrival.size
         drawn = self.lengths.draw(stream(seed, LENGTHS), count)
@@ -145,14 +158,14 @@ class PromptSource(WorkloadSource):
             output = np.array(
                 [length if one is None else one for length, one in zip(output, own, strict=True)], np.int64
             )
-            encoded = {row.name: _encoded(tokenizer, row, self.path) for row in given}
+            encoded = {row.name: _encoded(tokenizer, row, self.path) for row in rows[: len(given)]}
             length = np.array([encoded[row.name].size for row in rows])
             origin = [_where(row, self.path) for row in rows]
             prompt, output, kept = self._bounded(length, output, limits, origin)
             # What is cut off is the beginning: the end is what the output continues.
             tokens = [encoded[rows[i].name][-prompt[i] :] for i in kept]
             origin = [rows[i].name for i in kept]
-        return Prompts(
+        prompts = Prompts(
             self._called,
             arrival[kept],
             tokens,
@@ -161,16 +174,59 @@ class PromptSource(WorkloadSource):
             origin,
             frozenset(_stop_token(one, tokenizer) for one in self.stop),
         )
+        log.info(
+            "%s: %s requests over %.6g s, on average %.1f prompt and %.1f output tokens",
+            self.path or self._called,
+            f"{prompts.num_requests:,}",
+            np.ptp(prompts.arrival),
+            np.mean([len(one) for one in tokens]),
+            prompts.max_tokens.mean(),
+        )
+        return prompts
 
     @property
     def _called(self) -> str:
         return self.name or ("prompts" if self.path is None else stem(self.path))
 
     def _given(self) -> list[Prompt] | None:
-        """The prompts of a `.jsonl`; None when prompts are to be cut from text."""
-        if self.path is None or self.path.suffix.lower() != ".jsonl":
+        """The prompts of a `.jsonl` or `.json`; None when prompts are to be cut from text."""
+        if self.path is None or ending(self.path) not in (".jsonl", ".json"):
             return None
         return read_prompts(self.path)
+
+    def _measured(self, given: list[Prompt], tokenizer: Any) -> list[Prompt]:
+        """Prompts with the lengths of their recorded answers, without the conversations that vLLM leaves out.
+
+        With `num_requests`, no more than that many.
+        """
+        if all(row.answer is None for row in given):
+            return given
+        taken: list[Prompt] = []
+        passed = 0
+        for row in given:
+            if len(taken) == self.num_requests:
+                break
+            if row.answer is not None:
+                prompt = len(tokenizer(row.text, verbose=False)["input_ids"])
+                answer = len(tokenizer(row.answer, verbose=False)["input_ids"])
+                output = self.max_tokens or answer
+                if (
+                    min(prompt, output if self.max_tokens is None else prompt) < SHAREGPT_LEAST
+                    or prompt > SHAREGPT_PROMPT
+                    or prompt + output > SHAREGPT_TOTAL
+                ):
+                    passed += 1
+                    continue
+                row = replace(row, max_tokens=output)
+            taken.append(row)
+        rule = (
+            f"shorter than {SHAREGPT_LEAST} tokens, prompts longer than {SHAREGPT_PROMPT} and totals over "
+            f"{SHAREGPT_TOTAL} are left out, as vllm bench serve does"
+        )
+        if not taken:
+            raise WorkloadError(f"{self.path}: none of its {passed} conversations is taken: {rule}")
+        log.info("%s: ShareGPT conversations; %d taken, %d left out (%s)", self.path, len(taken), passed, rule)
+        return taken
 
     def _texts(self) -> Iterable[tuple[str, str]]:
         if self.path is None:
@@ -180,7 +236,7 @@ class PromptSource(WorkloadSource):
     def _recorded(self, given: list[Prompt] | None) -> NDArray[np.float64] | None:
         """Arrival times that a file has, in s from its first; None: they are drawn."""
         if self.arrivals_path is not None:
-            times = read_trace(self.arrivals_path, "drop").arrival
+            times = read_trace(self.arrivals_path, "drop", self.time_unit, self.spread_ticks).arrival
         elif self.own_arrivals and given is not None and given[0].arrival_s is not None:
             times = np.array([prompt.arrival_s for prompt in given], dtype=np.float64)
         else:
@@ -261,7 +317,7 @@ def prompts_for(workload: Workload, seed: int, tokenizer: Any, limits: EngineLim
 
 
 def _where(prompt: Prompt, path: Path | None) -> str:
-    return f"{path}, line {prompt.name.rpartition(':')[2]}"
+    return f"{path}, row {prompt.name.rpartition(':')[2]}"
 
 
 def _encoded(tokenizer: Any, prompt: Prompt, path: Path | None) -> NDArray[np.int32]:

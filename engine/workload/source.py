@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -13,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validat
 from engine.workload.acceptance_log import read_acceptance_log, replay
 from engine.workload.agreement import AgreementModel, DrafterAgreement
 from engine.workload.arrivals import Arrivals
+from engine.workload.formats import TimeUnit
 from engine.workload.lengths import LengthModel
+from engine.workload.records import content_digest, scenario_of, stem
 from engine.workload.trace import RateMode, TooLong, ZeroOutput, prepare_trace, read_trace
 from engine.workload.workload import Workload, WorkloadError
 
@@ -46,6 +49,11 @@ class WorkloadSource(BaseModel, ABC):
     def scenario(self) -> str:
         """A short name for the workload without its seed, for tables: two runs can be compared if it is equal."""
 
+    @property
+    def contents(self) -> dict[str, str]:
+        """sha256 of each file that the settings name, by path: an edited file is another workload."""
+        return {str(path): content_digest(path) for path in _paths(self)}
+
     def _provenance(self, seed: int) -> dict[str, Any]:
         return {"source": type(self).__name__, "seed": seed, "settings": self.model_dump(mode="json")}
 
@@ -66,6 +74,10 @@ class TraceSource(WorkloadSource):
     max_output_tokens: Count | None = None
     max_total_tokens: Annotated[int, Field(ge=2)] | None = None
     zero_output: ZeroOutput = "error"
+    time_unit: TimeUnit | None = None
+    """Of the file's times; None: the format's, or told from the numbers (`formats`)."""
+    spread_ticks: bool | None = None
+    """Spreads arrivals that a coarse clock logged over its ticks (`trace.read_trace`)."""
     thin_seed: Annotated[int, Field(ge=0)] = 0
     agreement: SerializeAsAny[AgreementModel] = DrafterAgreement()
 
@@ -87,12 +99,12 @@ class TraceSource(WorkloadSource):
             and getattr(self, name) != type(self).model_fields[name].default
         }
         options = "".join(f" {name}={value}" for name, value in settings.items())
-        return f"{stem(self.path)}{options}{self._suffix()}"
+        return f"{scenario_of(self.path)}{options}{self._suffix()}"
 
     def draw(self, seed: int) -> Workload:
         """The recorded requests; `seed` draws the agreements that the record does not have."""
         trace = prepare_trace(
-            read_trace(self.path, self.zero_output),
+            read_trace(self.path, self.zero_output, self.time_unit, self.spread_ticks),
             start_s=self.start_s,
             duration_s=self.duration_s,
             rate_scale=self.rate_scale,
@@ -140,9 +152,10 @@ class SyntheticSource(WorkloadSource):
     @property
     def scenario(self) -> str:
         rate = getattr(self.arrivals, "rate", None)
+        called = " of ".join([self.name, *(scenario_of(path) for path in _paths(self))])
         if rate is None:
-            return self.name + self._suffix()
-        return f"{self.name} {rate * self.rate_scale:g}/s"
+            return called + self._suffix()
+        return f"{called} {rate * self.rate_scale:g}/s"
 
     def draw(self, seed: int) -> Workload:
         arrival = self.arrivals.draw(stream(seed, ARRIVALS), self.num_requests, self.duration_s)
@@ -179,7 +192,7 @@ class AcceptanceLogSource(WorkloadSource):
 
     @property
     def scenario(self) -> str:
-        return f"{stem(self.path)} replay{self._suffix()}"
+        return f"{scenario_of(self.path)} replay{self._suffix()}"
 
     def draw(self, seed: int) -> Workload:
         log = read_acceptance_log(self.path, self.depth)
@@ -202,6 +215,10 @@ def stream(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def stem(path: Path) -> str:
-    """The file's name without its endings: `azure.csv.gz` is `azure`."""
-    return path.name.split(".")[0]
+def _paths(settings: BaseModel) -> Iterator[Path]:
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, Path):
+            yield value
+        elif isinstance(value, BaseModel):
+            yield from _paths(value)

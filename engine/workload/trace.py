@@ -1,31 +1,31 @@
-"""Read request traces: plain CSV, Azure's LLM inference traces and Mooncake's JSONL."""
+"""Request traces: the formats that `engine.workload.formats` knows, their windows and scales."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.workload import formats
+from engine.workload.formats import TimeUnit, TraceFormat
+from engine.workload.records import Convert, numbers, read_columns
 from engine.workload.workload import WorkloadError
+
+log = logging.getLogger(__name__)
 
 RateMode = Literal["stretch", "thin"]
 TooLong = Literal["error", "clip", "drop"]
 ZeroOutput = Literal["error", "drop"]
 
-_SECONDS = ("arrival_s", "prompt_tokens", "output_tokens")
-_AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-_MOONCAKE = ("timestamp", "input_length", "output_length")
-_ACCEPTED = f"CSV with {','.join(_SECONDS)} or Azure's {','.join(_AZURE)}; JSONL with Mooncake's {', '.join(_MOONCAKE)}"
-_MAX_TOKENS = np.iinfo(np.int32).max
+_MAX_TOKENS = 1 << 24
+"""Tokens that a prompt or an output of a trace may have: no model has a longer context."""
+_TICK_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -49,39 +49,153 @@ class Trace:
         )
 
 
-def read_trace(path: str | Path, zero_output: ZeroOutput = "error") -> Trace:
-    """Read a trace file; the format follows from the name (.csv, .jsonl, each also .gz) and the columns.
+def read_trace(
+    path: str | Path,
+    zero_output: ZeroOutput = "error",
+    time_unit: TimeUnit | None = None,
+    spread_ticks: bool | None = None,
+) -> Trace:
+    """Read a trace file (CSV, JSON lines or a JSON list, each also gzipped) and log what was read.
 
-    Extra columns are ignored. Requests that generated nothing (some traces log cancelled ones) are an error that names
-    the row; `zero_output="drop"` leaves them out instead. Raises `WorkloadError` naming file and row.
+    The format follows from the columns (`engine.workload.formats`); others are ignored. `time_unit` is what the times
+    count, where that is not what the format says. Requests that generated nothing are an error that names the row;
+    `zero_output="drop"` leaves them out, and a format that logs failed requests as 0 tokens always does.
+    `spread_ticks`: whether arrivals that a coarse clock logged are spread over its ticks; None: where the format is
+    known for such a clock, and the arrivals show it.
+
+    Raises:
+        WorkloadError: naming file and row.
     """
     file = Path(path)
     if not file.is_file():
-        raise WorkloadError(f"{file}: no such trace file; set workload.path to a file ({_ACCEPTED})")
-    name = file.name.removesuffix(".gz")
-    readers: dict[str, Callable[[Path], Trace]] = {".csv": _read_csv, ".jsonl": _read_jsonl}
-    reader = readers.get(Path(name).suffix.lower())
-    if reader is None:
-        raise WorkloadError(f"{file}: unknown kind of trace; accepted are .csv, .csv.gz, .jsonl and .jsonl.gz")
-    try:
-        trace = reader(file)
-    except (UnicodeDecodeError, OSError, EOFError, csv.Error) as error:
-        raise WorkloadError(f"{file}: cannot be read as {name.rsplit('.', 1)[1].upper()}: {error}") from error
-    if trace.row.size == 0:
-        raise WorkloadError(f"{file}: the trace has no requests")
-    back = np.flatnonzero(np.diff(trace.arrival) < 0)
+        raise WorkloadError(f"{file}: no such trace file; set workload.path to a file. Accepted: {formats.ACCEPTED}")
+    form, columns, rows = _read(file, formats.format_of)
+    raw, prompt, output = (columns[column] for column in form.columns)
+    arrival, unit = formats.seconds(file, form, raw, rows, time_unit)
+    back = np.flatnonzero(np.diff(arrival) < 0)
     if back.size:
         raise WorkloadError(
-            f"{file}, row {trace.row[back[0] + 1]}: arrives {trace.arrival[back[0]] - trace.arrival[back[0] + 1]:g} s "
-            "before the row above it; sort the file by arrival"
+            f"{file}, row {rows[back[0] + 1]}: arrives {arrival[back[0]] - arrival[back[0] + 1]:g} s before the row "
+            "above it; sort the file by arrival"
         )
-    silent = trace.output_tokens == 0
+    remarks = [f"times are {unit}"]
+    kept = np.ones(rows.size, dtype=bool)
+    if form.failures:
+        kept = (prompt != 0) & (output != 0)
+        remarks += [f"{rows.size - kept.sum():,} failed requests (0 tokens) left out"]
+    _check_tokens(file, form.prompt, prompt[kept], rows[kept], least=1)
+    _check_tokens(file, form.output, output[kept], rows[kept], least=0)
+    silent = kept & (output == 0)
     if silent.any() and zero_output == "error":
         raise WorkloadError(
-            f"{file}, row {trace.row[silent][0]}: 0 output tokens ({int(silent.sum())} such rows); a request must "
+            f"{file}, row {rows[silent][0]}: 0 output tokens ({int(silent.sum())} such rows); a request must "
             "generate at least one token. Set workload.zero_output=drop to leave these requests out"
         )
-    return trace.keep(~silent)
+    tick = _tick(form, arrival, spread_ticks)
+    if tick is not None:
+        arrival = spread(arrival, tick)
+        remarks += [f"arrivals spread over their ticks of {tick:g} s (workload.spread_ticks=false leaves them)"]
+    kept &= ~silent
+    if not kept.any():
+        raise WorkloadError(f"{file}: the trace has no requests that generated a token")
+    trace = Trace(file, arrival, prompt.astype(np.int64), output.astype(np.int64), rows).keep(kept)
+    _log(trace, form, remarks)
+    return trace
+
+
+def read_lengths(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Prompt and output tokens (R,) of a trace, or of a file with its columns of lengths only.
+
+    Requests without a token of either kind are left out. Raises WorkloadError naming file and row.
+    """
+    form, columns, rows = _read(path, formats.lengths_of, times=False)
+    prompt, output = columns[form.prompt], columns[form.output]
+    kept = (prompt != 0) & (output != 0)
+    for column, tokens in ((form.prompt, prompt), (form.output, output)):
+        _check_tokens(path, column, tokens[kept], rows[kept], least=1)
+    if not kept.any():
+        raise WorkloadError(f"{path}: the file has no request with a token")
+    log.info(
+        "%s: lengths of %s requests, on average %.1f prompt and %.1f output tokens; %s without tokens left out",
+        path,
+        f"{kept.sum():,}",
+        prompt[kept].mean(),
+        output[kept].mean(),
+        f"{rows.size - kept.sum():,}",
+    )
+    return prompt[kept].astype(np.int64), output[kept].astype(np.int64)
+
+
+def _read(
+    path: Path, recognise: Callable[[Path, list[str]], TraceFormat], times: bool = True
+) -> tuple[TraceFormat, dict[str, NDArray[Any]], NDArray[np.int64]]:
+    found: list[TraceFormat] = []
+
+    def pick(keys: list[str]) -> dict[str, Convert]:
+        form = recognise(path, keys)
+        found.append(form)
+        wanted: dict[str, Convert] = {form.prompt: numbers, form.output: numbers}
+        return {form.time: formats.times_of(form)} | wanted if times else wanted
+
+    columns, rows = read_columns(path, pick)
+    return found[0], columns, rows
+
+
+def _check_tokens(path: Path, column: str, tokens: NDArray[np.float64], rows: NDArray[np.int64], least: int) -> None:
+    wrong = np.flatnonzero(~((tokens >= least) & (tokens <= _MAX_TOKENS) & (tokens == np.floor(tokens))))
+    if wrong.size:
+        raise WorkloadError(
+            f"{path}, row {rows[wrong[0]]}: {column} = {tokens[wrong[0]]:g} must be a whole number from 1 to "
+            f"{_MAX_TOKENS}"
+        )
+
+
+def _log(trace: Trace, form: TraceFormat, remarks: list[str]) -> None:
+    count, duration = trace.row.size, float(np.ptp(trace.arrival))
+    rate = f"{(count - 1) / duration:.3g} requests/s" if duration > 0 else "all at once"
+    log.info(
+        "%s: %s format, %s requests over %s s (%s), on average %s prompt and %s output tokens; %s",
+        trace.path,
+        form.name,
+        f"{count:,}",
+        f"{duration:,.6g}",
+        rate,
+        f"{trace.prompt_tokens.mean():,.1f}",
+        f"{trace.output_tokens.mean():,.1f}",
+        "; ".join(remarks),
+    )
+
+
+def _tick(form: TraceFormat, arrival: NDArray[np.float64], asked: bool | None) -> float | None:
+    """The tick of the clock that logged these arrivals, if they are to be spread; None: they are not.
+
+    Asked for, the format's tick, or the median gap between distinct times. Not asked: the format's tick where the gaps
+    are multiples of it within 2 %, at least half of them one tick. Without `hash_ids`, which published traces have,
+    exact multiples may be waves that somebody made: these are left alone.
+    """
+    if asked is False or arrival.size < 2:
+        return None
+    gaps = np.diff(np.unique(arrival))
+    if asked:
+        return form.tick_s or (float(np.median(gaps)) if gaps.size else None)
+    if form.tick_s is None or not gaps.size or gaps.size + 1 == arrival.size:
+        return None
+    ticks = np.rint(gaps / form.tick_s)
+    off = np.abs(gaps - ticks * form.tick_s)
+    regular = (off <= _TICK_TOLERANCE * form.tick_s).mean() >= 0.95 and (ticks == 1).mean() >= 0.5
+    published = bool(form.also) or (off > 1e-6).any()
+    return form.tick_s if regular and published else None
+
+
+def spread(arrival: NDArray[np.float64], tick: float) -> NDArray[np.float64]:
+    """Place each time's arrivals uniformly at random within the tick that it begins, always in the same way.
+
+    A clock with ticks logs requests in simultaneous bunches; given their number, a Poisson stream is uniform. No
+    arrival passes the next time, so a tick that came early is shorter.
+    """
+    distinct, index = np.unique(arrival, return_inverse=True)
+    length = np.minimum(tick, np.append(np.diff(distinct), tick))
+    return np.sort(arrival + length[index] * np.random.default_rng(0).random(arrival.size))
 
 
 def prepare_trace(
@@ -172,139 +286,3 @@ def _bound_lengths(
                 f"({int(rows.sum())} such rows); set workload.too_long=clip or workload.too_long=drop"
             )
     return trace
-
-
-def _open(path: Path) -> IO[str]:
-    if path.name.endswith(".gz"):
-        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def _read_csv(path: Path) -> Trace:
-    with _open(path) as file:
-        rows = csv.reader(file)
-        header = [column.strip() for column in next(rows, [])]
-        body = list(rows)
-    while body and not body[-1]:
-        body.pop()
-    columns = _SECONDS if set(_SECONDS) <= set(header) else _AZURE
-    missing = [column for column in columns if column not in header]
-    if missing:
-        raise WorkloadError(
-            f"{path}: no column {', '.join(_missing_from_nearest(header))}; found {', '.join(header) or 'none'}. "
-            f"Accepted: {_ACCEPTED}"
-        )
-    where = [header.index(column) for column in columns]
-    short = next((i for i, row in enumerate(body) if len(row) <= max(where)), None)
-    if short is not None:
-        raise WorkloadError(f"{path}, row {short + 1}: {len(body[short])} fields where the header has {len(header)}")
-    arrival, prompt, output = ([row[i] for row in body] for i in where)
-    times = _timestamps(path, arrival) if columns is _AZURE else _numbers(path, columns[0], arrival)
-    return _checked(path, columns, times, _numbers(path, columns[1], prompt), _numbers(path, columns[2], output))
-
-
-def _missing_from_nearest(header: list[str]) -> list[str]:
-    """The columns lacking from the form that the header is closest to."""
-    nearest = max((_SECONDS, _AZURE), key=lambda form: sum(column in header for column in form))
-    return [column for column in nearest if column not in header]
-
-
-def _read_jsonl(path: Path) -> Trace:
-    fields: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise WorkloadError(f"{path}, row {number}: not JSON ({error})") from error
-            missing = [key for key in _MOONCAKE if not isinstance(record, dict) or key not in record]
-            if missing:
-                found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise WorkloadError(
-                    f"{path}, row {number}: no field {', '.join(missing)}; found {found}. Accepted: {_ACCEPTED}"
-                )
-            for values, key in zip(fields, _MOONCAKE, strict=True):
-                values.append(record[key])
-    arrival, prompt, output = (_numbers(path, key, values) for key, values in zip(_MOONCAKE, fields, strict=True))
-    trace = _checked(path, _MOONCAKE, arrival / 1000.0, prompt, output)
-    return replace(trace, arrival=spread_ticks(trace.arrival))
-
-
-def spread_ticks(arrival: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Spread arrivals that were logged on a coarse clock over their ticks, if they were.
-
-    Mooncake's traces log arrivals in ticks of 3 s: taken literally, requests would come in simultaneous bunches. The
-    tick is the greatest common divisor of the times; where it is at least 0.1 s and arrivals share a time, each tick's
-    arrivals are placed uniformly at random inside it (what a Poisson stream looks like given its count), always in
-    the same way. Other arrivals are returned as they are.
-    """
-    if arrival.size < 2 or not np.isfinite(arrival).all() or (np.diff(arrival) < 0).any():
-        return arrival
-    milliseconds = np.rint(arrival * 1000.0).astype(np.int64)
-    tick = float(np.gcd.reduce(milliseconds - milliseconds[0])) / 1000.0
-    if tick < 0.1 or not (np.diff(milliseconds) == 0).any():
-        return arrival
-    spread = arrival + tick * np.random.default_rng(0).random(arrival.size)
-    # Ticks do not overlap, so sorting everything sorts within each tick only.
-    return np.sort(spread)
-
-
-def _numbers(path: Path, column: str, values: list[Any]) -> NDArray[np.float64]:
-    try:
-        return np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        for row, value in enumerate(values, 1):
-            try:
-                float(value)
-            except (TypeError, ValueError):
-                raise WorkloadError(f"{path}, row {row}: {column} = {value!r} is not a number") from None
-        raise
-
-
-def _timestamps(path: Path, values: list[str]) -> NDArray[np.float64]:
-    """Seconds since the first of Azure's timestamps, `2023-11-16 18:15:46.6805900`, with or without a UTC offset."""
-    plain = [value.strip().removesuffix("+00:00").removesuffix("Z") for value in values]
-    try:
-        stamps = np.array(plain, dtype="datetime64[ns]")
-    except ValueError:
-        stamps = np.array([_timestamp(path, row, value) for row, value in enumerate(plain, 1)], dtype="datetime64[ns]")
-    missing = np.flatnonzero(np.isnat(stamps))
-    if missing.size:
-        raise WorkloadError(f"{path}, row {missing[0] + 1}: TIMESTAMP = {values[missing[0]]!r} is not a time")
-    if stamps.size == 0:
-        return np.empty(0)
-    return (stamps - stamps[0]) / np.timedelta64(1, "s")
-
-
-def _timestamp(path: Path, row: int, value: str) -> np.datetime64:
-    try:
-        return np.datetime64(value, "ns")
-    except ValueError:
-        raise WorkloadError(
-            f"{path}, row {row}: TIMESTAMP = {value!r} is not a time like 2023-11-16 18:15:46.6805900"
-        ) from None
-
-
-def _checked(
-    path: Path,
-    columns: tuple[str, str, str],
-    arrival: NDArray[np.float64],
-    prompt: NDArray[np.float64],
-    output: NDArray[np.float64],
-) -> Trace:
-    """Refuse what is not finite, whole or at least `least`; name the first row that is not."""
-    for column, tokens, least in ((columns[1], prompt, 1), (columns[2], output, 0)):
-        with np.errstate(invalid="ignore"):
-            wrong = np.flatnonzero(~((tokens >= least) & (tokens <= _MAX_TOKENS) & (tokens == np.floor(tokens))))
-        if wrong.size:
-            raise WorkloadError(
-                f"{path}, row {wrong[0] + 1}: {column} = {tokens[wrong[0]]:g} must be a whole number of at least 1"
-            )
-    wrong = np.flatnonzero(~np.isfinite(arrival))
-    if wrong.size:
-        raise WorkloadError(f"{path}, row {wrong[0] + 1}: {columns[0]} = {arrival[wrong[0]]} must be finite")
-    return Trace(
-        path, arrival, prompt.astype(np.int64), output.astype(np.int64), np.arange(1, arrival.size + 1, dtype=np.int64)
-    )

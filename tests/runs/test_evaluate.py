@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,7 +68,7 @@ def test_the_documented_command_leaves_the_documented_files(tmp_path: Path) -> N
     assert written == ["config.yaml", "evaluate.log", "requests.parquet", "summary.json"]
     summary = summary_of(tmp_path / "out")
     assert summary["requests_finished"] == 3
-    assert summary["run"]["scenario"] == "requests x0.5"
+    assert re.fullmatch("requests@[0-9a-f]{6} x0.5", summary["run"]["scenario"])
     assert summary["run"]["workload"] == "trace"
     arrivals = pd.read_parquet(tmp_path / "out" / folder.REQUESTS)["arrival_s"]
     np.testing.assert_allclose(arrivals, [0.0, 1.0, 1.8])
@@ -308,3 +309,19 @@ def test_offline_logging_stays_in_the_run_folder(
     (logged,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert b"serving/tpot_s" in logged.read_bytes()
     assert "wandb" not in capfd.readouterr().out
+
+
+def test_an_edited_trace_gives_its_new_requests_in_the_same_process(tmp_path: Path, run: Run) -> None:
+    path = trace(tmp_path / "requests.csv")
+    scenarios = []
+    for name in ("before", "after"):
+        out = tmp_path / name
+        assert (
+            run("workload=trace", f"workload.path={path}", "controller=fixed", "logger=none", f"hydra.run.dir={out}")
+            == 0
+        )
+        summary = summary_of(out)
+        scenarios.append(summary["run"]["scenario"])
+        assert summary["requests_total"] == (3 if name == "before" else 2)
+        trace(path, "arrival_s,prompt_tokens,output_tokens\n0.0,50,8\n0.5,700,4\n")
+    assert scenarios[0] != scenarios[1]

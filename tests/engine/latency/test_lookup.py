@@ -1,5 +1,6 @@
 """Claims about the table controllers predict with."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from engine.latency import lookup
 from engine.latency.lookup import LookupGrid, LookupTable, lookup_choice, lookup_slice, lookup_time
 from engine.latency.model import LatencyModel
+from engine.latency.predictors import Forest
 
 CANDIDATES = [0, 1, 2, 3, 4, 5, 6, 8]
 BUDGETS = [0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048]
@@ -114,3 +116,23 @@ def test_a_damaged_cache_is_fitted_again(tmp_path: Path) -> None:
 def test_impossible_limits_are_refused_by_name(arguments: tuple, key: str) -> None:
     with pytest.raises(ValueError, match=key):
         LookupTable.fit(LatencyModel.linear(0.01), *arguments)
+
+
+def test_seats_that_an_engine_does_not_use_change_no_prediction() -> None:
+    model = LatencyModel.load("vicuna_7b_a100")
+    tables = [
+        LookupTable.fit(model, [0, 2], [0, 512], seats, 60_000, samples=1000, forest=Forest(trees=3))
+        for seats in (64, 256, 4096)
+    ]
+    for few, many in pairwise(tables):
+        shared = np.isin(many.grid.batch, few.grid.batch).nonzero()[0]
+        assert np.array_equal(few.grid.batch, many.grid.batch[shared])
+        assert np.array_equal(few.grid.seconds, many.grid.seconds[shared])
+
+
+def test_batches_above_the_usual_are_predicted_from_their_own_samples() -> None:
+    model = LatencyModel.load("vicuna_7b_a100")
+    table = LookupTable.fit(model, [0, 2], [0, 512], 4096, 400_000, samples=1000, forest=Forest(trees=3))
+    assert table.heldout_mape["257-4096 decodes"] < 0.06
+    usual = LookupTable.fit(model, [0, 2], [0, 512], 256, 400_000, samples=1000, forest=Forest(trees=3))
+    assert table.heldout_mape["overall"] == usual.heldout_mape["overall"]

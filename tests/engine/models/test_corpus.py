@@ -19,6 +19,7 @@ from engine.models.corpus import (
     read_prompts,
 )
 from engine.models.load import load_tokenizer
+from engine.workload.workload import WorkloadError
 
 
 @pytest.fixture(scope="module")
@@ -121,37 +122,60 @@ def test_another_text_file_is_one_prompt_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "complaint"),
     [
-        (["{", {}], "line 1: not JSON"),
-        ([{"prompt": "a"}, ["prompt"]], "line 2: must be an object"),
-        ([{"prompt": "a"}, {"text": "b"}], "line 2: 'prompt' must be text"),
-        ([{"prompt": ""}], "line 1: 'prompt' must be text of at least one character"),
-        ([{"prompt": ["a"]}], "line 1: 'prompt' must be text"),
-        ([{"promt": "a"}], "line 1: unknown key 'promt'; did you mean 'prompt'"),
-        ([{"prompt": "a", "max_token": 4}], "line 1: unknown key 'max_token'; did you mean 'max_tokens'"),
-        ([{"prompt": "a", "max_tokens": 0}], "line 1: 'max_tokens' must be a whole number of at least 1, not 0"),
-        ([{"prompt": "a", "max_tokens": True}], "line 1: 'max_tokens' .* not true"),
-        ([{"prompt": "a", "max_tokens": 2.0}], "line 1: 'max_tokens' .* not 2.0"),
-        ([{"prompt": "a", "arrival_s": -1}], "line 1: 'arrival_s' must be seconds, 0 or more, not -1"),
-        (['{"prompt": "a", "arrival_s": NaN}'], "line 1: 'arrival_s' must be seconds"),
-        ([{"prompt": "a", "arrival_s": 2}, {"prompt": "b", "arrival_s": 1}], "line 2: arrives 1 s before"),
-        ([{"prompt": "a", "arrival_s": 2}, {"prompt": "b"}], "line 2: 'arrival_s' must be on every line or on none"),
-        ([{"prompt": "a"}, {"prompt": "b", "arrival_s": 1}], "line 2: 'arrival_s' must be on every line or on none"),
-        (['{"prompt": "\\ud800"}'], "line 1: 'prompt' has half of a surrogate pair"),
+        (["{", {}], "row 1: not JSON"),
+        ([{"prompt": "a"}, ["prompt"]], "row 2: must be a JSON object"),
+        ([{"prompt": "a"}, {"text": "b"}], "row 2: 'prompt' must be text"),
+        ([{"prompt": ""}], "row 1: 'prompt' must be text of at least one character"),
+        ([{"prompt": ["a"]}], "row 1: 'prompt' must be text"),
+        ([{"promt": "a"}], "row 1: unknown key 'promt'; did you mean 'prompt'"),
+        ([{"prompt": "a", "max_token": 4}], "row 1: unknown key 'max_token'; did you mean 'max_tokens'"),
+        ([{"prompt": "a", "max_tokens": 0}], "row 1: 'max_tokens' must be a whole number from 1 to 16777216, not 0"),
+        ([{"prompt": "a", "max_tokens": True}], "row 1: 'max_tokens' .* not True"),
+        ([{"prompt": "a", "output_tokens": 2.5}], "row 1: 'output_tokens' .* not 2.5"),
+        ([{"prompt": "a", "output_tokens": 3, "max_tokens": 4}], "row 1: 'max_tokens' and 'output_tokens' differ"),
+        ([{"timestamp": 0, "input_length": 1}], "row 1: 'prompt' must be text .*workload=trace"),
+        ([{"conversations": [{"value": "a"}, {"value": 3}]}], "row 1: the first two 'conversations' must"),
+        ([{"prompt": "a", "arrival_s": -1}], "row 1: 'arrival_s' must be seconds, 0 or more, not -1"),
+        (['{"prompt": "a", "arrival_s": NaN}'], "row 1: 'arrival_s' must be seconds"),
+        ([{"prompt": "a", "arrival_s": 2}, {"prompt": "b", "arrival_s": 1}], "row 2: arrives 1 s before"),
+        ([{"prompt": "a", "arrival_s": 2}, {"prompt": "b"}], "row 2: 'arrival_s' must be on every row or on none"),
+        ([{"prompt": "a"}, {"prompt": "b", "arrival_s": 1}], "row 2: 'arrival_s' must be on every row or on none"),
+        (['{"prompt": "\\ud800"}'], "row 1: the text has half of a surrogate pair"),
         (["", ""], "the file has no prompts"),
     ],
 )
 def test_a_wrong_line_is_named_with_its_file(tmp_path, lines, complaint):
     path = _write(tmp_path, *lines)
-    with pytest.raises(CorpusError, match=f"prompts.jsonl.*{complaint}"):
+    with pytest.raises(ValueError, match=f"prompts.jsonl.*{complaint}"):
         read_prompts(path)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    with pytest.raises(CorpusError, match=r"absent.jsonl: cannot be read: No such file"):
+    with pytest.raises(CorpusError, match=r"absent.jsonl: cannot be read: no such file"):
         read_prompts(tmp_path / "absent.jsonl")
     (tmp_path / "latin.txt").write_bytes(b"fine\ncaf\xe9\n")
-    with pytest.raises(CorpusError, match=r"latin.txt, line 2: not UTF-8 at byte 4"):
+    with pytest.raises(WorkloadError, match=r"latin.txt, line 2: not UTF-8 at byte 4"):
         read_prompts(tmp_path / "latin.txt")
     (tmp_path / "empty.txt").write_bytes(b" \n")
     with pytest.raises(CorpusError, match=r"empty.txt: the file is empty"):
         read_prompts(tmp_path / "empty.txt")
+    (tmp_path / "trace.csv").write_bytes(b"arrival_s,prompt_tokens,output_tokens")
+    with pytest.raises(CorpusError, match=r"trace.csv: a table .*workload=trace"):
+        read_prompts(tmp_path / "trace.csv")
+
+
+def test_vllms_custom_prompts_keep_their_output_tokens(tmp_path):
+    path = _write(
+        tmp_path, {"prompt": "a", "output_tokens": 12}, {"prompt": "b", "output_tokens": "3"}, {"prompt": "c"}
+    )
+    assert [prompt.max_tokens for prompt in read_prompts(path)] == [12, 3, None]
+
+
+def test_a_sharegpt_list_gives_first_turns_with_their_answers(tmp_path):
+    path = tmp_path / "sharegpt.json"
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}, {"from": "human", "value": "bye"}]
+    path.write_text(json.dumps([{"conversations": turns}, {"conversations": turns[:1]}, {"conversations": turns[1:]}]))
+    assert read_prompts(path) == [
+        Prompt("sharegpt.json:1", "hi", answer="hello"),
+        Prompt("sharegpt.json:3", "hello", answer="bye"),
+    ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,30 @@ def test_a_users_prompts_are_taken_as_they_are_and_over_again(tokenizer: Any, tm
     assert again.origin == ["own.jsonl:1", "own.jsonl:2", "own.jsonl:3", "own.jsonl:1", "own.jsonl:2"]
 
 
+def test_vllms_custom_prompts_get_the_outputs_that_the_file_says(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "custom.jsonl.gz"
+    lines = [{"prompt": "def a():", "output_tokens": 12}, {"prompt": "x = 1", "output_tokens": 3}]
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+    prompts = source(path, max_tokens=8).draw_prompts(0, tokenizer, LIMITS)
+    assert prompts.max_tokens.tolist() == [12, 3]
+
+
+def test_sharegpt_conversations_are_taken_as_vllm_takes_them(tokenizer: Any, tmp_path: Path) -> None:
+    question, answer = "def add(a, b):\n    return a", "    return a + b\n    # the sum of both\n"
+    pairs = [(question, answer), ("x", answer), (question, "y"), ("a = 1\n" * 600, answer), (answer, question)]
+    path = tmp_path / "sharegpt.json"
+    path.write_text(json.dumps([{"conversations": [{"value": value} for value in pair]} for pair in pairs]))
+    prompts = source(path).draw_prompts(0, tokenizer, LIMITS)
+    assert [tokenizer.decode(tokens.tolist()) for tokens in prompts.tokens] == [question, answer]
+    assert prompts.max_tokens.tolist() == [len(tokenizer(text)["input_ids"]) for text in (answer, question)]
+    fixed = source(path, max_tokens=5).draw_prompts(0, tokenizer, LIMITS)
+    assert fixed.origin == ["sharegpt.json:1", "sharegpt.json:3", "sharegpt.json:5"]
+    assert fixed.max_tokens.tolist() == [5, 5, 5]
+    path.write_text(json.dumps([{"conversations": [{"value": "hi"}, {"value": "ho"}]}]))
+    with pytest.raises(WorkloadError, match=r"none of its 1 conversations is taken.*shorter than 4 tokens"):
+        source(path).draw_prompts(0, tokenizer, LIMITS)
+
+
 def test_arrivals_are_the_files_own_a_traces_or_drawn(tokenizer: Any, tmp_path: Path) -> None:
     path = rows(tmp_path / "own.jsonl", *({"prompt": "x = 1", "arrival_s": second} for second in (5.0, 5.5, 8.0)))
     trace = tmp_path / "busy.csv"
@@ -148,15 +174,15 @@ def test_a_trace_of_arrivals_bounds_the_requests(tokenizer: Any, tmp_path: Path,
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n1,9,9\n2,9,9\n4,9,9\n")
     made = source(text, arrivals_path=trace)
     assert made.draw_prompts(0, tokenizer, LIMITS).arrival.tolist() == [0.0, 1.0, 3.0]
-    assert made.scenario == "story at busy"
+    assert re.fullmatch("story@[0-9a-f]{6} at busy@[0-9a-f]{6}", made.scenario)
 
 
 def test_scenarios_say_the_load(tmp_path: Path) -> None:
     assert source(rate_scale=0.5).scenario == "prompts 2/s"
     assert source(name="mine").scenario == "mine 4/s"
     own = rows(tmp_path / "own.jsonl", {"prompt": "x", "arrival_s": 0})
-    assert source(own, rate_scale=0.5).scenario == "own x0.5"
-    assert source(own, own_arrivals=False).scenario == "own 4/s"
+    assert re.fullmatch("own@[0-9a-f]{6} x0.5", source(own, rate_scale=0.5).scenario)
+    assert re.fullmatch("own@[0-9a-f]{6} 4/s", source(own, own_arrivals=False).scenario)
 
 
 @settings(max_examples=30, deadline=None)
@@ -188,7 +214,7 @@ def test_what_is_kept_fits_the_engine(
 def test_too_long_prompts_are_refused_clipped_at_the_front_or_dropped(tokenizer: Any, tmp_path: Path) -> None:
     long = "a = 1\n" * 200 + "the_end"
     path = rows(tmp_path / "own.jsonl", {"prompt": "x = 1"}, {"prompt": long})
-    with pytest.raises(WorkloadError, match=r"own\.jsonl, line 2: \d+ prompt \+ 8 output .* 512 .*too_long=clip"):
+    with pytest.raises(WorkloadError, match=r"own\.jsonl, row 2: \d+ prompt \+ 8 output .* 512 .*too_long=clip"):
         source(path, max_tokens=8).draw_prompts(0, tokenizer, LIMITS)
     clipped = source(path, max_tokens=8, too_long="clip").draw_prompts(0, tokenizer, LIMITS)
     assert len(clipped.tokens[1]) == 504
@@ -202,18 +228,18 @@ def test_too_long_prompts_are_refused_clipped_at_the_front_or_dropped(tokenizer:
     [
         (None, "absent.jsonl: cannot be read"),
         ("", "no prompts"),
-        ('{"prompt": "x"}\n{"text": "y"}\n', "line 2: 'prompt' must be text"),
-        ('{"prompt": "x"}\n{"prompt": 3}\n', "line 2: 'prompt' must be text"),
-        ('{"prompt": "x", "max_tokens": 0}\n', "line 1: 'max_tokens' must be"),
-        ('{"prompt": "x", "arrival_s": 2}\n{"prompt": "x", "arrival_s": 1}\n', "line 2: arrives 1 s before"),
-        ("prompt\n", "line 1: not JSON"),
+        ('{"prompt": "x"}\n{"text": "y"}\n', "row 2: 'prompt' must be text"),
+        ('{"prompt": "x"}\n{"prompt": 3}\n', "row 2: 'prompt' must be text"),
+        ('{"prompt": "x", "max_tokens": 0}\n', "row 1: 'max_tokens' must be"),
+        ('{"prompt": "x", "arrival_s": 2}\n{"prompt": "x", "arrival_s": 1}\n', "row 2: arrives 1 s before"),
+        ("prompt\n", "row 1: not JSON"),
     ],
 )
 def test_a_bad_file_is_refused_with_file_and_line(tokenizer: Any, tmp_path: Path, lines: str | None, said: str) -> None:
     path = tmp_path / "absent.jsonl"
     if lines is not None:
         path.write_text(lines)
-    with pytest.raises(CorpusError, match=said):
+    with pytest.raises(ValueError, match=said):
         source(path).draw_prompts(0, tokenizer, LIMITS)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from pydantic import ValidationError
 
 from engine.workload.agreement import IidAgreement
 from engine.workload.arrivals import PoissonArrivals, SinusoidArrivals
-from engine.workload.lengths import FixedLengths, NamedLengths
+from engine.workload.lengths import FileLengths, FixedLengths, NamedLengths
 from engine.workload.source import AcceptanceLogSource, SyntheticSource, TraceSource
 from engine.workload.workload import WorkloadError
 
@@ -123,14 +125,44 @@ def test_a_log_is_repeated_in_order_or_at_random(log):
 
 
 def test_scenarios_tell_settings_apart_but_not_seeds(trace):
-    assert TraceSource(path=trace).scenario == "made"
-    assert TraceSource(path=trace, rate_scale=0.5, duration_s=9.0).scenario == "made duration_s=9.0 x0.5"
+    assert re.fullmatch("made@[0-9a-f]{6}", TraceSource(path=trace).scenario)
+    assert TraceSource(path=trace, rate_scale=0.5, duration_s=9.0).scenario.endswith(" duration_s=9.0 x0.5")
     assert synthetic(rate_scale=2).scenario != synthetic().scenario
+
+
+def test_files_of_one_name_in_two_folders_are_two_scenarios(tmp_path):
+    paths = [tmp_path / day / "azure.2023-11-16.csv.gz" for day in ("day1", "day2")]
+    for seconds, path in enumerate(paths):
+        path.parent.mkdir()
+        path.write_bytes(gzip.compress(f"arrival_s,prompt_tokens,output_tokens\n{seconds},5,5\n".encode()))
+    first, second = (TraceSource(path=path).scenario for path in paths)
+    assert first != second
+    assert all(scenario.startswith("azure.2023-11-16@") for scenario in (first, second))
+
+
+def test_an_edited_file_is_another_workload(trace):
+    for source in (TraceSource(path=trace), synthetic(lengths=FileLengths(path=trace))):
+        before = source.contents
+        assert list(before) == [str(trace)]
+        trace.write_text(trace.read_text() + "\n9999,5,5")
+        assert source.contents != before
+
+
+def test_lengths_are_drawn_from_a_file_with_or_without_times(tmp_path):
+    path = tmp_path / "lengths.csv"
+    path.write_text("num_prefill_tokens,num_decode_tokens\n10,1\n20,2\n30,0\n40,4\n")
+    drawn = synthetic(lengths=FileLengths(path=path), num_requests=200).draw(0)
+    pairs = set(zip(drawn.prompt_tokens.tolist(), drawn.output_tokens.tolist(), strict=True))
+    assert pairs == {(10, 1), (20, 2), (40, 4)}
+    json.dumps(drawn.provenance)
+    assert re.fullmatch("synthetic of lengths@[0-9a-f]{6}", synthetic(lengths=FileLengths(path=path)).scenario)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda trace: TraceSource(path=trace, time_unit="min"), "time_unit"),
+        (lambda trace: TraceSource(path=trace, spread_ticks=3.0), "spread_ticks"),
         (lambda trace: TraceSource(path=trace, rate_scle=1), "rate_scle"),
         (lambda trace: TraceSource(path=trace, rate_scale=0), "rate_scale"),
         (lambda trace: TraceSource(path=trace, rate_scale=2, rate_mode="thin"), "rate_mode=stretch"),
@@ -167,10 +199,10 @@ def test_every_workload_config_composes_and_draws(name, trace, log):
 @pytest.mark.parametrize(
     "group", [f"{path.parent.name}={path.stem}" for path in sorted((CONF / "workload").glob("*/*.yaml"))]
 )
-def test_every_part_of_a_synthetic_workload_can_be_chosen(group):
-    assert (
-        configured(["+workload=synthetic", f"workload/{group}", "workload.num_requests=20"]).draw(0).num_requests == 20
-    )
+def test_every_part_of_a_synthetic_workload_can_be_chosen(group, trace):
+    path = [f"workload.lengths.path={trace}"] if group == "lengths=file" else []
+    source = configured(["+workload=synthetic", f"workload/{group}", "workload.num_requests=20", *path])
+    assert source.draw(0).num_requests == 20
 
 
 @pytest.mark.parametrize(("name", "bound"), [("conv", 0.03), ("code", 0.12)])
