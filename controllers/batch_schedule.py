@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,17 @@ from engine.compiled import kernel
 from engine.core.choices import MAX_TOKEN_BUDGET
 from engine.core.telemetry import NUM_DECODES
 from engine.plant import Plant
+
+def given_whole(entries: Any) -> Any:
+    """A setting's entries by number. ValueError where some were added to others one by one.
+
+    A command line's `+controller.slots.8=...` has a text as its key, where a mapping that is given whole has a number.
+    """
+    if isinstance(entries, dict) and len({type(key) for key in entries}) > 1:
+        added = ", ".join(key for key in entries if isinstance(key, str))
+        raise ValueError(f"entries of {added} were added to others one by one: give all of them at once, in {{}}")
+    return entries
+
 
 LARGEST_BATCH = 4096
 """Batches above count as this many requests."""

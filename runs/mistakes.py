@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from runs import endings
+from runs import endings, whole
 from runs.endings import MistakeError, named, one_line
 
 __all__ = ["MistakeError", "ending", "explain", "instantiate", "named"]
@@ -31,6 +31,8 @@ def wants_traceback() -> bool:
 def instantiate(config: DictConfig, kind: type[T]) -> T:
     """The object that a config with `_target_`s describes. Raises MistakeError naming the key of what is refused."""
     try:
+        if HydraConfig.initialized():
+            whole.replace(config, HydraConfig.get().overrides.task)
         made = hydra.utils.instantiate(config, _convert_="all")
     except MissingMandatoryValue as error:
         raise MistakeError(f"{error.full_key} must be given, for example {error.full_key}=VALUE") from error

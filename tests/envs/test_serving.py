@@ -507,7 +507,7 @@ def test_bad_prices_and_choices_are_refused_by_name(make: Callable[[], Any], nam
 def test_other_misuse_says_what_to_do() -> None:
     with pytest.raises(ValueError, match="num_envs=0"):
         ServingVectorEnv(0)
-    with pytest.raises(ValueError, match="autoreset_mode=<AutoresetMode.DISABLED.*SAME_STEP or NEXT_STEP"):
+    with pytest.raises(ValueError, match=r"autoreset_mode=.*DISABLED.* must be SAME_STEP or NEXT_STEP"):
         ServingVectorEnv(2, autoreset_mode=AutoresetMode.DISABLED)
     with pytest.raises(RuntimeError, match="reset"):
         ServingEnv().step(np.array([0, 0]))
