@@ -18,7 +18,7 @@ from rich.table import Table
 
 from engine.config import EngineConfig
 from runs import mistakes
-from runs.exporting.export import EXPORTED, Export, Exported
+from runs.exporting.export import EXPORTED, LEAST_SHARE, Export, Exported
 from runs.progress import progress
 from runs.reporting.statistics import PairedDifference
 
@@ -68,7 +68,7 @@ def _say(export: Export, exported: Exported, out: Path) -> None:
     console = Console(width=max(120, Console().width))
     console.print(table)
     entries = "  ".join(
-        f"{low}-{high}: {candidates} ({100 * share:.0f} %)"
+        f"{low}-{high}: {candidates} ({100 * share:.0f} %{'' if share >= LEAST_SHARE else ', predicted'})"
         for (low, high, candidates), share in zip(schedule.entries, exported.share, strict=True)
     )
     console.print(
@@ -76,6 +76,8 @@ def _say(export: Export, exported: Exported, out: Path) -> None:
         highlight=False,
     )
     print(exported.command)
+    for warning in exported.warnings:
+        log.warning(warning)
     log.info("written to %s", out)
 
 
