@@ -250,13 +250,14 @@ class Export(BaseModel):
                 f"the acceptance is that of {WORDS[kind]}, the times are those of {drafter}: choose "
                 "workload/agreement and engine of one drafter"
             )
+        held_by = dict(zip(schedule.entries, share, strict=True))
         for one, other in schedule.rises:
             yield (
-                f"c rises from {one[2]} to {other[2]} at a batch size of {other[0]}, which a lookup in steps of the "
-                f"GPU's can explain and chance, too: those entries hold {100 * share[schedule.entries.index(one)]:.0f} "
-                f"and {100 * share[schedule.entries.index(other)]:.0f} % of the decode time"
+                f"c rises from {one[2]} for batches of {one[0]} to {one[1]} ({100 * held_by[one]:.0f} % of the decode "
+                f"time) to {other[2]} for {other[0]} to {other[1]} ({100 * held_by[other]:.0f} %), because that lowers "
+                f"the objective by more than {100 * RISE:.1f} % on the requests of the search: try other search_seeds"
             )
-        for (low, high, candidates), held in zip(schedule.entries, share, strict=True):
+        for (low, high, candidates), held in held_by.items():
             if held < LEAST_SHARE:
                 yield (
                     f"c = {candidates} for batches of {low} to {high} is predicted, not tried: the workload spends "
