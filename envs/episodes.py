@@ -36,9 +36,12 @@ Origin = tuple[WorkloadSource | Given, int]
 
 
 def default_workload() -> WorkloadSource:
-    """Poisson arrivals at 4 requests/s with ShareGPT lengths, 200 requests an episode."""
+    """Poisson arrivals at 2 requests/s with ShareGPT lengths, 200 requests an episode.
+
+    The default engine serves them on time under good decisions and not under bad ones; at twice the rate under none.
+    """
     return SyntheticSource(
-        arrivals=PoissonArrivals(rate=4.0),
+        arrivals=PoissonArrivals(rate=2.0),
         lengths=NamedLengths(name="sharegpt"),
         agreement=DrafterAgreement(),
         num_requests=200,

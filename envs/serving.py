@@ -104,7 +104,7 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
 `VllmEngineConfig` or a `TorchEngineConfig` |
     | `workload` | None | a name of `conf/workload`, as the apps' `workload=NAME`; a `WorkloadSource`, which draws a \
 workload per episode; one `Workload` for all of them (a real engine also takes `Prompts`); None: 200 requests of \
-ShareGPT lengths at 4 a second |
+ShareGPT lengths at 2 a second |
     | `ttft_target` | 1.0 | l, s |
     | `tpot_target` | None | TPOT that costs 1 a request, s; None: that of `prices` |
     | `prices` | None | `engine.core.objective.Prices`; None: TPOT target 0.05 s, violation 2, lateness 1 |

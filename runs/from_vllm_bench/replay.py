@@ -60,7 +60,7 @@ class Replay:
     def __init__(self, run: BenchRun, config: EngineConfig, agreement: AgreementModel, seed: int) -> None:
         self.run = run
         self._config = config
-        self._wanted_s = _wanted(run, seed)
+        self._wanted_s = wanted_s(run, seed)
         self._limit = run.max_concurrency or run.output_tokens.size
         self._workload = Workload.build(
             run.name,
@@ -87,7 +87,7 @@ class Replay:
         return describe("ttft", table["ttft_s"]) | describe("tpot", table["tpot_s"])
 
 
-def _wanted(run: BenchRun, seed: int) -> NDArray[np.float64]:
+def wanted_s(run: BenchRun, seed: int) -> NDArray[np.float64]:
     """(R,) when the client wants to send each request, s."""
     requests = run.output_tokens.size
     if run.sent_s is not None and run.max_concurrency is None:
