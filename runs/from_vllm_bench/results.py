@@ -45,9 +45,9 @@ class BenchRun:
     """One run of `vllm bench serve`; times in s, every request finished.
 
     rate: requests/s, infinite: all at once · ramp: in place of the rate, where the run had one · max_concurrency: most
-    requests in flight, None: no limit · prompt_tokens, output_tokens: (R,) · sent_s: (R,) when each was sent, where the
-    file says · observed: what the client measured (`OBSERVED`) · candidates: draft length, 0 where the file speaks of no
-    drafts · acceptance: (c,) share of drafts whose first 1, 2, ... tokens were accepted.
+    requests in flight, None: no limit · prompt_tokens, output_tokens: (R,) · sent_s: (R,) when each was sent, where
+    the file says · observed: what the client measured (`OBSERVED`) · candidates: draft length, 0 where the file speaks
+    of no drafts · acceptance: (c,) share of drafts whose first 1, 2, ... tokens were accepted.
     """
 
     name: str
