@@ -181,7 +181,7 @@ def test_vllms_budget_holds_the_draft_slots_of_every_request(method: str, parall
 def test_of_256_requests_with_a_draft_model_none_is_left_out_of_a_step() -> None:
     """What was exported once: 256 requests, a budget of 256. With c = 1 and a slot each only 85 of 100 decodes ran."""
     assert 256 // (1 + 1 + 1) == 85
-    with pytest.raises(ScheduleError, match="needs 512 tokens for a batch of 256"):
+    with pytest.raises(ScheduleError, match="needs 384 tokens for a batch of 128"):
         Schedule(((1, 48, 2), (49, 128, 1), (129, 256, 0)), 256, MOST, 256, FORMATS["vllm"].draft_slots(2, THEIRS))
 
 
