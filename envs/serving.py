@@ -119,6 +119,13 @@ one costs about as much as serving it; None draws a new workload for every episo
 
     `reset(options={"workload": workload})` plays one given workload, for comparisons on common random numbers.
 
+    ## Learners
+
+    Observations and rewards are in engineering units, which networks want scaled: `envs.wrappers.FlatObservation` does
+    it for observations. With Stable-Baselines3, `VecNormalize(make_vec_env("governor/Serving-v0"))` scales both for
+    `PPO("MultiInputPolicy", ...)`. The wrappers in `gymnasium.wrappers.vector` that normalise need the vector
+    environment with `autoreset_mode="NEXT_STEP"`.
+
     ## Real engines
 
     Spaces, info and reward are the same; times are those that the iterations take. The engine's clock stands still

@@ -1,4 +1,4 @@
-"""Exports a schedule: `python -m runs.export engine=vicuna_7b_a100 workload=azure_conv_like controller=analytic`.
+"""Exports a schedule: `python -m runs.export engine=vicuna_7b_a100 workload=poisson_lmsys controller=analytic`.
 
 From what a controller chooses under a workload, the best c by batch size and the best token budget, for
 `format=vllm|sglang|trtllm|llamacpp`. Composes the configuration (conf/export.yaml) and writes into the run folder
