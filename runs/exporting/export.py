@@ -255,8 +255,8 @@ class Export(BaseModel):
             yield (
                 f"c rises from {one[2]} for batches of {one[0]} to {one[1]} ({100 * held_by[one]:.0f} % of the decode "
                 f"time) to {other[2]} for {other[0]} to {other[1]} ({100 * held_by[other]:.0f} %), because without "
-                f"rises the objective is more than {100 * RISE:.1f} % higher on the requests of the search; see whether "
-                "other search_seeds agree"
+                f"rises the objective is more than {100 * RISE:.1f} % higher on the requests of the search; see "
+                "whether other search_seeds agree"
             )
         for (low, high, candidates), held in held_by.items():
             if held < LEAST_SHARE:
