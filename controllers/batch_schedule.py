@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,15 +16,47 @@ from engine.core.choices import MAX_TOKEN_BUDGET
 from engine.core.telemetry import NUM_DECODES
 from engine.plant import Plant
 
+
+def given_whole(entries: Any) -> Any:
+    """A setting's entries by number. ValueError where some were added to others one by one.
+
+    A command line's `+controller.slots.8=...` has a text as its key, where a mapping that is given whole has a number.
+    """
+    if isinstance(entries, dict) and len({type(key) for key in entries}) > 1:
+        added = ", ".join(key for key in entries if isinstance(key, str))
+        raise ValueError(f"entries of {added} were added to others one by one: give all of them at once, in {{}}")
+    return entries
+
+
 LARGEST_BATCH = 4096
 """Batches above count as this many requests."""
 
 
 class Rules(NamedTuple):
-    """candidates: (LARGEST_BATCH + 1,) c by number of decoding requests · total_budget: tokens per iteration."""
+    """candidates: (LARGEST_BATCH + 1,) c by number of decoding requests · total_budget: tokens per iteration ·
+    draft_slots: tokens of it that every request takes beside its own."""
 
     candidates: NDArray[np.int64]
     total_budget: int
+    draft_slots: int
+
+
+@kernel
+def _beside_slots(observation, e, left, draft_slots):
+    """The prompt tokens in `left` tokens, of which every prompt that is served takes `draft_slots`."""
+    prompts = 0
+    for i in range(observation.queue.shape[1]):
+        waiting = int(observation.queue[e, i, 0])
+        room = left - draft_slots
+        if waiting <= 0:
+            continue
+        if room <= 0:
+            break
+        served = min(waiting, room)
+        prompts += served
+        left = room - served
+    # What is left is for a request that arrives before the iteration begins.
+    return prompts + max(left - draft_slots, 0)
 
 
 @kernel
@@ -32,7 +64,10 @@ def decide(observation, e, rules):
     """(c of this batch size, what the decoding requests leave of the total)."""
     num_decodes = int(observation.load[e, NUM_DECODES])
     candidates = rules.candidates[min(num_decodes, rules.candidates.shape[0] - 1)]
-    return candidates, left_for_prompts(rules.total_budget, num_decodes, candidates)
+    left = left_for_prompts(rules.total_budget, num_decodes, candidates + rules.draft_slots)
+    if rules.draft_slots > 0:
+        left = max(_beside_slots(observation, e, left, rules.draft_slots), 0 if num_decodes > 0 else 1)
+    return candidates, left
 
 
 @configured
@@ -46,11 +81,14 @@ class BatchSchedule(KernelController):
     decide = staticmethod(decide)
 
     total_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] = 2048
+    draft_slots = 0
 
     def reset(self, plant: Plant) -> None:
         """Expand the schedule over all batch sizes."""
         super().reset(plant)
-        self._rules = Rules(np.array(self.by_batch_size(LARGEST_BATCH), dtype=np.int64), self.total_budget)
+        self._rules = Rules(
+            np.array(self.by_batch_size(LARGEST_BATCH), dtype=np.int64), self.total_budget, self.draft_slots
+        )
 
     @property
     def rules(self) -> Rules:

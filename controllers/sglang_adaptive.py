@@ -1,12 +1,13 @@
 """SGLang's adaptive speculation: draft steps that follow a moving average of accepted lengths, by batch size."""
 
 import math
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from controllers.batch_schedule import given_whole
 from controllers.compiled import KernelController
 from controllers.controller import configured
 from controllers.total_budget import left_for_prompts
@@ -153,7 +154,7 @@ class SglangAdaptive(KernelController):
     of batch sizes to those of CUDA graphs.
 
     Args:
-        slots: by the lowest batch size they hold for.
+        slots: by the lowest batch size they hold for; None: `default_slots`.
         initial_steps: steps to begin with where a slot has them; elsewhere its middle candidate.
         ema_alpha: weight of the latest iteration in the average.
         update_interval: iterations between two choices.
@@ -171,6 +172,11 @@ class SglangAdaptive(KernelController):
     update_interval: Annotated[int, Field(ge=1)] = 5
     warmup_batches: Annotated[int, Field(ge=0)] = 10
     total_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] = 2048
+
+    @field_validator("slots", mode="before")
+    @classmethod
+    def _whole(cls, slots: Any) -> Any:
+        return default_slots() if slots is None else given_whole(slots)
 
     def reset(self, plant: Plant) -> None:
         """Forget the averages."""

@@ -2,13 +2,18 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from controllers.batch_schedule import BatchSchedule
+from controllers.batch_schedule import BatchSchedule, given_whole
 from controllers.controller import configured
 from engine.core.state import MAX_CANDIDATES
+
+
+def default_schedule() -> dict[int, int]:
+    """Speculate while the batch is small."""
+    return {4: 4, 16: 3, 64: 1}
 
 
 @configured
@@ -21,13 +26,16 @@ class TrtllmSchedule(BatchSchedule):
     Source: TensorRT-LLM, `tensorrt_llm/llmapi/llm_args.py` (`draft_len_schedule`).
 
     Args:
-        draft_len_schedule: draft length by the largest batch size it holds for.
+        draft_len_schedule: draft length by the largest batch size it holds for; None: `default_schedule`.
         total_budget: TensorRT-LLM's `max_num_tokens`.
     """
 
-    draft_len_schedule: Annotated[dict[int, int], Field(min_length=1)] = Field(
-        default_factory=lambda: {4: 4, 16: 3, 64: 1}
-    )
+    draft_len_schedule: Annotated[dict[int, int], Field(min_length=1)] = Field(default_factory=default_schedule)
+
+    @field_validator("draft_len_schedule", mode="before")
+    @classmethod
+    def _whole(cls, schedule: Any) -> Any:
+        return default_schedule() if schedule is None else given_whole(schedule)
 
     @model_validator(mode="after")
     def _possible(self) -> "TrtllmSchedule":

@@ -26,12 +26,15 @@ class VllmSchedule(BatchSchedule):
         schedule: [lowest batch size, highest, K] entries.
         num_speculative_tokens: most candidate tokens of a request.
         total_budget: vLLM's `max_num_batched_tokens`.
+        draft_slots: tokens of the total that vLLM takes for each request in a step beside its own: 0 for EAGLE, 1 for
+            a draft model, K for drafters that propose all K at once.
     """
 
     schedule: Annotated[list[tuple[int, int, int]], Field(min_length=1)] = Field(
         default_factory=lambda: [(1, 16, 3), (17, 64, 2), (65, 4096, 0)]
     )
     num_speculative_tokens: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = 8
+    draft_slots: Annotated[int, Field(ge=0, le=MAX_CANDIDATES)] = 0
 
     @model_validator(mode="after")
     def _sorted_ranges(self) -> "VllmSchedule":

@@ -52,7 +52,9 @@ class ServingBatch(Episodes):
                 f"engine={engine if isinstance(engine, str) else engine.name} runs for real, one engine and no "
                 "batch of them: gymnasium.make('governor/Serving-v0', engine=...) steps it, make_vec simulated ones"
             )
-        self.config = EngineConfig(name=engine, latency=engine) if isinstance(engine, str) else engine
+        if isinstance(engine, str):
+            engine = EngineConfig(name=engine, latency=engine, tpot_target=self.prices.tpot_target)
+        self.config = engine
         self._origins: dict[int, Origin] = {}
         self._latency = self.config.true_latency()
         self._simulator: Simulator | None = None

@@ -21,9 +21,12 @@ from engine.workload.lengths import NamedLengths
 from engine.workload.prompts import Prompts
 from engine.workload.source import SyntheticSource, WorkloadSource
 from engine.workload.workload import Workload
+from envs.named import named_workload
 from envs.reward import episode_summary
 
 LARGEST_SEED = 2**31 - 1
+
+RENDER_MODES = ["rgb_array"]
 
 Given = Workload | Prompts
 """Requests that are played as they are; a simulated engine takes a workload only."""
@@ -33,9 +36,12 @@ Origin = tuple[WorkloadSource | Given, int]
 
 
 def default_workload() -> WorkloadSource:
-    """Poisson arrivals at 4 requests/s with ShareGPT lengths, 200 requests an episode."""
+    """Poisson arrivals at 2 requests/s with ShareGPT lengths, 200 requests an episode.
+
+    The default engine serves them on time under good decisions and not under bad ones; at twice the rate under none.
+    """
     return SyntheticSource(
-        arrivals=PoissonArrivals(rate=4.0),
+        arrivals=PoissonArrivals(rate=2.0),
         lengths=NamedLengths(name="sharegpt"),
         agreement=DrafterAgreement(),
         num_requests=200,
@@ -61,10 +67,20 @@ def check_type(name: str, value: Any, *kinds: type) -> None:
         raise ValueError(f"{name}={value!r} must be of type {expected}")
 
 
-def refuse_rendering(render_mode: str | None) -> None:
-    """ValueError for any render mode but None."""
-    if render_mode is not None:
-        raise ValueError(f"render_mode={render_mode!r}: this environment has nothing to render, leave it None")
+def check_render_mode(render_mode: str | None) -> None:
+    """ValueError for a render mode that there is not."""
+    if render_mode not in (None, *RENDER_MODES):
+        raise ValueError(f"render_mode={render_mode!r} must be None or one of {', '.join(map(repr, RENDER_MODES))}")
+
+
+def _prices(prices: Prices | None, tpot_target: float | None) -> Prices:
+    """The prices with this TPOT target; ValueError when they set another one themselves."""
+    prices = prices if prices is not None else Prices()
+    if tpot_target is None or tpot_target == prices.tpot_target:
+        return prices
+    if "tpot_target" in prices.model_fields_set:
+        raise ValueError(f"tpot_target={tpot_target} and prices.tpot_target={prices.tpot_target} differ: give one")
+    return prices.model_copy(update={"tpot_target": float(tpot_target)})
 
 
 def given_workload(options: Mapping[str, Any] | None) -> Given | None:
@@ -89,8 +105,9 @@ class Episodes(ABC):
         num_envs: int,
         *,
         engine: str | EngineConfig | RealEngineConfig = "vicuna_7b_a100",
-        workload: WorkloadSource | Given | None = None,
+        workload: str | WorkloadSource | Given | None = None,
         ttft_target: float = 1.0,
+        tpot_target: float | None = None,
         prices: Prices | None = None,
         grid: ActionGrid | None = None,
         queue_rows: int = 64,
@@ -108,14 +125,18 @@ class Episodes(ABC):
         if distinct_workloads is not None:
             check_whole(distinct_workloads=distinct_workloads)
         check_seconds("ttft_target", ttft_target, above_zero=True)
+        if tpot_target is not None:
+            check_seconds("tpot_target", tpot_target, above_zero=True)
         check_seconds("decision_s", decision_s, above_zero=False)
         check_type("engine", engine, str, EngineConfig, RealEngineConfig)
-        check_type("workload", workload, WorkloadSource, *self.takes, NoneType)
+        check_type("workload", workload, str, WorkloadSource, *self.takes, NoneType)
         check_type("prices", prices, Prices, NoneType)
         check_type("grid", grid, ActionGrid, NoneType)
         self.num_envs = num_envs
+        if isinstance(workload, str):
+            workload = named_workload(workload)
         self.source = workload if workload is not None else default_workload()
-        self.prices = prices if prices is not None else Prices()
+        self.prices = _prices(prices, tpot_target)
         self.grid = grid if grid is not None else ActionGrid()
         self.queue_rows = queue_rows
         self.max_candidates = max(self.grid.candidate_choices)

@@ -9,12 +9,18 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
+from engine.backends.real_config import RealEngineConfig
+from engine.config import EngineConfig
+from engine.core.action import ActionGrid
+from engine.core.objective import Prices
 from engine.core.telemetry import as_dict
+from engine.workload.source import WorkloadSource
 from envs.batch import ServingBatch
-from envs.episodes import Episodes, given_workload, refuse_rendering
+from envs.episodes import RENDER_MODES, Episodes, Given, check_render_mode, given_workload
 from envs.real import RealEpisodes, runs_for_real
 from envs.reward import TERMS
 from envs.spaces import action_space, observation_space
+from envs.viewer import FPS, Viewer
 
 
 class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]]):
@@ -91,22 +97,34 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
 
     ## Arguments
 
-    - `engine`: name of a shipped latency table or an `EngineConfig`; or a real engine: `vllm`, a `VllmEngineConfig` or
-      a `TorchEngineConfig`.
-    - `workload`: a `WorkloadSource`, which draws a workload per episode, or one `Workload` for all of them; a real
-      engine also takes `Prompts`.
-    - `ttft_target`: l, in s.
-    - `prices`: `engine.core.objective.Prices`.
-    - `grid`: `engine.core.action.ActionGrid`, the choices.
-    - `queue_rows`: M, waiting requests observed one by one.
-    - `decide_every`: iterations per decision.
-    - `decision_s`: seconds a decision is charged on the engine's clock.
-    - `episode_s`: seconds on the engine's clock after which an episode is cut; None serves every request.
-    - `episode_decisions`: decisions after which an episode is cut.
-    - `distinct_workloads`: draw the workload's seed from this many and keep what was drawn, because drawing one costs
-      about as much as serving it; None draws a new workload for every episode.
+    | Argument | Default | Meaning |
+    |----------|---------|---------|
+    | `render_mode` | None | `rgb_array`: `render()` gives a picture of the last 120 decisions (`envs.viewer`) |
+    | `engine` | `vicuna_7b_a100` | name of a shipped latency table or an `EngineConfig`; or a real engine: `vllm`, a \
+`VllmEngineConfig` or a `TorchEngineConfig` |
+    | `workload` | None | a name of `conf/workload`, as the apps' `workload=NAME`; a `WorkloadSource`, which draws a \
+workload per episode; one `Workload` for all of them (a real engine also takes `Prompts`); None: 200 requests of \
+ShareGPT lengths at 2 a second |
+    | `ttft_target` | 1.0 | l, s |
+    | `tpot_target` | None | TPOT that costs 1 a request, s; None: that of `prices` |
+    | `prices` | None | `engine.core.objective.Prices`; None: TPOT target 0.05 s, violation 2, lateness 1 |
+    | `grid` | None | `engine.core.action.ActionGrid`, the choices; None: those of the action space above |
+    | `queue_rows` | 64 | M, waiting requests observed one by one |
+    | `decide_every` | 1 | iterations per decision |
+    | `decision_s` | 20e-6 | what a decision is charged on the engine's clock, s |
+    | `episode_s` | None | time on the engine's clock after which an episode is cut, s; None serves every request |
+    | `episode_decisions` | None | decisions after which an episode is cut |
+    | `distinct_workloads` | 64 | draw the workload's seed from this many and keep what was drawn, because drawing \
+one costs about as much as serving it; None draws a new workload for every episode |
 
     `reset(options={"workload": workload})` plays one given workload, for comparisons on common random numbers.
+
+    ## Learners
+
+    Observations and rewards are in engineering units, which networks want scaled: `envs.wrappers.FlatObservation` does
+    it for observations. With Stable-Baselines3, `VecNormalize(make_vec_env("governor/Serving-v0"))` scales both for
+    `PPO("MultiInputPolicy", ...)`. The wrappers in `gymnasium.wrappers.vector` that normalise need the vector
+    environment with `autoreset_mode="NEXT_STEP"`.
 
     ## Real engines
 
@@ -116,17 +134,46 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
     c of an action one iteration later (`docs/vllm.md`). `close()` shuts the engine down.
     """
 
-    metadata = {"render_modes": []}  # noqa: RUF012
+    metadata = {"render_modes": RENDER_MODES, "render_fps": FPS}  # noqa: RUF012
     _spec: EnvSpec | None = None
 
-    def __init__(self, render_mode: str | None = None, **settings: Any) -> None:
-        refuse_rendering(render_mode)
-        self.render_mode = None
-        self.batch: Episodes = (
-            RealEpisodes(**settings) if runs_for_real(settings.get("engine")) else ServingBatch(1, **settings)
-        )
+    def __init__(
+        self,
+        render_mode: str | None = None,
+        *,
+        engine: str | EngineConfig | RealEngineConfig = "vicuna_7b_a100",
+        workload: str | WorkloadSource | Given | None = None,
+        ttft_target: float = 1.0,
+        tpot_target: float | None = None,
+        prices: Prices | None = None,
+        grid: ActionGrid | None = None,
+        queue_rows: int = 64,
+        decide_every: int = 1,
+        decision_s: float = 20e-6,
+        episode_s: float | None = None,
+        episode_decisions: int | None = None,
+        distinct_workloads: int | None = 64,
+    ) -> None:
+        check_render_mode(render_mode)
+        self.render_mode = render_mode
+        settings: dict[str, Any] = {
+            "engine": engine,
+            "workload": workload,
+            "ttft_target": ttft_target,
+            "tpot_target": tpot_target,
+            "prices": prices,
+            "grid": grid,
+            "queue_rows": queue_rows,
+            "decide_every": decide_every,
+            "decision_s": decision_s,
+            "episode_s": episode_s,
+            "episode_decisions": episode_decisions,
+            "distinct_workloads": distinct_workloads,
+        }
+        self.batch: Episodes = RealEpisodes(**settings) if runs_for_real(engine) else ServingBatch(1, **settings)
         self.observation_space: spaces.Space[Any] = observation_space(self.batch.queue_rows, self.batch.max_candidates)
         self.action_space: spaces.Space[Any] = action_space(self.batch.grid)
+        self._viewer = Viewer(self.batch.grid) if render_mode is not None else None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -137,17 +184,26 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
         self.batch.reset([0], [self.np_random], None if given is None else [given])
         observation = self.batch.new_observation()
         self.batch.observe([0], observation)
+        if self._viewer is not None:
+            self._viewer.clear()
         return as_dict(observation), {}
 
     def step(
         self, action: NDArray[np.int64]
     ) -> tuple[dict[str, NDArray[np.float32]], float, bool, bool, dict[str, Any]]:
         """Run `decide_every` iterations under `action`; ActionError when it is off the grid."""
-        observation, costs, over = self.batch.step(np.asarray(action)[None])
+        actions = np.asarray(action)[None]
+        observation, costs, over = self.batch.step(actions)
+        if self._viewer is not None:
+            self._viewer.add(actions[0], observation, 0)
         info: dict[str, Any] = {"reward_terms": dict(zip(TERMS, costs[0].tolist(), strict=True))}
         if over[0]:
             info["episode_summary"] = self.batch.summary(0)
         return as_dict(observation), float(-costs[0].sum()), False, bool(over[0]), info
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """(192, 320, 3) the picture of the last decisions; None without a `render_mode`."""
+        return None if self._viewer is None else self._viewer.frame()
 
     def close(self) -> None:
         """Let go of the engine."""

@@ -10,45 +10,87 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from engine.config import EngineConfig
+from engine.core.action import ActionGrid
+from engine.core.objective import Prices
 from engine.core.telemetry import Observation
+from engine.workload.source import WorkloadSource
+from engine.workload.workload import Workload
 from envs.batch import ServingBatch
-from envs.episodes import given_workload, refuse_rendering
+from envs.episodes import RENDER_MODES, check_render_mode, given_workload
 from envs.reward import TERMS
 from envs.spaces import action_space, observation_space
+from envs.viewer import FPS, Viewer
 
 
 class ServingVectorEnv(VectorEnv[dict[str, NDArray[np.float32]], NDArray[np.int64], NDArray[np.bool_]]):
-    """N independent `ServingEnv` episodes, reset in the step that ends them (`AutoresetMode.SAME_STEP`).
+    """N independent `ServingEnv` episodes in one compiled step.
 
-    Environment i seeded with s + i behaves bit for bit like the single environment seeded with s + i. The last
-    observation of an episode is in `infos["final_obs"][i]`, its summary in `infos["final_info"]`. Observations are
+    Environment i seeded with s + i behaves bit for bit like the single environment seeded with s + i. Observations are
     fresh arrays at every step.
+
+    With `AutoresetMode.SAME_STEP` an episode begins anew in the step that ends one: the last observation is in
+    `infos["final_obs"][i]`, the summary in `infos["final_info"]`. With `AutoresetMode.NEXT_STEP`, which wrappers such
+    as `gymnasium.wrappers.vector.NormalizeObservation` need, the step that ends an episode returns its last observation
+    and, in `infos`, its summary; the step after it begins the next one, whatever its action, at a reward of 0.
 
     Args:
         num_envs: N.
-        max_episode_steps: decisions after which an episode is cut, like `episode_decisions`.
-        settings: those of `ServingEnv`.
+        max_episode_steps: decisions after which an episode is cut, in place of `episode_decisions`.
+        render_mode: None or `rgb_array`: `render()` gives a picture per environment.
+        autoreset_mode: `SAME_STEP` or `NEXT_STEP`, as the enum's member, its name or its value.
+        engine, ...: those of `ServingEnv`.
     """
 
-    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+    metadata = {"render_modes": RENDER_MODES, "render_fps": FPS, "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
 
     def __init__(
         self,
         num_envs: int = 1,
         max_episode_steps: int | None = None,
         render_mode: str | None = None,
-        **settings: Any,
+        *,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        engine: str | EngineConfig = "vicuna_7b_a100",
+        workload: str | WorkloadSource | Workload | None = None,
+        ttft_target: float = 1.0,
+        tpot_target: float | None = None,
+        prices: Prices | None = None,
+        grid: ActionGrid | None = None,
+        queue_rows: int = 64,
+        decide_every: int = 1,
+        decision_s: float = 20e-6,
+        episode_s: float | None = None,
+        episode_decisions: int | None = None,
+        distinct_workloads: int | None = 64,
     ) -> None:
-        refuse_rendering(render_mode)
-        self.render_mode = None
-        settings.setdefault("episode_decisions", max_episode_steps)
+        check_render_mode(render_mode)
+        self.render_mode = render_mode
+        self.autoreset_mode = _autoreset(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.num_envs = num_envs
-        self.batch = ServingBatch(num_envs, **settings)
+        self.batch = ServingBatch(
+            num_envs,
+            engine=engine,
+            workload=workload,
+            ttft_target=ttft_target,
+            tpot_target=tpot_target,
+            prices=prices,
+            grid=grid,
+            queue_rows=queue_rows,
+            decide_every=decide_every,
+            decision_s=decision_s,
+            episode_s=episode_s,
+            episode_decisions=episode_decisions if episode_decisions is not None else max_episode_steps,
+            distinct_workloads=distinct_workloads,
+        )
         self.single_observation_space = observation_space(self.batch.queue_rows, self.batch.max_candidates)
         self.single_action_space = action_space(self.batch.grid)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._rngs: list[np.random.Generator] = []
+        self._ended = np.zeros(num_envs, dtype=np.bool_)
+        self._viewers = [Viewer(self.batch.grid) for _ in range(num_envs)] if render_mode is not None else []
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -77,15 +119,23 @@ class ServingVectorEnv(VectorEnv[dict[str, NDArray[np.float32]], NDArray[np.int6
         self.batch.reset(everywhere, self._rngs, None if given is None else [given] * self.num_envs)
         observation = self.batch.new_observation()
         self.batch.observe(everywhere, observation)
+        self._ended[:] = False
+        for viewer in self._viewers:
+            viewer.clear()
         return self._dict(observation), {}
+
+    def render(self) -> tuple[NDArray[np.uint8], ...] | None:
+        """A picture of every environment's last decisions (see `ServingEnv.render`); None without a `render_mode`."""
+        return tuple(viewer.frame() for viewer in self._viewers) if self._viewers else None
 
     def snapshot(self) -> dict[str, Any]:
         """Where every episode and every generator is, to be pickled; see `ServingBatch.snapshot`."""
-        return {"batch": self.batch.snapshot(), "rngs": deepcopy(self._rngs)}
+        return {"batch": self.batch.snapshot(), "rngs": deepcopy(self._rngs), "ended": self._ended.copy()}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Take up a `snapshot` of an environment of the same settings: the next steps are the same, bit for bit."""
         self._rngs = deepcopy(snapshot["rngs"])
+        self._ended = snapshot["ended"].copy()
         self.batch.restore(snapshot["batch"])
 
     @staticmethod
@@ -97,19 +147,48 @@ class ServingVectorEnv(VectorEnv[dict[str, NDArray[np.float32]], NDArray[np.int6
     ) -> tuple[
         dict[str, NDArray[np.float32]], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
     ]:
-        """One decision in every environment; episodes that end begin anew in the same step."""
-        observation, costs, over = self.batch.step(np.asarray(actions))
+        """One decision in every environment; episodes that have ended begin anew as `autoreset_mode` says."""
+        actions = np.asarray(actions)
+        observation, costs, over = self.batch.step(actions)
+        # An engine whose episode ended a step ago has taken part in this one as well: that is undone by its reset.
+        begun = self._ended
+        costs[begun] = 0.0
+        over &= ~begun
+        for e, viewer in enumerate(self._viewers):
+            viewer.add(actions[e], observation, e)
         infos: dict[str, Any] = {
             "reward_terms": {name: costs[:, i].copy() for i, name in enumerate(TERMS)},
-            "_reward_terms": np.ones(self.num_envs, dtype=np.bool_),
+            "_reward_terms": ~begun,
         }
         ended = np.flatnonzero(over).tolist()
+        same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
         for e in ended:
-            final = {name: array[e].copy() for name, array in self._dict(observation).items()}
             summary = {"episode_summary": self.batch.summary(e)}
-            infos = self._add_info(infos, {"final_obs": final, "final_info": summary}, e)
-        if ended:
-            self.batch.reset(ended, [self._rngs[e] for e in ended])
-            self.batch.observe(ended, observation)
+            if same_step:
+                final = {name: array[e].copy() for name, array in self._dict(observation).items()}
+                infos = self._add_info(infos, {"final_obs": final, "final_info": summary}, e)
+            else:
+                infos = self._add_info(infos, summary, e)
+        self._begin(ended if same_step else np.flatnonzero(begun).tolist(), observation)
+        if not same_step:
+            self._ended = over.copy()
         terminated = np.zeros(self.num_envs, dtype=np.bool_)
         return self._dict(observation), -costs.sum(axis=1), terminated, over, infos
+
+    def _begin(self, envs: list[int], observation: Observation) -> None:
+        """Begin a new episode in each of `envs`, observed in their rows."""
+        if not envs:
+            return
+        self.batch.reset(envs, [self._rngs[e] for e in envs])
+        self.batch.observe(envs, observation)
+        for e in envs:
+            if self._viewers:
+                self._viewers[e].clear()
+
+
+def _autoreset(mode: AutoresetMode | str) -> AutoresetMode:
+    """The mode of this name. Raises ValueError for others, which this environment has not."""
+    for known in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
+        if mode in (known, known.name, known.value):
+            return known
+    raise ValueError(f"autoreset_mode={mode!r} must be SAME_STEP or NEXT_STEP")

@@ -15,12 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
+from conf.plain import read_choice
 from engine.backends.real import tokenizer_of
 from engine.backends.torch.build import CHOICES, MAY_BE_ZERO, OPTIONAL_NUMBERS, build
 from engine.files import locked
 from engine.latency.predictors import Forest
 from runs import measuring
-from runs.bare_config import KINDS, compose, read_choice, read_logging
+from runs.bare_config import KINDS, compose, read_logging
 from runs.endings import MistakeError, ending, named
 from runs.measured_folder import finish
 from runs.profile_outcome import say

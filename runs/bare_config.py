@@ -9,14 +9,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from conf.plain import CONF, merged, read, read_choice
 from runs.endings import MistakeError
-
-CONF = Path(__file__).resolve().parents[1] / "conf"
 
 _INTERPOLATION = re.compile(r"\$\{([^${}]*)\}")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
@@ -40,10 +38,10 @@ HYDRAS_OWN = {"run": {"dir": ""}, "job": {"name": ""}, "runtime": {"output_dir":
 def compose(name: str, words: Sequence[str]) -> dict[str, Any]:
     """The configuration `conf/NAME.yaml` with its choices and the command line's words, interpolations resolved.
 
-    Raises MistakeError naming the word or file that cannot be understood.
+    Raises MistakeError, or ChoiceError, naming the word or file that cannot be understood.
     """
     given = [_split(word) for word in words]
-    root = _read(CONF / f"{name}.yaml")
+    root = read(CONF / f"{name}.yaml")
     entries = root.pop("defaults", [])
     groups = dict(_choices(entries))
     for key, text in given:
@@ -59,15 +57,6 @@ def compose(name: str, words: Sequence[str]) -> dict[str, Any]:
     config["hydra"]["runtime"]["output_dir"] = config["hydra"]["run"]["dir"]
     made: dict[str, Any] = resolved(config, config)
     return made
-
-
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """A new mapping: `over` on top of `base`, mappings within merged likewise."""
-    both = dict(base)
-    for key, value in over.items():
-        below = both.get(key)
-        both[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return both
 
 
 def resolved(value: Any, config: dict[str, Any]) -> Any:
@@ -86,33 +75,8 @@ def resolved(value: Any, config: dict[str, Any]) -> Any:
 
 def read_logging(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of `logging` that the Hydra app has, for this run's folder."""
-    made: dict[str, Any] = resolved(_read(CONF / "hydra" / "job_logging" / "plain.yaml"), config)
+    made: dict[str, Any] = resolved(read(CONF / "hydra" / "job_logging" / "plain.yaml"), config)
     return made
-
-
-def read_choice(group: str, choice: str) -> dict[str, Any]:
-    """A group's choice or own file, merged over what its own defaults list names of the group.
-
-    Raises MistakeError when there is none.
-    """
-    path = Path(choice).expanduser() if choice.endswith(".yaml") else CONF / group / f"{choice}.yaml"
-    if not path.is_file():
-        known = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-        near = difflib.get_close_matches(choice, known, n=1)
-        meant = f"did you mean {near[0]}?" if near else f"give a path to a .yaml file, or one of: {', '.join(known)}"
-        raise MistakeError(f"{group}={choice}: no such file (from {Path.cwd()}); {meant}")
-    content = _read(path)
-    made: dict[str, Any] = {}
-    for entry in content.pop("defaults", []):
-        if entry == "_self_":
-            made = merged(made, content)
-        elif isinstance(entry, str):
-            made = merged(made, read_choice(group, entry))
-        else:
-            raise MistakeError(
-                f"{path}: defaults: {entry}: without Hydra a file may name choices of its own group only"
-            )
-    return merged(made, content)
 
 
 def _split(word: str) -> tuple[str, str]:
@@ -130,16 +94,6 @@ def _choices(entries: Sequence[Any]) -> Iterator[tuple[str, str]]:
         for group, choice in entry.items() if isinstance(entry, dict) else ():
             if not group.startswith("override "):
                 yield group, choice
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise MistakeError(f"{path}: cannot be read as a configuration: {error}") from error
-    if not isinstance(content, dict):
-        raise MistakeError(f"{path}: it holds no mapping of keys to values")
-    return content
 
 
 def _at(config: dict[str, Any], key: str) -> Any:

@@ -1,4 +1,4 @@
-"""Exports a schedule: `python -m runs.export engine=vicuna_7b_a100 workload=azure_conv_like controller=analytic`.
+"""Exports a schedule: `python -m runs.export engine=vicuna_7b_a100 workload=poisson_lmsys controller=analytic`.
 
 From what a controller chooses under a workload, the best c by batch size and the best token budget, for
 `format=vllm|sglang|trtllm|llamacpp`. Composes the configuration (conf/export.yaml) and writes into the run folder
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from engine.config import EngineConfig
 from runs import mistakes
-from runs.exporting.export import EXPORTED, Export, Exported
+from runs.exporting.export import EXPORTED, LEAST_SHARE, Export, Exported
 from runs.progress import progress
 from runs.reporting.statistics import PairedDifference
 
@@ -67,7 +67,7 @@ def _say(export: Export, exported: Exported, out: Path) -> None:
     console = Console(width=max(120, Console().width))
     console.print(table)
     entries = "  ".join(
-        f"{low}-{high}: {candidates} ({100 * share:.0f} %)"
+        f"{low}-{high}: {candidates} ({100 * share:.0f} %{'' if share >= LEAST_SHARE else ', predicted'})"
         for (low, high, candidates), share in zip(schedule.entries, exported.share, strict=True)
     )
     console.print(
@@ -75,6 +75,8 @@ def _say(export: Export, exported: Exported, out: Path) -> None:
         highlight=False,
     )
     print(exported.command)
+    for warning in exported.warnings:
+        log.warning(warning)
     log.info("written to %s", out)
 
 

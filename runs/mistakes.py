@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from conf import plain
 from engine.files import FileFaultError, locked
-from runs import bare_config, endings
+from runs import endings, whole
 from runs.endings import MistakeError, named, one_line
 from runs.progress import compiling
 
@@ -122,12 +123,12 @@ def _meant(wrong: str, known: Sequence[str]) -> str:
 def _keys(name: str, words: Sequence[str]) -> list[str]:
     """All keys of the configuration that the command line chooses, as far as it can be composed."""
     groups = [
-        word for word in words if (bare_config.CONF / word.lstrip("+~").partition("=")[0]).is_dir() and "," not in word
+        word for word in words if (plain.CONF / word.lstrip("+~").partition("=")[0]).is_dir() and "," not in word
     ]
     for overrides in (groups, []):
         try:
             GlobalHydra.instance().clear()
-            with hydra.initialize_config_dir(str(bare_config.CONF), version_base=None):
+            with hydra.initialize_config_dir(str(plain.CONF), version_base=None):
                 config = hydra.compose(name, overrides)
             return [*_below(OmegaConf.to_container(config, resolve=False), "")]
         except (HydraException, OmegaConfBaseException):
@@ -145,6 +146,8 @@ def _below(section: Any, prefix: str) -> Iterator[str]:
 def instantiate(config: DictConfig, kind: type[T]) -> T:
     """The object that a config with `_target_`s describes. Raises MistakeError naming the key of what is refused."""
     try:
+        if HydraConfig.initialized():
+            whole.replace(config, HydraConfig.get().overrides.task)
         made = hydra.utils.instantiate(config, _convert_="all")
     except MissingMandatoryValue as error:
         raise MistakeError(f"{error.full_key} must be given, for example {error.full_key}=VALUE") from error
@@ -211,9 +214,9 @@ def _chosen(group: str) -> str:
 def _choices(group: str, kinds: Sequence[str]) -> list[str]:
     """The choices of a group that are made into one of these classes."""
     found = []
-    for path in sorted((bare_config.CONF / group).glob("*.yaml")):
+    for path in sorted((plain.CONF / group).glob("*.yaml")):
         try:
-            target = str(bare_config.read_choice(group, path.stem).get("_target_", ""))
+            target = str(plain.read_choice(group, path.stem).get("_target_", ""))
         except MistakeError:
             continue
         if target.rpartition(".")[2] in kinds:

@@ -165,7 +165,8 @@ class LatencyModel:
     """Iteration time and memory of one target model, its drafter and its GPUs.
 
     Make one with `LatencyModel.load("vicuna_7b_a100")` (a shipped table or a path), or `LatencyModel.linear` for a
-    closed form. `tables` goes to the kernels; `provenance` says where every figure comes from.
+    closed form. `tables` goes to the kernels; `provenance` says where every figure comes from; `drafter_model` names
+    the drafter that was timed, None where the table does not say.
     """
 
     def __init__(
@@ -180,6 +181,7 @@ class LatencyModel:
         activation_reserve_bytes: float,
         kv_bytes_per_token: int,
         provenance: dict[str, Any],
+        drafter_model: str | None = None,
     ) -> None:
         self.name = name
         self.tables = tables
@@ -190,6 +192,7 @@ class LatencyModel:
         self.activation_reserve_bytes = activation_reserve_bytes
         self.kv_bytes_per_token = kv_bytes_per_token
         self.provenance = provenance
+        self.drafter_model = drafter_model
 
     @classmethod
     def load(cls, name_or_path: str | Path, **overrides: float) -> "LatencyModel":
@@ -237,6 +240,7 @@ class LatencyModel:
             activation_reserve_bytes=read_number(document, "memory.activation_reserve_bytes", source),
             kv_bytes_per_token=int(read_number(document, "memory.kv_bytes_per_token", source)),
             provenance=read_key(document, "provenance", source),
+            drafter_model=document.get("drafter_model"),
         )
 
     @classmethod

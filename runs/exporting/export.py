@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -26,10 +26,12 @@ from engine.core.action import ActionGrid
 from engine.core.choices import MAX_TOKEN_BUDGET
 from engine.core.state import MAX_CANDIDATES
 from engine.files import write_whole
+from engine.workload.agreement import AgreementModel, DrafterAgreement
+from engine.workload.markov import FittedDrafter
 from engine.workload.source import WorkloadSource
 from runs.code import code_digest
 from runs.evaluation import Drawing, Evaluation, LookupFit, Result, Targets, draw, load_latency
-from runs.exporting.formats import FORMATS, Deployment, Format, command_line
+from runs.exporting.formats import FORMATS, Deployment, DraftKind, Format, command_line
 from runs.exporting.playback import Playback
 from runs.exporting.schedule import Schedule, ScheduleError, merged
 from runs.exporting.search import SAME, Choice, Ranges, Seen, cheapest_by_size, search
@@ -46,6 +48,18 @@ NO_SPECULATION = Fixed(candidates=0, token_budget=512)
 METRICS = ("objective", "tpot_mean_s", "ttft_attainment")
 EXPORTED, SOURCE, WITHOUT, PAIR = "exported", "source", "without speculation", "best fixed pair"
 
+LEAST_SHARE = 0.01
+"""Share of the decode time below which playing a range back says nothing about its c."""
+RISE = 0.005
+"""Relative gain in the objective for which c may rise with the batch size."""
+ENOUGH = 0.9
+"""Share of requests on time below which a workload is more than the engine can serve, as `runs.capacity` has it."""
+
+KINDS: dict[FittedDrafter, DraftKind] = {"draft68m": "draft_model", "eagle1": "eagle", "medusa": "medusa"}
+WORDS: dict[DraftKind, str] = {
+    "draft_model": "a draft model", "eagle": "an EAGLE head", "medusa": "Medusa heads", "ngram": "prompt lookup",
+}  # fmt: skip
+
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 Size = Annotated[int, Field(ge=1)]
 Budget = Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)]
@@ -57,7 +71,7 @@ class Exported:
 
     runs: one row a run and seed of the report, told apart by `who` (`EXPORTED`, ...) · share: of decode time by entry
     of the schedule, while the controller chose · gains: paired differences by who is compared with and by metric ·
-    labels: what each of `who` is called.
+    labels: what each of `who` is called · warnings: why the schedule may not do what is reported, a line each.
     """
 
     schedule: Schedule
@@ -66,6 +80,7 @@ class Exported:
     share: tuple[float, ...]
     gains: dict[str, dict[str, PairedDifference]]
     labels: dict[str, str]
+    warnings: tuple[str, ...]
 
     def mean(self, who: str, metric: str) -> float:
         """A metric's mean over the seeds of the report."""
@@ -79,8 +94,9 @@ class Export(BaseModel):
     time that a batch size decoded is where a coordinate search begins (`runs.exporting.search`), beside the c of the
     least predicted decode time a token, the best constant c, and none at all; the search plays schedules back on the
     same requests, changes c of one range of batch sizes or the budget at a time, and keeps what lowers the objective.
-    Batch sizes that the workload never reached get the c of the least predicted decode time a token, and no more than
-    smaller ones have. What is reported is the exported file, read back and played back on the requests of `seeds`,
+    Ranges that hold less than `LEAST_SHARE` of the decode time get the c of the least predicted decode time a token,
+    and no more than smaller ones have; c rises with the batch size only where this lowers the objective by more than
+    `RISE`. What is reported is the exported file, read back and played back on the requests of `seeds`,
     which neither the search nor the choice of the best fixed pair has seen.
 
     Args:
@@ -92,7 +108,11 @@ class Export(BaseModel):
         batch_sizes: highest size of each range that may get a c of its own; the last range ends at `max_num_seqs`.
         budgets: totals of tokens in an iteration that are tried.
         most_playbacks: schedules tried at most.
-        model, drafter, method: what the command line names; method None is the format's usual.
+        least_attainment: share of requests that must meet the TTFT target under the exported schedule; a workload that
+            overloads the engine says nothing of how to serve it well.
+        model, drafter, method: what the command line names; method None is the engine's word for the drafter that is
+            simulated.
+        parallel_drafting: whether vLLM's drafter proposes all candidates at once (`parallel_drafting` of its config).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -110,9 +130,11 @@ class Export(BaseModel):
     batch_sizes: Annotated[tuple[Size, ...], Field(min_length=1)] = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192)
     budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = (256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
     most_playbacks: Annotated[int, Field(ge=1)] = 200
+    least_attainment: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     model: str = "MODEL"
     drafter: str = "DRAFTER"
     method: str | None = None
+    parallel_drafting: bool = False
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -123,6 +145,8 @@ class Export(BaseModel):
             )
         if self.controller.peeks:
             raise ValueError(f"controller={self.controller.label()}: it peeks, so no schedule could choose as it does")
+        if self.parallel_drafting and self.format != "vllm":
+            raise ValueError(f"parallel_drafting is an option of vLLM's, not of format={self.format}")
         for name in ("batch_sizes", "budgets"):
             values = getattr(self, name)
             if list(values) != sorted(set(values)):
@@ -142,17 +166,25 @@ class Export(BaseModel):
 
         Raises:
             ScheduleError: no schedule that the format can tell its engine was found.
-            ValueError: a run is impossible; the message names row or key.
+            ValueError: a run is impossible, or the workload overloads the engine; the message names row or key.
         """
         with progress("Searching") as on_progress:
             schedule, share, pair, way = self._search(on_progress)
-        deployment = Deployment(self.model, self.drafter, self.method, self._kv_tokens)
+        deployment = self._deployment
         files = way.files(schedule, deployment)
         words = way.command(schedule, deployment, str(out))
         player = way.controller(words, files)
         controllers = {EXPORTED: player, SOURCE: self.controller, WITHOUT: NO_SPECULATION, PAIR: pair}
         with progress("Playing back") as on_progress:
             runs = self._report(controllers, on_progress)
+        on_time = float(runs.loc[runs["who"] == EXPORTED, "ttft_attainment"].mean())
+        if on_time < self.least_attainment:
+            raise ValueError(
+                f"{100 * on_time:.1f} % of the requests meet ttft_target={self.slo.ttft_target:g} s under the best "
+                f"schedule, less than least_attainment={self.least_attainment:g}: {self.workload.scenario} overloads "
+                f"{self._simulated.name}, and a schedule for it is none for traffic that can be served. Lower "
+                "workload.rate_scale, or set least_attainment=0 to export it all the same"
+            )
         exported = Exported(
             schedule,
             command_line(words),
@@ -160,6 +192,7 @@ class Export(BaseModel):
             share,
             {who: _gains(runs, who) for who in (SOURCE, WITHOUT, PAIR)},
             {who: controller.label() for who, controller in controllers.items()},
+            tuple(self._doubts(schedule, share, way, on_time)),
         )
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -181,6 +214,63 @@ class Export(BaseModel):
         return limits.total_blocks * limits.block_size
 
     @property
+    def _agreement(self) -> AgreementModel | None:
+        """What says where drafter and target agree, of workloads that have such a model."""
+        return getattr(self.workload, "agreement", getattr(self.workload, "fill", None))
+
+    @property
+    def _simulated_drafter(self) -> DraftKind:
+        """The kind of drafter whose acceptance is simulated; the kind that was timed where the workload names none."""
+        if isinstance(self._agreement, DrafterAgreement):
+            return KINDS[self._agreement.drafter]
+        return self._timed_drafter
+
+    @property
+    def _timed_drafter(self) -> DraftKind:
+        return "ngram" if load_latency(self._simulated.latency).drafter_model == "ngram" else "draft_model"
+
+    @property
+    def _deployment(self) -> Deployment:
+        return Deployment(
+            self.model, self.drafter, self.method, self._kv_tokens, self._simulated_drafter, self.parallel_drafting
+        )
+
+    def _doubts(self, schedule: Schedule, share: Sequence[float], way: Format, on_time: float) -> Iterator[str]:
+        """Why the schedule may not do in the engine what it does here, a line each."""
+        kind, timed = self._simulated_drafter, self._timed_drafter
+        drafter = load_latency(self._simulated.latency).drafter_model or "a model"
+        method = way.method(self._deployment)
+        if schedule.speculates and method != way.methods.get(kind):
+            yield (
+                f"the command line says {method}, but {WORDS[kind]} was simulated, with the times of {drafter}: the "
+                "schedule and its gains are that drafter's"
+            )
+        if schedule.speculates and kind != timed:
+            yield (
+                f"the acceptance is that of {WORDS[kind]}, the times are those of {drafter}: choose "
+                "workload/agreement and engine of one drafter"
+            )
+        held_by = dict(zip(schedule.entries, share, strict=True))
+        for one, other in schedule.rises:
+            yield (
+                f"c rises from {one[2]} for batches of {one[0]} to {one[1]} ({100 * held_by[one]:.0f} % of the decode "
+                f"time) to {other[2]} for {other[0]} to {other[1]} ({100 * held_by[other]:.0f} %), because without "
+                f"rises the objective is more than {100 * RISE:.1f} % higher on the requests of the search; see "
+                "whether other search_seeds agree"
+            )
+        for (low, high, candidates), held in held_by.items():
+            if held < LEAST_SHARE:
+                yield (
+                    f"c = {candidates} for batches of {low} to {high} is predicted, not tried: the workload spends "
+                    f"{100 * held:.1f} % of its decode time there"
+                )
+        if on_time < ENOUGH:
+            yield (
+                f"only {100 * on_time:.1f} % of the requests meet the TTFT target: the workload is more than the "
+                "engine can serve, and a schedule for it is one for overload"
+            )
+
+    @property
     def _most_candidates(self) -> int:
         return min(max(self.actions.candidate_choices), MAX_CANDIDATES)
 
@@ -200,7 +290,7 @@ class Export(BaseModel):
         seen = Seen.of(iterations, ranges)
         tokens = playback.tokens_per_iteration(self._most_candidates)
         predicted = cheapest_by_size(latency, ranges, tokens, seen.kv_tokens)
-        reached = seen.candidates >= 0
+        reached = (seen.candidates >= 0) & (seen.seconds >= LEAST_SHARE * seen.seconds.sum())
         if way.one_length:
             predicted = np.array([pair.candidates])
         budget = min(self.budgets, key=lambda total: abs(math.log(total / seen.total_budget)))
@@ -226,6 +316,9 @@ class Export(BaseModel):
 
         order = [int(place) for place in np.argsort(-seen.seconds, kind="stable") if reached[place]]
         choice, found = search(score, starts, self.budgets, self._most_candidates, order, self.most_playbacks)
+        level = replace(choice, candidates=tuple(np.minimum.accumulate(choice.candidates).tolist()))
+        if level != choice and math.isfinite(found) and score(level) <= found * (1.0 + RISE):
+            choice = level
         schedule = schedule_of(choice)
         for other in way.alternatives():
             if playback.objective(self._player(other, schedule)) < found * (1.0 - SAME):
@@ -242,11 +335,15 @@ class Export(BaseModel):
         if way.first_is_longest:
             chosen[0] = max(chosen)
         return Schedule(
-            merged(ranges.ends, chosen), choice.total_budget, self._most_candidates, self._simulated.max_num_seqs
+            merged(ranges.ends, chosen),
+            choice.total_budget,
+            self._most_candidates,
+            self._simulated.max_num_seqs,
+            way.draft_slots(max(chosen), self._deployment) if max(chosen) > 0 else 0,
         )
 
     def _player(self, way: Format, schedule: Schedule) -> Controller:
-        deployment = Deployment(self.model, self.drafter, self.method, self._kv_tokens)
+        deployment = self._deployment
         return way.controller(way.command(schedule, deployment, ""), way.files(schedule, deployment))
 
     def _run(self, controller: Controller, seed: int) -> Result:
@@ -283,6 +380,8 @@ class Export(BaseModel):
             "entries": [list(entry) for entry in schedule.entries],
             "total_budget": schedule.total_budget,
             "share_of_decode_time": [round(share, 4) for share in exported.share],
+            "chosen_by": ["playback" if share >= LEAST_SHARE else "prediction" for share in exported.share],
+            "warnings": list(exported.warnings),
             "ttft_target_s": self.slo.ttft_target,
             "tpot_target_s": self.slo.tpot_target,
             "seeds": list(self.seeds),

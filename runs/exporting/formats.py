@@ -7,7 +7,7 @@ import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -21,19 +21,25 @@ from runs.exporting.schedule import Schedule
 Files = Mapping[str, str]
 """Content by file name."""
 
+DraftKind = Literal["draft_model", "eagle", "medusa", "ngram"]
+"""Kinds of drafters that can be simulated: a small model of its own, heads on the target's features, prompt lookup."""
+
 
 @dataclass(frozen=True)
 class Deployment:
     """What a command line names beside the schedule.
 
-    model, drafter: paths or hub names · method: what the engine calls the drafter's kind; None: the format's usual ·
-    kv_tokens: room of the KV cache.
+    model, drafter: paths or hub names · method: what the engine calls the drafter's kind; None: its word for the kind
+    that was simulated · kv_tokens: room of the KV cache · simulated: `DraftKind` of the drafter whose times and
+    acceptance the schedule was chosen with · parallel_drafting: whether the drafter proposes all candidates at once.
     """
 
     model: str
     drafter: str
     method: str | None
     kv_tokens: int
+    simulated: DraftKind = "draft_model"
+    parallel_drafting: bool = False
 
 
 class Format(ABC):
@@ -44,6 +50,8 @@ class Format(ABC):
     """
 
     usual_method: ClassVar[str]
+    methods: ClassVar[Mapping[DraftKind, str]]
+    """What the engine calls the kinds of drafters that it has under such a schedule."""
     one_length: ClassVar[bool] = False
     """Whether the engine knows a single draft length, whatever the batch."""
     first_is_longest: ClassVar[bool] = False
@@ -66,20 +74,34 @@ class Format(ABC):
         return ()
 
     def method(self, deployment: Deployment) -> str:
-        """What the engine calls the drafter's kind."""
-        return deployment.method or self.usual_method
+        """What the engine calls the drafter's kind; its usual one where it has no such kind as was simulated."""
+        return deployment.method or self.methods.get(deployment.simulated, self.usual_method)
+
+    def draft_slots(self, longest: int, deployment: Deployment) -> int:
+        """Tokens of the budget that the engine takes for each request beside its c + 1, for drafts of `longest`."""
+        return 0
 
 
 class Vllm(Format):
     """`num_speculative_tokens_per_batch_size` in `--speculative-config`, and `--max-num-batched-tokens`.
 
     vLLM's budget counts all tokens of a step, as `Schedule.total_budget` does. vLLM counts every request scheduled in a
-    step, and gives K to the drafts that the next step verifies.
+    step, and gives K to the drafts that the next step verifies. Of every request in a step it takes the input slots
+    that the drafter needs more than the target off the budget (`draft_slots`).
 
-    Source: vLLM, `vllm/v1/spec_decode/dynamic/utils.py`, `docs/features/speculative_decoding`.
+    Source: vLLM, `vllm/v1/spec_decode/dynamic/utils.py`, `docs/features/speculative_decoding`;
+    `SpeculativeConfig.max_num_new_slots_for_drafting` and where `vllm/v1/core/sched/scheduler.py` reads it.
     """
 
     usual_method = "eagle3"
+    methods: ClassVar[Mapping[DraftKind, str]] = {
+        "draft_model": "draft_model", "eagle": "eagle", "medusa": "medusa", "ngram": "ngram",
+    }  # fmt: skip
+    parallel: ClassVar[frozenset[str]] = frozenset({"dflash", "dspark"})
+    """Methods that propose all candidates at once, whatever `parallel_drafting` says."""
+
+    def draft_slots(self, longest: int, deployment: Deployment) -> int:
+        return _vllm_slots(self.method(deployment), deployment.parallel_drafting, longest)
 
     def files(self, schedule: Schedule, deployment: Deployment) -> dict[str, str]:
         if not schedule.speculates:
@@ -102,15 +124,31 @@ class Vllm(Format):
             schedule=config["num_speculative_tokens_per_batch_size"],
             num_speculative_tokens=config["num_speculative_tokens"],
             total_budget=total,
+            draft_slots=_vllm_slots(
+                config["method"], config.get("parallel_drafting", False), config["num_speculative_tokens"]
+            ),
         )
 
     def _config(self, schedule: Schedule, deployment: Deployment) -> dict[str, Any]:
+        method = self.method(deployment)
         return {
-            "method": self.method(deployment),
-            "model": deployment.drafter,
+            "method": method,
+            **({} if method in WITHOUT_MODEL else {"model": deployment.drafter}),
             "num_speculative_tokens": schedule.longest,
             "num_speculative_tokens_per_batch_size": [list(entry) for entry in schedule.entries],
+            **({"parallel_drafting": True} if deployment.parallel_drafting else {}),
         }
+
+
+WITHOUT_MODEL = ("ngram", "suffix")
+"""vLLM's methods that read no drafter."""
+
+
+def _vllm_slots(method: str, parallel_drafting: bool, longest: int) -> int:
+    """Input slots a request: 1 for a draft model, which reads the token it continues; K at most, drafted at once."""
+    if parallel_drafting or method in Vllm.parallel:
+        return longest
+    return int(method == "draft_model")
 
 
 @dataclass(frozen=True)
@@ -127,6 +165,7 @@ class Sglang(Format):
     spread: int = 0
 
     usual_method = "EAGLE3"
+    methods: ClassVar[Mapping[DraftKind, str]] = {"eagle": "EAGLE"}
     file: ClassVar[str] = "speculative_adaptive.json"
 
     def alternatives(self) -> tuple[Format, ...]:
@@ -174,6 +213,9 @@ class Trtllm(Format):
     """
 
     usual_method = "Eagle3"
+    methods: ClassVar[Mapping[DraftKind, str]] = {
+        "draft_model": "Draft_Target", "eagle": "Eagle", "medusa": "Medusa", "ngram": "NGram",
+    }  # fmt: skip
     first_is_longest = True
     file: ClassVar[str] = "llm_api.yaml"
 
@@ -188,9 +230,10 @@ class Trtllm(Format):
             entries = list(schedule.entries)
             if entries[-1][2] == 0:
                 entries.pop()
+            method = self.method(deployment)
             options["speculative_config"] = {
-                "decoding_type": self.method(deployment),
-                "speculative_model": deployment.drafter,
+                "decoding_type": method,
+                **({} if method == "NGram" else {"speculative_model": deployment.drafter}),
                 "max_draft_len": schedule.entries[0][2],
                 "draft_len_schedule": {high: candidates for _, high, candidates in entries},
             }
@@ -218,6 +261,7 @@ class LlamaCpp(Format):
     """
 
     usual_method = "draft-simple"
+    methods: ClassVar[Mapping[DraftKind, str]] = {"draft_model": "draft-simple"}
     one_length = True
 
     def files(self, schedule: Schedule, deployment: Deployment) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from engine.core.choices import MAX_TOKEN_BUDGET
 from engine.core.state import MAX_CANDIDATES
@@ -20,6 +21,8 @@ class ScheduleError(ValueError):
 class Schedule:
     """c by the number of requests in a batch, and the tokens of an iteration over decodes, candidates and prompts.
 
+    draft_slots: tokens that the engine takes off the budget for each request, beside its c + 1.
+
     Raises ScheduleError when an entry, or the budget, is impossible (`check_schedule`).
     """
 
@@ -27,9 +30,10 @@ class Schedule:
     total_budget: int
     most_candidates: int
     max_num_seqs: int
+    draft_slots: int = 0
 
     def __post_init__(self) -> None:
-        check_schedule(self.entries, self.total_budget, self.most_candidates, self.max_num_seqs)
+        check_schedule(self.entries, self.total_budget, self.most_candidates, self.max_num_seqs, self.draft_slots)
 
     @property
     def speculates(self) -> bool:
@@ -41,12 +45,20 @@ class Schedule:
         """The most candidates that any batch size gets."""
         return max(candidates for _, _, candidates in self.entries)
 
+    @property
+    def rises(self) -> tuple[tuple[Entry, Entry], ...]:
+        """Neighbouring entries of which the one for larger batches has more candidates."""
+        return tuple((one, other) for one, other in pairwise(self.entries) if other[2] > one[2])
 
-def check_schedule(entries: Sequence[Entry], total_budget: int, most_candidates: int, max_num_seqs: int) -> None:
+
+def check_schedule(
+    entries: Sequence[Entry], total_budget: int, most_candidates: int, max_num_seqs: int, draft_slots: int = 0
+) -> None:
     """Refuse what would mislead an engine, or what it would refuse itself.
 
     Entries begin at 1, are sorted, leave no gap, do not overlap, end at `max_num_seqs`, have no more than
-    `most_candidates`, and differ from their neighbours; the budget holds every batch's tokens, c + 1 a request.
+    `most_candidates`, and differ from their neighbours; the budget holds every batch's tokens, c + 1 and
+    `draft_slots` a request: with less, an engine leaves requests of a full batch out of every step.
 
     Raises:
         ScheduleError: naming the first entry that is not so.
@@ -73,7 +85,7 @@ def check_schedule(entries: Sequence[Entry], total_budget: int, most_candidates:
             raise ScheduleError(f"{entry}: candidates must be between 0 and the maximum of {most_candidates}")
         if candidates == before:
             raise ScheduleError(f"{entry} has the candidates of the entry before it: make one of the two")
-        needed = min(high, max_num_seqs) * (1 + candidates)
+        needed = min(high, max_num_seqs) * (1 + candidates + draft_slots)
         if needed > total_budget:
             raise ScheduleError(
                 f"{entry} needs {needed} tokens for a batch of {min(high, max_num_seqs)}, more than total_budget="

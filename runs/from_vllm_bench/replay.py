@@ -51,7 +51,8 @@ def serve_limited(state, tables, draws, wanted_s, max_in_flight, total_budget, c
 class Replay:
     """One run of the benchmark's client, to be served by engines of different speed.
 
-    Requests are sent when the file says they were, else at its rate (gamma gaps of its burstiness, from `seed`), and
+    Requests are sent when the file says they were, else at its rate or ramp (gamma gaps of its burstiness, from
+    `seed`), and
     never more than its limit at once. A file whose runs had a limit says when requests were sent as its server was
     done with others; here they wait for the simulated one.
     """
@@ -59,7 +60,7 @@ class Replay:
     def __init__(self, run: BenchRun, config: EngineConfig, agreement: AgreementModel, seed: int) -> None:
         self.run = run
         self._config = config
-        self._wanted_s = _wanted(run, seed)
+        self._wanted_s = wanted_s(run, seed)
         self._limit = run.max_concurrency or run.output_tokens.size
         self._workload = Workload.build(
             run.name,
@@ -86,14 +87,17 @@ class Replay:
         return describe("ttft", table["ttft_s"]) | describe("tpot", table["tpot_s"])
 
 
-def _wanted(run: BenchRun, seed: int) -> NDArray[np.float64]:
+def wanted_s(run: BenchRun, seed: int) -> NDArray[np.float64]:
     """(R,) when the client wants to send each request, s."""
     requests = run.output_tokens.size
     if run.sent_s is not None and run.max_concurrency is None:
         return run.sent_s
-    if math.isinf(run.rate):
+    if run.ramp is None and math.isinf(run.rate):
         return np.zeros(requests)
-    gaps = np.random.default_rng(seed).gamma(run.burstiness, 1.0 / (run.rate * run.burstiness), requests)
+    rate = run.rate if run.ramp is None else run.ramp.rates(requests)
+    gaps = np.random.default_rng(seed).gamma(run.burstiness, 1.0 / (rate * run.burstiness), requests)
     sent = np.cumsum(gaps)
+    if run.ramp is not None:
+        return sent
     # The client scales its gaps so that all together take as long as the rate says.
     return sent * (requests / run.rate / sent[-1])

@@ -21,18 +21,38 @@ class BenchFileError(ValueError):
     """A file is no result of `vllm bench serve` that can be calibrated with; the message names file and key."""
 
 
+STRATEGIES = ("linear", "exponential")
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A request rate that rises from the first request to the last, by one of `STRATEGIES`; requests/s."""
+
+    strategy: str
+    start: float
+    end: float
+
+    def rates(self, requests: int) -> NDArray[np.float64]:
+        """(R,) the rate at which each request is sent, as `--ramp-up-strategy` has it."""
+        progress = np.arange(requests) / max(requests - 1, 1)
+        if self.strategy == "linear":
+            return self.start + (self.end - self.start) * progress
+        return self.start * (self.end / self.start) ** progress
+
+
 @dataclass(frozen=True)
 class BenchRun:
     """One run of `vllm bench serve`; times in s, every request finished.
 
-    rate: requests/s, infinite: all at once · max_concurrency: most requests in flight, None: no limit · prompt_tokens,
-    output_tokens: (R,) · sent_s: (R,) when each was sent, where the file says · observed: what the client measured
-    (`OBSERVED`) · candidates: draft length, 0 where the file speaks of no drafts · acceptance: (c,) share of drafts
-    whose first 1, 2, ... tokens were accepted.
+    rate: requests/s, infinite: all at once · ramp: in place of the rate, where the run had one · max_concurrency: most
+    requests in flight, None: no limit · prompt_tokens, output_tokens: (R,) · sent_s: (R,) when each was sent, where
+    the file says · observed: what the client measured (`OBSERVED`) · candidates: draft length, 0 where the file speaks
+    of no drafts · acceptance: (c,) share of drafts whose first 1, 2, ... tokens were accepted.
     """
 
     name: str
     rate: float
+    ramp: Ramp | None
     burstiness: float
     max_concurrency: int | None
     prompt_tokens: NDArray[np.int32]
@@ -48,6 +68,8 @@ class BenchRun:
     def load(self) -> str:
         """How much was asked of the server, for tables."""
         rate = "all at once" if math.isinf(self.rate) else f"{self.rate:g}/s"
+        if self.ramp is not None:
+            rate = f"{self.ramp.start:g} to {self.ramp.end:g}/s, {self.ramp.strategy}"
         return rate if self.max_concurrency is None else f"{rate}, at most {self.max_concurrency}"
 
 
@@ -115,6 +137,7 @@ def _run(document: Any, source: str, name: str) -> BenchRun:
     return BenchRun(
         name=name,
         rate=_rate(document, source),
+        ramp=_ramp(document, source),
         burstiness=_number(document, "burstiness", source, above=0.0) if "burstiness" in document else 1.0,
         max_concurrency=None if limit is None else int(_number(document, "max_concurrency", source, above=0.0)),
         prompt_tokens=prompt,
@@ -175,6 +198,17 @@ def _rate(document: dict[str, Any], source: str) -> float:
     if value == "inf":
         return math.inf
     return _number(document, "request_rate", source, above=0.0)
+
+
+def _ramp(document: dict[str, Any], source: str) -> Ramp | None:
+    """The ramp of a run with `--ramp-up-strategy`."""
+    strategy = document.get("ramp_up_strategy")
+    if strategy is None:
+        return None
+    if strategy not in STRATEGIES:
+        raise BenchFileError(f"{source}: key 'ramp_up_strategy' must be {' or '.join(STRATEGIES)}, got {strategy!r}")
+    start, end = (_number(document, f"ramp_up_{which}_rps", source, above=0.0) for which in ("start", "end"))
+    return Ramp(strategy, start, end)
 
 
 def _number(document: dict[str, Any], key: str, source: str, above: float | None = None) -> float:

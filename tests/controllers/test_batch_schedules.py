@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from controllers.compiled import KernelController
 from controllers.p_pas import PPas
+from controllers.sglang_adaptive import SglangAdaptive, default_slots
 from controllers.trtllm_schedule import TrtllmSchedule
 from controllers.vllm_schedule import VllmSchedule
 from tests.controllers.observed import linear_plant, observation
@@ -38,6 +39,24 @@ def test_vllms_k_is_cut_to_the_configured_maximum() -> None:
 
 
 @pytest.mark.parametrize(
+    ("queue", "prompt_tokens"),
+    [
+        ((), 1024 - 100 * 3 - 1),
+        (((50, 0.5),), 1024 - 100 * 3 - 2),
+        (((50, 0.5), (5000, 0.5), (7, 0.5)), 1024 - 100 * 3 - 2),
+        (((720, 0.5), (3, 0.5)), 1024 - 100 * 3 - 2),
+        (((723, 0.5), (3, 0.5)), 1024 - 100 * 3 - 1),
+    ],
+)
+def test_vllms_draft_slots_come_off_the_budget_for_every_request_in_a_step(
+    queue: tuple[tuple[float, float], ...], prompt_tokens: int
+) -> None:
+    """One a request for a draft model: 100 decodes with c = 1 take 300 tokens, every prompt that is served one more."""
+    controller = _ready(VllmSchedule(schedule=[(1, 256, 1)], total_budget=1024, draft_slots=1))
+    assert controller.choose(observation(queue, num_decodes=100)) == (1, prompt_tokens)
+
+
+@pytest.mark.parametrize(
     ("schedule", "message"),
     [
         ([[2, 4, 1]], "must begin at batch size 1"),
@@ -62,6 +81,16 @@ def test_tensorrts_bounds_are_upper_bounds_and_nothing_is_drafted_past_the_last(
 def test_an_impossible_draft_length_is_refused(schedule: dict[int, int]) -> None:
     with pytest.raises(ValidationError, match="draft_len_schedule"):
         TrtllmSchedule(draft_len_schedule=schedule)
+
+
+def test_a_schedule_is_given_whole_or_not_at_all() -> None:
+    """Entries that a command line adds one by one have texts as keys, beside the numbers of those there were."""
+    assert TrtllmSchedule(draft_len_schedule=None).draft_len_schedule == {4: 4, 16: 3, 64: 1}  # type: ignore[arg-type]
+    assert SglangAdaptive(slots=None).slots == default_slots()  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="entries of 8 were added to others one by one"):
+        TrtllmSchedule(draft_len_schedule={4: 4, "8": 2})  # type: ignore[dict-item]
+    with pytest.raises(ValidationError, match="entries of 8 were added to others one by one"):
+        SglangAdaptive(slots={1: {"candidate_steps": [1]}, "8": {"candidate_steps": [0]}})  # type: ignore[dict-item]
 
 
 @given(st.integers(0, 300), st.integers(1, 4096))

@@ -17,9 +17,14 @@ import pytest
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import vector
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
 
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
@@ -30,10 +35,12 @@ from engine.latency.table_file import LatencyTableError
 from engine.workload.workload import WorkloadError
 from envs import SERVING_ID
 from envs.episodes import Episodes
+from envs.named import named_workload
 from envs.reward import TERMS
 from envs.serving import ServingEnv
 from envs.spaces import LOAD_BOUNDS
 from envs.vector import ServingVectorEnv
+from envs.viewer import HEIGHT, STRIP, STRIPS, WIDTH
 from envs.wrappers import BoxAction, DiscreteAction, FlatObservation
 from tests.envs.traffic import conversations, fixed, play, requests, short, tiny_engine
 
@@ -96,14 +103,13 @@ def test_a_process_that_imported_nothing_makes_both_forms_by_id() -> None:
 
 
 @pytest.mark.parametrize("num_envs", [1, 2, 3, 4, 5])
-def test_the_vector_environment_is_gymnasiums_own_vector_of_single_ones(num_envs: int) -> None:
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP], ids=lambda mode: mode.name)
+def test_the_vector_environment_is_gymnasiums_own_vector_of_single_ones(num_envs: int, mode: AutoresetMode) -> None:
     """Over dozens of episode ends, by the last request and by the cut; bit for bit, infos included."""
     options: dict[str, Any] = {"workload": short(), "queue_rows": 2, "episode_decisions": 25}
-    ours = ServingVectorEnv(num_envs, **options)
-    theirs = SyncVectorEnv(
-        [lambda: ServingEnv(**options) for _ in range(num_envs)], autoreset_mode=AutoresetMode.SAME_STEP
-    )
-    assert ours.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    ours = ServingVectorEnv(num_envs, autoreset_mode=mode, **options)
+    theirs = SyncVectorEnv([lambda: ServingEnv(**options) for _ in range(num_envs)], autoreset_mode=mode)
+    assert ours.metadata["autoreset_mode"] is mode
     assert ours.observation_space == theirs.observation_space
     assert ours.action_space == theirs.action_space
     rng = np.random.default_rng(num_envs)
@@ -119,18 +125,63 @@ def test_the_vector_environment_is_gymnasiums_own_vector_of_single_ones(num_envs
             assert reward.dtype == expected[1].dtype
             assert not terminated.any()
             np.testing.assert_array_equal(truncated, expected[3])
-            assert ("final_obs" in info) == ("final_obs" in expected[4]) == bool(truncated.any())
+            same_step = mode is AutoresetMode.SAME_STEP
+            assert ("final_obs" in info) == ("final_obs" in expected[4]) == (same_step and bool(truncated.any()))
+            last, expected_last = (i.get("final_info", {}) if same_step else i for i in (info, expected[4]))
             for e in np.flatnonzero(truncated):
-                _assert_same(info["final_obs"][e], expected[4]["final_obs"][e])
-                assert info["_final_obs"][e]
-                for figure, values in info["final_info"]["episode_summary"].items():
-                    other = expected[4]["final_info"]["episode_summary"][figure]
+                if same_step:
+                    _assert_same(info["final_obs"][e], expected[4]["final_obs"][e])
+                    assert info["_final_obs"][e]
+                for figure, values in last["episode_summary"].items():
+                    other = expected_last["episode_summary"][figure]
                     np.testing.assert_array_equal(values[e], other[e], err_msg=figure)
                 ended += 1
-                cut += expected[4]["final_info"]["reward_terms"]["unfinished"][e] > 0.0
+                cut += expected_last["reward_terms"]["unfinished"][e] > 0.0
             terms = np.array([info["reward_terms"][name] for name in TERMS])
             np.testing.assert_allclose(terms.sum(axis=0), -reward, rtol=1e-12)
+            if not same_step:
+                np.testing.assert_array_equal(
+                    info["_reward_terms"], expected[4].get("_reward_terms", np.zeros(num_envs, dtype=np.bool_))
+                )
     assert 0 < cut < ended
+
+
+def test_gymnasiums_vector_wrappers_see_the_same_in_next_step_mode() -> None:
+    """Normalised observations and rewards and the statistics of episodes, as over gymnasium's own vector."""
+    options: dict[str, Any] = {"workload": short(), "queue_rows": 2, "episode_decisions": 12}
+    mode = AutoresetMode.NEXT_STEP
+    ours, theirs = (
+        vector.RecordEpisodeStatistics(
+            vector.NormalizeReward(vector.NormalizeObservation(vector.FlattenObservation(env)))
+        )
+        for env in (
+            gymnasium.make_vec(SERVING_ID, num_envs=3, autoreset_mode="NEXT_STEP", **options),
+            SyncVectorEnv([lambda: ServingEnv(**options) for _ in range(3)], autoreset_mode=mode),
+        )
+    )
+    assert ours.metadata["autoreset_mode"] is mode
+    np.testing.assert_array_equal(ours.reset(seed=5)[0], theirs.reset(seed=5)[0])
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        actions = rng.integers([9, 13], size=(3, 2))
+        got, expected = ours.step(actions), theirs.step(actions)
+        for mine, their in zip(got[:4], expected[:4], strict=True):
+            np.testing.assert_array_equal(mine, their)
+    assert list(ours.length_queue) == list(theirs.length_queue)
+    assert len(ours.length_queue) > 15
+    assert list(ours.return_queue) == list(theirs.return_queue)
+
+
+def test_statistics_of_episodes_are_the_same_in_both_autoreset_modes() -> None:
+    """The same seeds and one action give the same episodes, whichever step they are reset in."""
+    counted = []
+    for mode in ("SAME_STEP", "NEXT_STEP"):
+        env = vector.RecordEpisodeStatistics(ServingVectorEnv(2, workload=short(), autoreset_mode=mode))
+        env.reset(seed=3)
+        while len(env.return_queue) < 8:
+            env.step(np.full((2, 2), 4))
+        counted.append((list(env.return_queue)[:8], list(env.length_queue)[:8]))
+    assert sorted(zip(*counted[0], strict=True)) == sorted(zip(*counted[1], strict=True))
 
 
 def test_the_vector_environments_first_step_after_an_end_starts_a_new_episode() -> None:
@@ -425,6 +476,8 @@ def test_a_box_action_that_is_no_pair_of_numbers_is_refused(action: Any) -> None
         {"workload": "azure"},
         {"prices": {"violation": 1.0}},
         {"grid": [(0, 1), (64,)]},
+        {"tpot_target": 0.0},
+        {"tpot_target": "fast"},
         {"render_mode": "human"},
         {"queue_row": 3},
     ],
@@ -454,6 +507,8 @@ def test_bad_prices_and_choices_are_refused_by_name(make: Callable[[], Any], nam
 def test_other_misuse_says_what_to_do() -> None:
     with pytest.raises(ValueError, match="num_envs=0"):
         ServingVectorEnv(0)
+    with pytest.raises(ValueError, match=r"autoreset_mode=.*DISABLED.* must be SAME_STEP or NEXT_STEP"):
+        ServingVectorEnv(2, autoreset_mode=AutoresetMode.DISABLED)
     with pytest.raises(RuntimeError, match="reset"):
         ServingEnv().step(np.array([0, 0]))
     with pytest.raises(RuntimeError, match="reset"):
@@ -521,7 +576,123 @@ def test_the_class_docstring_lists_the_load_fields_and_choices_that_there_are() 
     assert [tuple(int(x) for x in row.split()) for row in choices] == [CANDIDATE_CHOICES, BUDGET_CHOICES]
 
 
-def test_the_class_docstring_explains_every_argument() -> None:
-    explained = re.findall(r"^ *- `(\w+)`:", ServingEnv.__doc__ or "", flags=re.MULTILINE)
-    accepted = list(inspect.signature(Episodes.__init__).parameters)
-    assert explained == [name for name in accepted if name not in ("self", "num_envs")]
+def test_the_class_docstring_explains_every_argument_with_its_default() -> None:
+    rows = re.findall(r"^ *\| `(\w+)` \| `?([\w.-]+)`? \| ", ServingEnv.__doc__ or "", flags=re.MULTILINE)
+    accepted = inspect.signature(ServingEnv).parameters.values()
+    assert [name for name, _ in rows] == [parameter.name for parameter in accepted]
+    for (name, written), parameter in zip(rows, accepted, strict=True):
+        default = parameter.default
+        assert (float(written) if isinstance(default, float | int) else written) == (
+            default if isinstance(default, float | int) else str(default)
+        ), name
+
+
+def test_the_single_and_the_vector_environment_take_the_same_arguments() -> None:
+    def settings(kind: Any, *others: str) -> dict[str, Any]:
+        taken = inspect.signature(kind).parameters
+        assert not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
+        return {name: parameter.default for name, parameter in taken.items() if name not in others}
+
+    single = settings(ServingEnv, "render_mode")
+    assert settings(Episodes.__init__, "self", "num_envs") == single
+    assert settings(ServingVectorEnv, "num_envs", "max_episode_steps", "render_mode", "autoreset_mode") == single
+
+
+def test_stable_baselines_usual_entry_works() -> None:
+    """It asks every environment for pictures, and goes on without them after a TypeError only."""
+    many = make_vec_env(SERVING_ID, n_envs=2, seed=0, env_kwargs={"workload": short()})
+    assert many.render_mode == "rgb_array"
+    assert many.reset()["load"].shape == (2, len(LOAD_FIELDS))
+    model = PPO("MultiInputPolicy", SERVING_ID, n_steps=8, batch_size=8, n_epochs=1, seed=0)
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    model.learn(16)
+    assert any((a != b).any() for a, b in zip(before, model.policy.parameters(), strict=True))
+
+
+def test_a_picture_shows_queue_batch_and_both_choices_of_the_last_decisions() -> None:
+    env = ServingEnv("rgb_array", workload=requests([0.0] * 3, [600, 600, 600], [40, 40, 40]))
+    plain = ServingEnv(workload=short())
+    plain.reset(seed=0)
+    assert plain.render() is None
+    env.reset(seed=0)
+    empty = env.render()
+    assert empty.shape == (HEIGHT, WIDTH, 3)
+    assert empty.dtype == np.uint8
+    observation, *_ = env.step(np.array([0, 8]))
+    waiting, decoding = (int(observation["load"][LOAD_FIELDS.index(f"num_{what}")]) for what in ("waiting", "decodes"))
+    assert (waiting, decoding) == (2, 1)
+    picture = env.render()
+    full = STRIP - 6
+    for place, (share, (_, colour)) in enumerate(zip((2 / 2, 1 / 1, 1 / 9, 9 / 13), STRIPS, strict=True)):
+        column = picture[place * STRIP : (place + 1) * STRIP, -1]
+        assert (column == colour).all(axis=-1).sum() == round(share * full), place
+        assert not (picture[place * STRIP : (place + 1) * STRIP, -3] == colour).all(axis=-1).any()
+    env.reset(seed=0)
+    np.testing.assert_array_equal(env.render(), empty)
+
+
+def test_pictures_are_collected_by_gymnasium_and_change_no_episode() -> None:
+    made = gymnasium.make(SERVING_ID, render_mode="rgb_array_list", workload=short())
+    plain = gymnasium.make(SERVING_ID, workload=short())
+    assert made.metadata["render_fps"] > 0
+    made.reset(seed=1)
+    plain.reset(seed=1)
+    for _ in range(5):
+        observation, reward, *_ = made.step(np.array([2, 5]))
+        expected, other, *_ = plain.step(np.array([2, 5]))
+        _assert_same(observation, expected)
+        assert reward == other
+    assert [frame.shape for frame in made.render()] == [(HEIGHT, WIDTH, 3)] * 6
+
+
+def test_the_vector_environment_draws_every_engine_as_the_single_one_does() -> None:
+    many = gymnasium.make_vec(SERVING_ID, num_envs=2, render_mode="rgb_array", workload=short())
+    single = [ServingEnv("rgb_array", workload=short()) for _ in range(2)]
+    many.reset(seed=4)
+    for e, env in enumerate(single):
+        env.reset(seed=4 + e)
+    for _ in range(6):
+        many.step(np.array([[2, 5], [8, 0]]))
+        single[0].step(np.array([2, 5]))
+        single[1].step(np.array([8, 0]))
+    frames = many.render()
+    assert frames is not None
+    for frame, env in zip(frames, single, strict=True):
+        np.testing.assert_array_equal(frame, env.render())
+
+
+def _names() -> list[str]:
+    """The choices of `conf/workload` that need nothing given."""
+    files = sorted((REPOSITORY / "conf" / "workload").glob("*.yaml"))
+    return [file.stem for file in files if "???" not in file.read_text()]
+
+
+@pytest.mark.parametrize("name", _names())
+def test_a_workload_by_name_is_the_one_that_the_apps_compose(name: str) -> None:
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base=None):
+        theirs = instantiate(compose("evaluate", [f"workload={name}"]).workload, _convert_="all")
+    assert named_workload(name) == theirs
+
+
+def test_the_environments_take_a_workload_by_name() -> None:
+    for env in (
+        gymnasium.make(SERVING_ID, workload="bench_idle").unwrapped,
+        ServingVectorEnv(2, workload="bench_idle"),
+    ):
+        assert env.batch.source == named_workload("bench_idle")  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"workload=azure_conv_lik: no such file .*did you mean azure_conv_like\?"):
+        ServingEnv(workload="azure_conv_lik")
+    with pytest.raises(ValueError, match=r"workload='trace' has no default for path: give a TraceSource\(path=...\)"):
+        ServingEnv(workload="trace")
+
+
+def test_the_tpot_target_prices_the_reward() -> None:
+    workload = requests([0.0, 0.1], [300, 200], [30, 20])
+    usual, half = (ServingEnv(workload=workload, tpot_target=target) for target in (None, 0.025))
+    assert half.batch.prices == Prices(tpot_target=0.025)
+    assert play(half, fixed(2, 512))[0] == pytest.approx(2.0 * play(usual, fixed(2, 512))[0])
+    assert ServingEnv(tpot_target=0.1, prices=Prices(violation=9.0)).batch.prices == Prices(
+        tpot_target=0.1, violation=9.0
+    )
+    with pytest.raises(ValueError, match=r"tpot_target=0\.1 and prices\.tpot_target=0\.2 differ: give one"):
+        ServingEnv(tpot_target=0.1, prices=Prices(tpot_target=0.2))

@@ -18,12 +18,13 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from packaging.requirements import Requirement
 
+from conf.plain import merged, read_choice
 from engine.backends.torch.config import TorchEngineConfig
 from engine.config import EngineConfig
 from engine.latency.measured import MeasuredIterations, read_provenance
 from runs import bare, profile
 from runs.bare_config import compose as compose_bare
-from runs.bare_config import merged, read_choice, resolved
+from runs.bare_config import resolved
 from runs.endings import MistakeError
 from runs.evaluation import Evaluation, load_profile
 

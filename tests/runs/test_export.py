@@ -2,8 +2,10 @@
 
 import functools
 import json
+import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from engine.latency.model import LatencyModel
 from runs import export
 from runs.evaluation import Evaluation
 from runs.exporting.export import COMMAND, CONTROLLER, SCHEDULE, Export
-from runs.exporting.formats import FORMATS, Deployment, Sglang
+from runs.exporting.formats import FORMATS, Deployment, DraftKind, Sglang
 from runs.exporting.schedule import Entry, Schedule, ScheduleError, check_schedule, merged
 from runs.exporting.search import SAME, Choice, Ranges, Seen, cheapest_by_size, search
 
@@ -113,7 +115,7 @@ def test_vllm_gets_its_ranges_sglang_its_slots_tensorrt_its_bounds_and_llama_cpp
     schedule = Schedule(((1, 8, 4), (9, 32, 2), (33, 64, 0)), 512, MOST, SEQS)
     config = json.loads(FORMATS["vllm"].files(schedule, THEIRS)["speculative_config.json"])
     assert config == {
-        "method": "eagle3",
+        "method": "draft_model",
         "model": "their/drafter",
         "num_speculative_tokens": 4,
         "num_speculative_tokens_per_batch_size": [[1, 8, 4], [9, 32, 2], [33, 64, 0]],
@@ -132,6 +134,55 @@ def test_vllm_gets_its_ranges_sglang_its_slots_tensorrt_its_bounds_and_llama_cpp
     words = FORMATS["llamacpp"].command(Schedule(((1, SEQS, 3),), 512, MOST, SEQS), THEIRS, "folder")
     assert words[words.index("--spec-draft-n-max") + 1] == "3"
     assert words[words.index("--batch-size") + 1] == words[words.index("--ubatch-size") + 1] == "512"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "method"),
+    [
+        ("vllm", "draft_model", "draft_model"),
+        ("vllm", "eagle", "eagle"),
+        ("vllm", "medusa", "medusa"),
+        ("vllm", "ngram", "ngram"),
+        ("trtllm", "draft_model", "Draft_Target"),
+        ("trtllm", "medusa", "Medusa"),
+        ("llamacpp", "draft_model", "draft-simple"),
+        ("sglang", "eagle", "EAGLE"),
+    ],
+)
+def test_the_command_line_names_the_kind_of_drafter_that_was_simulated(name: str, kind: DraftKind, method: str) -> None:
+    way, schedule = FORMATS[name], Schedule(((1, SEQS, 3),), TOTAL, MOST, SEQS)
+    simulated = replace(THEIRS, simulated=kind)
+    text = " ".join([*way.command(schedule, simulated, "folder"), *way.files(schedule, simulated).values()])
+    assert re.search(rf"[\s\"']{method}\b", text)
+    assert way.method(replace(simulated, method="theirs")) == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("method", "parallel", "slots"),
+    [("draft_model", False, 1), ("eagle3", False, 0), ("medusa", False, 0), ("ngram", False, 0), ("dflash", False, 3),
+     ("draft_model", True, 3), ("eagle3", True, 3)],
+)  # fmt: skip
+def test_vllms_budget_holds_the_draft_slots_of_every_request(method: str, parallel: bool, slots: int) -> None:
+    """vLLM takes them off `max_num_batched_tokens` for each request in a step; too small a budget starves decodes."""
+    way = FORMATS["vllm"]
+    deployment = replace(THEIRS, method=method, parallel_drafting=parallel)
+    assert way.draft_slots(3, deployment) == slots
+    entries: tuple[Entry, ...] = ((1, 16, 3), (17, 64, 1))
+    needed = max(16 * (1 + 3 + slots), 64 * (1 + 1 + slots))
+    schedule = Schedule(entries, needed, MOST, SEQS, slots)
+    player = way.controller(way.command(schedule, deployment, ""), way.files(schedule, deployment))
+    assert player.draft_slots == slots  # type: ignore[attr-defined]
+    with pytest.raises(
+        ScheduleError, match=rf"needs {needed} tokens for a batch of 64, more than total_budget={needed - 1}"
+    ):
+        Schedule(entries, needed - 1, MOST, SEQS, slots)
+
+
+def test_of_256_requests_with_a_draft_model_none_is_left_out_of_a_step() -> None:
+    """What was exported once: 256 requests, a budget of 256. With c = 1 and a slot each only 85 of 100 decodes ran."""
+    assert 256 // (1 + 1 + 1) == 85
+    with pytest.raises(ScheduleError, match="needs 384 tokens for a batch of 128"):
+        Schedule(((1, 48, 2), (49, 128, 1), (129, 256, 0)), 256, MOST, 256, FORMATS["vllm"].draft_slots(2, THEIRS))
 
 
 def bowl(best: Choice) -> Callable[[Choice], float]:
@@ -274,9 +325,34 @@ def test_the_exported_schedule_played_back_from_its_files_gives_the_reported_sco
         assert against["objective"]["low"] <= against["objective"]["difference"] <= against["objective"]["high"]
 
 
+def test_what_may_not_hold_in_the_engine_is_said(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another drafter than the simulated one, ranges that hold none of the decode time, and prompts that come late."""
+    overloaded = ["workload.arrivals.rate=40", "workload.num_requests=200", "least_attainment=0"]
+    assert run(*SMALL, *overloaded, "format=vllm", "method=eagle3", f"hydra.run.dir={tmp_path}") == 0
+    written = json.loads((tmp_path / SCHEDULE).read_text())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the command line says eagle3, but a draft model was simulated, with the times of llama_68m" in said
+    for line in written["warnings"]:
+        assert " ".join(line.split()) in said
+    for share, chosen_by in zip(written["share_of_decode_time"], written["chosen_by"], strict=True):
+        assert chosen_by == ("playback" if share >= 0.01 else "prediction")
+
+
+def test_a_workload_that_overloads_the_engine_exports_nothing(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overloaded = ["workload.arrivals.rate=400", "workload.num_requests=400", "slo.ttft_target=0.2"]
+    assert run(*SMALL, *overloaded, f"hydra.run.dir={tmp_path}") == 2
+    message = capsys.readouterr().err
+    assert re.search(r"[\d.]+ % of the requests meet ttft_target=0.2 s .* least_attainment=0.5", message)
+    assert "Lower workload.rate_scale" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["export.log"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (["format=trtllm", "parallel_drafting=true"], "parallel_drafting is an option of vLLM's"),
         (["engine=torch_tiny"], "python -m runs.profile"),
         (["controller=oracle_grid"], "it peeks"),
         (["search_seeds=[1,2]"], "share [1]"),

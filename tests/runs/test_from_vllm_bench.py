@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from runs.evaluation import load_profile
 from runs.from_vllm_bench import replay as replaying
 from runs.from_vllm_bench.calibration import BenchCalibration, acceptance_of
 from runs.from_vllm_bench.factors import Factors, fit_factors, predicted, scaled_document
-from runs.from_vllm_bench.replay import Replay
+from runs.from_vllm_bench.replay import Replay, wanted_s
 from runs.from_vllm_bench.results import BenchFileError, BenchRun, read_bench_runs
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -93,6 +94,12 @@ def test_draft_length_and_acceptance_are_read_and_explained_by_one_chance(tmp_pa
         ({"request_rate": -1.0}, "key 'request_rate'"),
         ({"max_concurrency": 0}, "key 'max_concurrency'"),
         ({"failed": 60}, "key 'failed' is 60 of 160 requests"),
+        ({"ramp_up_strategy": "cubic"}, "key 'ramp_up_strategy' must be linear or exponential, got 'cubic'"),
+        ({"ramp_up_strategy": "linear", "ramp_up_start_rps": 1}, "key 'ramp_up_end_rps' is missing"),
+        (
+            {"ramp_up_strategy": "exponential", "ramp_up_start_rps": 0, "ramp_up_end_rps": 9},
+            "key 'ramp_up_start_rps' must be more than 0",
+        ),
         ({"input_lens": [1, 2]}, "differ in length"),
         ({"output_lens": ["x"]}, "key 'output_lens' must be a list"),
         ({"output_lens": [0] * 100}, "no request that got a token"),
@@ -142,6 +149,7 @@ def client(requests: int, rate: float, limit: int | None, prompt: int = 10, outp
     return BenchRun(
         name="made",
         rate=rate,
+        ramp=None,
         burstiness=1.0,
         max_concurrency=limit,
         prompt_tokens=np.full(requests, prompt, dtype=np.int32),
@@ -153,6 +161,36 @@ def client(requests: int, rate: float, limit: int | None, prompt: int = 10, outp
         model="made",
         digest="",
     )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rates"), [("linear", [2.0, 4.0, 6.0, 8.0, 10.0]), ("exponential", [2.0, 4.0, 8.0, 16.0, 32.0])]
+)
+def test_a_ramp_is_the_one_that_the_file_names_where_it_holds_no_send_times(
+    tmp_path: Path, strategy: str, rates: list[float]
+) -> None:
+    """Rates from the first request to the last, as the client's `--ramp-up-strategy`; not all requests at once."""
+    document = plain(reported(2.0)) | {
+        "request_rate": math.inf,
+        "ramp_up_strategy": strategy,
+        "ramp_up_start_rps": 2,
+        "ramp_up_end_rps": rates[-1],
+    }
+    (run,) = read_bench_runs([write(tmp_path, "ramp", document)])
+    assert run.ramp is not None
+    assert run.ramp.rates(5).tolist() == pytest.approx(rates)
+    assert run.ramp.rates(1).tolist() == [2.0]
+    assert run.load == f"2 to {rates[-1]:g}/s, {strategy}"
+    # With all but regular gaps requests are sent as far apart as the rates say.
+    wanted = wanted_s(replace(run, burstiness=1e9), seed=0)
+    np.testing.assert_allclose(np.diff(wanted), 1.0 / run.ramp.rates(wanted.size)[1:], rtol=1e-3)
+
+
+def test_send_times_in_the_file_are_used_before_a_ramp(tmp_path: Path) -> None:
+    document = reported(2.0) | {"ramp_up_strategy": "linear", "ramp_up_start_rps": 1, "ramp_up_end_rps": 9}
+    (run,) = read_bench_runs([write(tmp_path, "ramp", document)])
+    assert run.sent_s is not None
+    np.testing.assert_array_equal(wanted_s(run, seed=0), run.sent_s)
 
 
 LINEAR = EngineConfig(name="linear", latency="linear", num_kv_blocks=4096)
