@@ -36,7 +36,7 @@ class Constraints:
     def choices_left(self, vocab_size: int) -> bool:
         """Whether some token may be chosen wherever the output stands."""
         never = {sequence[-1] for sequence in self.banned} | set(self.ends if self.min_tokens else ())
-        return bool(set(self.allowed or range(vocab_size)) - never)
+        return bool(set(self.allowed) - never) if self.allowed else len(never) < vocab_size
 
     def apply(self, logits: NDArray[np.float64], output: Sequence[int], path: Sequence[int]) -> NDArray[np.float64]:
         """(V,) logits under the rules, for the token after `output` and the candidates of `path`."""

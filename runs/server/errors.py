@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -48,6 +49,11 @@ class ApiError(Exception):
         return JSONResponse(self.content, self.status, headers=self.headers)
 
 
+def about(param: str, message: str) -> PydanticCustomError:
+    """What a validator of a whole body raises about one of its parameters."""
+    return PydanticCustomError("parameter", "{message}", {"param": param, "message": message})
+
+
 def of_exception(error: Exception) -> ApiError:
     """The answer when this was raised: by us, by the framework (unknown paths, methods), or by mistake."""
     if isinstance(error, ApiError):
@@ -64,6 +70,8 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     first = max(error.errors(), key=lambda entry: len(entry["loc"]))
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
+    if first["type"] == "parameter":
+        return ApiError(400, str(first["msg"]), first["ctx"]["param"], "invalid_value")
     # Behind the names of parameters stand those of the types that were tried.
     path = [str(part) for part in first["loc"] if part not in ("body", "str", "int") and "[" not in str(part)]
     message = str(first["msg"]).removeprefix("Value error, ")

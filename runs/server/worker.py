@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from engine.backends.real import RequestError
 from engine.backends.torch.engine import TorchEngine
 from engine.backends.torch.generation import Ending
+from engine.backends.torch.logprobs import TokenLogprob
 from engine.core.state import State
+from engine.speculation.constraints import FREE, Constraints
 from engine.speculation.sampling import Sampling
 from runs.live import Decision, Governed
 from runs.server.guard import Guarded
@@ -67,6 +69,8 @@ class Emission(NamedTuple):
     finish: Finish | None
     times: Times | None
     """With `finish`, of a request that the engine knew."""
+    logprobs: list[TokenLogprob] | None = None
+    """Of the tokens, and with the first ones of the prompt's from the second on, where these are wanted."""
 
 
 @dataclass(eq=False)
@@ -80,7 +84,13 @@ class Ticket:
     ending: Ending | None
     received: float
     """s, on the engine's clock, when the HTTP request was there."""
-    emissions: asyncio.Queue[Emission] = field(default_factory=asyncio.Queue)
+    constraints: Constraints = FREE
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    """See `TorchEngine.submit`."""
+    index: int = 0
+    """Its place among the tickets that share `emissions`."""
+    emissions: asyncio.Queue[tuple[int, Emission]] = field(default_factory=asyncio.Queue)
     number: int | None = None
     """The engine's; its thread sets it."""
     over: bool = False
@@ -156,6 +166,11 @@ class Worker:
         """Seconds of the latest decisions."""
 
     @property
+    def most_open(self) -> int:
+        """Tickets that may be unfinished at a time."""
+        return self._most_open
+
+    @property
     def num_open(self) -> int:
         """Accepted and unfinished."""
         return len(self._open)
@@ -191,23 +206,23 @@ class Worker:
         self._beat = time.perf_counter()
         self._thread.start()
 
-    def submit(self, ticket: Ticket) -> None:
-        """Accept a request. Raises Refused."""
+    def submit(self, *tickets: Ticket) -> None:
+        """Accept requests, all or none. Raises Refused."""
         if self.broken:
             raise Refused("broken", 1)
         if self.draining:
             raise Refused("draining", 1)
-        if len(self._open) >= self._most_open:
+        if len(self._open) + len(tickets) > self._most_open:
             raise Refused("full", self._retry_s())
         if not self._open:
             self._beat = time.perf_counter()
-        self._open.add(ticket)
-        self._put(ticket, True)
+        self._open.update(tickets)
+        self._put(*tickets, wanted=True)
 
     def leave(self, ticket: Ticket) -> None:
         """The client is gone: drop the request wherever it is, unless it is over."""
         if not ticket.over:
-            self._put(ticket, False)
+            self._put(ticket, wanted=False)
 
     def stalled_s(self) -> float:
         """Seconds since the engine last began an iteration while there are requests; 0 without."""
@@ -256,9 +271,9 @@ class Worker:
             return False
         return True
 
-    def _put(self, ticket: Ticket, wanted: bool) -> None:
+    def _put(self, *tickets: Ticket, wanted: bool) -> None:
         with self._wake:
-            self._inbox.append((ticket, wanted))
+            self._inbox.extend((ticket, wanted) for ticket in tickets)
             self._wake.notify()
 
     def _retry_s(self) -> int:
@@ -277,7 +292,7 @@ class Worker:
                 self._open.discard(ticket)
                 self._finished_at = [*self._finished_at[-31:], time.perf_counter()]
             self._watcher.emitted(ticket, emission)
-            ticket.emissions.put_nowait(emission)
+            ticket.emissions.put_nowait((ticket.index, emission))
         if iteration is not None:
             self._watcher.iterated(iteration)
         if not self._open:
@@ -333,6 +348,9 @@ class Worker:
             stop=ticket.stop,
             ending=ticket.ending,
             arrival=max(ticket.received, self._engine.earliest_arrival),
+            constraints=ticket.constraints,
+            logprobs=ticket.logprobs,
+            prompt_logprobs=ticket.prompt_logprobs,
         )
         self._tickets[ticket.number] = ticket
 
@@ -355,7 +373,7 @@ class Worker:
             if number in ended:
                 finish = _how_it_ended(engine, number)
                 times = self._forget(number)
-            emissions.append((ticket, Emission(tokens, at, finish, times)))
+            emissions.append((ticket, Emission(tokens, at, finish, times, engine.logprobs.get(number))))
         self.decision_s.append(decision.seconds)
         if len(self.decision_s) > 2 * MOST_DECISIONS:
             del self.decision_s[:MOST_DECISIONS]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.models.load import load_tokenizer
-from runs.server.text import INLINE_CHARACTERS, ChatError, Language, Reader, TextStream, read_template
+from runs.server.text import INLINE_CHARACTERS, Chat, ChatError, Language, Reader, TextStream, read_template
 
 LANGUAGE = Language(load_tokenizer())
 TOKENS = st.lists(st.integers(0, LANGUAGE.num_tokens - 1), max_size=30)
@@ -86,7 +86,7 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 
 
 def test_a_model_without_a_template_gets_the_plain_one() -> None:
-    assert LANGUAGE.decode(LANGUAGE.encode_chat(MESSAGES)) == "system: Be brief.\n\nuser: Hello\n\nassistant:"
+    assert LANGUAGE.decode(LANGUAGE.encode_chat(Chat(MESSAGES))) == "system: Be brief.\n\nuser: Hello\n\nassistant:"
 
 
 def test_a_template_of_ones_own_is_used_and_may_refuse(tmp_path: Path) -> None:
@@ -94,9 +94,9 @@ def test_a_template_of_ones_own_is_used_and_may_refuse(tmp_path: Path) -> None:
     refusal = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
     path.write_text(refusal + "<{{ messages[0].content }}>")
     language = Language(load_tokenizer(), read_template(path))
-    assert language.decode(language.encode_chat(MESSAGES[:1])) == "<Be brief.>"
+    assert language.decode(language.encode_chat(Chat(MESSAGES[:1]))) == "<Be brief.>"
     with pytest.raises(ChatError, match="one turn"):
-        language.encode_chat(MESSAGES)
+        language.encode_chat(Chat(MESSAGES))
     with pytest.raises(ValueError, match=r"chat_template=.*absent"):
         read_template(tmp_path / "absent")
 
@@ -105,13 +105,13 @@ def test_long_prompts_are_read_aside_and_mean_the_same() -> None:
     text = "def f(x):\n" * INLINE_CHARACTERS
     reader = Reader(LANGUAGE)
 
-    async def read() -> list[int]:
-        reading = asyncio.ensure_future(reader.prompt(text))
+    async def read() -> list[list[int]]:
+        reading = asyncio.ensure_future(reader.prompts([text]))
         await asyncio.sleep(0)
         assert not reading.done(), "the loop goes on meanwhile"
         return await reading
 
     try:
-        assert asyncio.run(read()) == LANGUAGE.encode(text)
+        assert asyncio.run(read()) == [LANGUAGE.encode(text)]
     finally:
         reader.close()
