@@ -47,6 +47,8 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
+FirstMistake = Field(fail_fast=True)
+"""Lists are read up to their first mistake: a list of mistakes would be as long as the client likes."""
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 
 
@@ -71,7 +73,7 @@ class Body(BaseModel):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | list[Text] | None = None
+    stop: Text | Annotated[list[Text], FirstMistake] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -113,7 +115,12 @@ class Body(BaseModel):
 class CompletionBody(Body):
     """A text, or token ids, to go on with."""
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: (
+        Text
+        | Annotated[list[Text], FirstMistake]
+        | Annotated[list[int], FirstMistake]
+        | Annotated[list[Annotated[list[int], FirstMistake]], FirstMistake]
+    )
 
     @property
     def text_or_tokens(self) -> str | list[int]:
@@ -143,7 +150,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], FirstMistake]
 
     @property
     def plain(self) -> dict[str, str]:
@@ -155,6 +162,6 @@ class Message(BaseModel):
 class ChatBody(Body):
     """A conversation to go on with."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1), FirstMistake]
     max_completion_tokens: Positive | None = None
     """In place of `max_tokens`, which OpenAI has given up for chats."""

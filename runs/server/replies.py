@@ -153,7 +153,7 @@ class _Events(StreamingResponse):
 def _failure(emission: Emission) -> ApiError:
     if emission.finish == "abort":
         return ApiError(503, "the server ended before the request was finished", code="aborted")
-    return ApiError(500, "the engine failed; the server's log says why", code="engine_error")
+    return ApiError(500, emission.failure or "the engine failed; the server's log says why", code="engine_error")
 
 
 def _event(content: dict[str, Any]) -> bytes:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -18,6 +17,7 @@ from engine.speculation.sampling import Sampling
 from runs.server.bodies import Body, ChatBody, CompletionBody
 from runs.server.errors import ApiError, of_exception
 from runs.server.gate import Gate
+from runs.server.intake import Intake
 from runs.server.metrics import Metrics
 from runs.server.replies import Answer
 from runs.server.text import ChatError, Language, Reader, TextStream
@@ -60,9 +60,10 @@ class Api:
     ) -> None:
         self._worker, self._metrics, self._language = worker, metrics, language
         self._engine_language = language.copy()
-        self._reader = Reader(language)
         self._limits, self._model, self._end_tokens = limits, model, end_tokens
         self._most_tokens = min(limits.max_model_len, limits.total_blocks * limits.block_size)
+        self._intake = Intake(self._most_tokens)
+        self._reader = Reader(language, self._most_tokens)
         self._seeds = np.random.default_rng(seed)
         self._created = int(time.time())
 
@@ -75,7 +76,7 @@ class Api:
         app.get("/v1/models/{model:path}", response_model=None)(self.model)
         app.get("/health", response_model=None)(self.health)
         app.get("/metrics", response_model=None)(self.metrics)
-        for kind in (ApiError, RequestValidationError, HTTPException, Exception):
+        for kind in (ApiError, HTTPException, Exception):
             app.exception_handler(kind)(self._refuse)
         return Gate(app, self._worker.now, api_key, most_body_bytes, self._metrics.refused)
 
@@ -83,8 +84,9 @@ class Api:
         """End what was started for it."""
         self._reader.close()
 
-    async def completions(self, body: CompletionBody, request: Request) -> Response:
+    async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`."""
+        body = await self._intake.read(request, CompletionBody)
         self._check_model(body)
         try:
             prompt = body.text_or_tokens
@@ -103,8 +105,9 @@ class Api:
             most = min(USUAL_COMPLETION_TOKENS, max(1, self._most_tokens - len(tokens)))
         return await self._answer(body, tokens, most, request, chat=False)
 
-    async def chat(self, body: ChatBody, request: Request) -> Response:
+    async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
+        body = await self._intake.read(request, ChatBody)
         self._check_model(body)
         try:
             tokens = await self._reader.chat([message.plain for message in body.messages])

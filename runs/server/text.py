@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import jinja2
+
+from runs.server.errors import ApiError
 
 PLAIN_CHAT = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n\n{% endfor %}"
@@ -19,6 +23,8 @@ PLAIN_CHAT = (
 
 INLINE_CHARACTERS = 4096
 """A longer text is made into tokens in a thread of its own, so that streams flow on meanwhile."""
+READERS = min(4, os.cpu_count() or 1)
+"""Threads that do so: fast tokenizers compute without Python's lock."""
 
 UNFINISHED = "\ufffd"
 """What tokenizers decode bytes to that are no whole character."""
@@ -50,6 +56,11 @@ class Language:
         """Token ids are below this."""
         return len(self._tokenizer)
 
+    @property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of n times as many has n tokens or more."""
+        return max(map(len, self._tokenizer.get_vocab()), default=1)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer puts before it."""
         return list(self._tokenizer(text, verbose=False)["input_ids"])
@@ -78,28 +89,56 @@ class Language:
 
 
 class Reader:
-    """Makes prompts into tokens for an event loop; long ones in a thread."""
+    """Makes prompts into tokens for an event loop; long ones in threads, of which each has a copy of the tokenizer.
 
-    def __init__(self, language: Language) -> None:
-        self._inline, self._aside = language, language.copy()
-        self._thread = ThreadPoolExecutor(1, "tokenizer")
+    Args:
+        language: used by the event loop's thread.
+        most_tokens: of a prompt.
+        threads: most long prompts that are read at a time.
+    """
+
+    def __init__(self, language: Language, most_tokens: int, threads: int = READERS) -> None:
+        self._inline, self._most_tokens = language, most_tokens
+        self._most_characters = most_tokens * language.longest_token
+        self._aside: SimpleQueue[Language] = SimpleQueue()
+        for _ in range(threads):
+            self._aside.put(language.copy())
+        self._threads = ThreadPoolExecutor(threads, "tokenizer")
 
     async def prompt(self, text: str) -> list[int]:
-        """See `Language.encode`."""
-        return await self._read(Language.encode, text, len(text))
+        """See `Language.encode`. Raises ApiError for a text that is longer than any of `most_tokens` tokens."""
+        return await self._read(Language.encode, text, len(text), "prompt")
 
     async def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """See `Language.encode_chat`."""
-        return await self._read(Language.encode_chat, messages, sum(len(message["content"]) for message in messages))
+        """See `Language.encode_chat`. Raises ApiError as `prompt` does."""
+        if len(messages) > self._most_tokens:
+            raise self._too_long(f"{len(messages)} messages", "messages")
+        characters = sum(len(message["content"]) for message in messages)
+        return await self._read(Language.encode_chat, messages, characters, "messages")
 
     def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
 
-    async def _read(self, encode: Callable[[Language, Any], list[int]], what: Any, characters: int) -> list[int]:
+    async def _read(
+        self, encode: Callable[[Language, Any], list[int]], what: Any, characters: int, param: str
+    ) -> list[int]:
+        if characters > self._most_characters:
+            raise self._too_long(f"{characters} characters", param)
         if characters <= INLINE_CHARACTERS:
             return encode(self._inline, what)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, encode, self._aside, what)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._read_aside, encode, what)
+
+    def _read_aside(self, encode: Callable[[Language, Any], list[int]], what: Any) -> list[int]:
+        language = self._aside.get()
+        try:
+            return encode(language, what)
+        finally:
+            self._aside.put(language)
+
+    def _too_long(self, length: str, param: str) -> ApiError:
+        message = f"{param}: {length} exceed the context of {self._most_tokens} tokens, whatever they are; shorten it"
+        return ApiError(400, message, param, "context_length_exceeded")
 
 
 class TextStream:

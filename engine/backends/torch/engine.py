@@ -167,24 +167,27 @@ class TorchEngine(RealEngine):
             )
         # Here, and only here, an iteration waits for the device.
         choices = self.model.top(logits)[:, 0]
+        failed = planned.requests_of(~self.model.finite(logits, choices))
         if drafts is not None:
             drafts.tokens = self.model.known(drafts.tokens).astype(np.int32)
         if drafts is None:
-            emitted = self._choose(planned, logits, choices)
+            emitted = self._choose(planned, logits, choices, failed)
         else:
-            emitted, paths = self._verify(planned, drafts, logits, choices)
+            emitted, paths = self._verify(planned, drafts, logits, choices, failed)
             if branches is not None:
                 self._compact(planned, paths)
-        stops = self._stop(planned, emitted)
+        stops = self._stop(planned, emitted, failed)
         elapsed = self.clock.now() - start
         commit(self.state, 0, elapsed)
-        self._store(planned, emitted)
+        self._store(planned, emitted, failed)
         if self.recording is not None:
             iteration, decodes = len(self.recording.iterations), planned.decodes
             self.recording.stops.extend((iteration, number, tokens) for number, tokens in stops)
             parts = (planned.counts, self.state.accepted[0], self.state.reach[0])
             self.recording.decodes.extend(zip(*(part[:decodes].tolist() for part in parts), strict=True))
             self.recording.iterations.append((start, elapsed, candidates, token_budget, decodes))
+        for number in self.failed:
+            self.cancel(number)
         return True
 
     def reset(self, clock: Clock | None = None) -> None:
@@ -281,7 +284,9 @@ class TorchEngine(RealEngine):
         self.table.tokens[where, (batch.lengths[:, None] + columns)[proposed]] = drafts.tokens[proposed]
         return drafts
 
-    def _choose(self, planned: Planned, logits: torch.Tensor, choices: NDArray[np.int64]) -> list[list[int]]:
+    def _choose(
+        self, planned: Planned, logits: torch.Tensor, choices: NDArray[np.int64], failed: set[int]
+    ) -> list[list[int]]:
         """What every request of a batch without candidates emits: a token, or none in the middle of its prompt."""
         decodes = planned.decodes
         self.state.accepted[0, :decodes] = 0
@@ -294,17 +299,25 @@ class TorchEngine(RealEngine):
                 emitted.append([])
                 continue
             generation = self._generations[number]
-            tokens = [chosen[row] if generation.greedy else _drawn(generation, logits, row)]
-            emitted.append(tokens[: generation.until_stop(tokens)] if generation.may_stop else tokens)
+            tokens = [chosen[row] if generation.greedy or i in failed else _drawn(generation, logits, row)]
+            if generation.may_stop and i not in failed:
+                tokens = tokens[: generation.until_stop(tokens)]
+            emitted.append(tokens)
             row += 1
         return emitted
 
     def _verify(
-        self, planned: Planned, drafts: Drafts, logits: torch.Tensor, choices: NDArray[np.int64]
+        self,
+        planned: Planned,
+        drafts: Drafts,
+        logits: torch.Tensor,
+        choices: NDArray[np.int64],
+        failed: set[int],
     ) -> tuple[list[list[int]], NDArray[np.int32]]:
         """What every request of the batch emits, and (decodes, W) the accepted nodes of its tree.
 
-        `state.accepted` and `state.reach` are filled.
+        `state.accepted` and `state.reach` are filled. What failed together with its candidates is tried without them
+        and taken out of `failed` where that gives numbers: masked or not, a candidate's NaN spreads.
         """
         decodes = planned.decodes
         first_row = np.concatenate(([0], np.cumsum(planned.keep)))
@@ -321,6 +334,12 @@ class TorchEngine(RealEngine):
         emitted: list[list[int]] = []
         for i, number in enumerate(planned.numbers.tolist()):
             generation, first = self._generations[number], int(first_row[i])
+            if i in failed:
+                emitted.append([int(choices[first])])
+                if i < decodes:
+                    accepted[i] = 0
+                    reach[i] = min(1, int(drafts.counts[i]))
+                continue
             if i >= decodes:
                 if not planned.completes[i]:
                     emitted.append([])
@@ -340,9 +359,29 @@ class TorchEngine(RealEngine):
             if i < decodes:
                 accepted[i] = len(tokens) - 1
             emitted.append(tokens)
+        for i, token in self._without_candidates(planned, [i for i in sorted(failed) if i < decodes]):
+            failed.discard(i)
+            generation = self._generations[int(planned.numbers[i])]
+            emitted[i] = [token][: generation.until_stop([token])]
         # One that was asked for and not proposed counts as not accepted: what c yields is per c asked for.
         reach[:decodes][planned.ran_out] = np.maximum(reach[:decodes], accepted[:decodes] + 1)[planned.ran_out]
         return emitted, paths
+
+    def _without_candidates(self, planned: Planned, which: list[int]) -> list[tuple[int, int]]:
+        """(place in the batch, next token) of these decodes where the logits without candidates are numbers."""
+        which = [i for i in which if planned.counts[i] > 1]
+        if not which:
+            return []
+        seats, starts, one = planned.seats[which], planned.starts[which], np.ones(len(which), dtype=np.int64)
+        self.model.pool.clear(self.table.places(seats, starts + 1, planned.counts[which] - 1))
+        logits = self.model.forward(self.table, seats, starts, one, one)
+        choices = self.model.top(logits)[:, 0]
+        found = []
+        for row in np.flatnonzero(self.model.finite(logits, choices)).tolist():
+            generation = self._generations[int(planned.numbers[which[row]])]
+            token = int(choices[row]) if generation.greedy else _drawn(generation, logits, row)
+            found.append((which[row], token))
+        return found
 
     def _compact(self, planned: Planned, paths: NDArray[np.int32]) -> None:
         """Put what the target cached of accepted nodes in a row behind the tokens it follows."""
@@ -353,23 +392,34 @@ class TorchEngine(RealEngine):
             first = planned.starts[rows] + 1
             self.model.move(self.table, planned.seats[rows], first + paths[rows, columns], first + columns)
 
-    def _stop(self, planned: Planned, emitted: list[list[int]]) -> list[tuple[int, int]]:
-        """Tell the scheduler which requests end before their limit; returns (request, tokens emitted now)."""
+    def _stop(self, planned: Planned, emitted: list[list[int]], failed: set[int]) -> list[tuple[int, int]]:
+        """Tell the scheduler which requests end before their limit; returns (request, tokens emitted now).
+
+        One that failed counts one token, which nobody gets, and is to be cancelled: it must not be finished by it.
+        """
         stops = []
-        for row, number, tokens in zip(planned.rows.tolist(), planned.numbers.tolist(), emitted, strict=True):
-            if self._generations[number].stopped and tokens:
-                stop_after(self.state, 0, row, len(tokens))
-                stops.append((number, len(tokens)))
+        for i, (row, number) in enumerate(zip(planned.rows.tolist(), planned.numbers.tolist(), strict=True)):
+            tokens = len(emitted[i])
+            if i in failed or (self._generations[number].stopped and tokens):
+                tokens += i in failed
+                stop_after(self.state, 0, row, tokens)
+                stops.append((number, tokens))
         return stops
 
-    def _store(self, planned: Planned, emitted: list[list[int]]) -> None:
+    def _store(self, planned: Planned, emitted: list[list[int]], failed: set[int]) -> None:
         """Append what was emitted to outputs and token table; forget what the drafter cached of rejected candidates."""
         table, generations = self.table, self._generations
         counts = np.array([len(tokens) for tokens in emitted], dtype=np.int64)
         lengths = planned.starts + planned.counts
         lengths[: planned.decodes] = planned.starts[: planned.decodes] + 1
         table.extend(planned.seats, lengths, counts, np.fromiter(chain.from_iterable(emitted), np.int64))
-        self.emitted = [entry for entry in zip(planned.numbers.tolist(), emitted, strict=True) if entry[1]]
+        numbers = planned.numbers.tolist()
+        self.failed = [numbers[i] for i in sorted(failed)]
+        self.emitted = [
+            (number, tokens)
+            for i, (number, tokens) in enumerate(zip(numbers, emitted, strict=True))
+            if tokens and i not in failed
+        ]
         for number, tokens in self.emitted:
             generations[number].output.extend(tokens)
         over = (counts > 0) & (self.state.requests["phase"][0, planned.rows] == FINISHED)
