@@ -10,7 +10,10 @@ import time
 from typing import Any, ClassVar, Literal
 
 import h11
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from runs.server.pace import Pace
 
 log = logging.getLogger(__name__)
 
@@ -25,14 +28,47 @@ ACCEPTED_AT_ONCE = 16
 RESERVED_DESCRIPTORS = 64 + 4 * ACCEPTED_AT_ONCE
 """Kept for files, and for connections that are accepted before others are closed."""
 
-READ_BYTES = 16 * 1024
-"""Taken from a connection at a time: many small chunks (RFC 9112, section 7.1) take long to read."""
+READ_BYTES = 4 * 1024
+"""Taken from a connection at a time."""
+LONG_READ_S = 0.002
+"""What takes so long to read as many chunks of a byte is read now and then only."""
 
 SECONDS_BETWEEN_WARNINGS = 10.0
 
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 Phase = Literal["head", "body", "idle"]
+
+
+class _Flow(FlowControl):
+    """uvicorn's, which also lets a connection rest."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        super().__init__(transport)
+        self._resting, self._paused = False, False
+
+    def rest(self, seconds: float) -> None:
+        """Read nothing for a while."""
+        if seconds > 0.0 and not self._resting:
+            super().pause_reading()
+            self._resting = True
+            asyncio.get_running_loop().call_later(seconds, self._rested)
+
+    def pause_reading(self) -> None:
+        """See uvicorn."""
+        self._paused = True
+        super().pause_reading()
+
+    def resume_reading(self) -> None:
+        """See uvicorn."""
+        self._paused = False
+        if not self._resting:
+            super().resume_reading()
+
+    def _rested(self) -> None:
+        self._resting = False
+        if not self._paused:
+            super().resume_reading()
 
 
 class Connection(H11Protocol):
@@ -45,6 +81,7 @@ class Connection(H11Protocol):
     most: ClassVar[int] = 1024
     waiting: ClassVar[dict[Connection, None]]
     """Connections without a whole request, those first that have been so longest."""
+    pace: ClassVar[Pace]
 
     _phase: Phase | None = None
     _timer: asyncio.TimerHandle | None = None
@@ -56,6 +93,7 @@ class Connection(H11Protocol):
         if peer is not None and peer.family in (socket.AF_INET, socket.AF_INET6):
             # Otherwise the last token of a stream waits for the client's delayed acknowledgement of the one before.
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.flow = self._flow = _Flow(transport)
         if hasattr(transport, "max_size"):
             transport.max_size = READ_BYTES
         if len(self.connections) > self.most:
@@ -74,8 +112,10 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
+        begin = time.thread_time()
         super().data_received(data)
         self._follow()
+        self._flow.rest(self.pace.pause(time.thread_time() - begin))
 
     def on_response_complete(self) -> None:
         """See uvicorn, which closes connections that stay idle."""
@@ -114,7 +154,7 @@ class Connection(H11Protocol):
 
 def connections(most: int) -> type[Connection]:
     """The class of a server's connections, of which `most` are open at a time."""
-    return type("Connection", (Connection,), {"most": most, "waiting": {}})
+    return type("Connection", (Connection,), {"most": most, "waiting": {}, "pace": Pace(LONG_READ_S)})
 
 
 def most_connections(wanted: int) -> int:

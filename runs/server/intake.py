@@ -12,12 +12,13 @@ from starlette.requests import Request
 
 from runs.server.bodies import Body
 from runs.server.errors import ApiError, of_validation
+from runs.server.pace import Pace
 
 LIGHT_BYTES = 32 * 1024
-"""Bodies up to here are read at once; larger ones wait for their turn."""
+"""Bodies up to here are read at once; larger ones in turn and with pauses, as nothing else runs meanwhile."""
 
-SHARE = 0.2
-"""Of the time, at most so much goes into reading large bodies: meanwhile nothing else runs in this process."""
+BYTES_A_VALUE = 8
+"""A token id, a comma and a space."""
 
 _VALUES_BESIDE_TOKENS = 4096
 _TIMES_THE_CONTEXT = 16
@@ -35,7 +36,7 @@ class Intake:
     def __init__(self, most_tokens: int) -> None:
         self._most_items = max(most_tokens, _VALUES_BESIDE_TOKENS)
         self._most_values = _TIMES_THE_CONTEXT * most_tokens + _VALUES_BESIDE_TOKENS
-        self._turn = asyncio.Lock()
+        self._turn, self._pace = asyncio.Lock(), Pace(0.0)
 
     async def read(self, request: Request, kind: type[B]) -> B:
         """The request's body. Raises ApiError."""
@@ -43,12 +44,12 @@ class Intake:
         if len(content) <= LIGHT_BYTES:
             return self._parsed(content, kind)
         await self._turn.acquire()
-        begin = time.perf_counter()
+        begin = time.thread_time()
         try:
             return self._parsed(content, kind)
         finally:
-            spent = time.perf_counter() - begin
-            asyncio.get_running_loop().call_later(spent * (1.0 / SHARE - 1.0), self._turn.release)
+            pause = self._pace.pause(time.thread_time() - begin)
+            asyncio.get_running_loop().call_later(pause, self._turn.release)
 
     def _parsed(self, content: bytes, kind: type[B]) -> B:
         if _num_values(content, self._most_values) > self._most_values:
@@ -75,12 +76,16 @@ class Intake:
 
 
 def _num_values(content: bytes, enough: int) -> int:
-    """About how many values a JSON text has, at least; counted no further where there are `enough` strings."""
-    if content.count(b",") + content.count(b"[") + content.count(b"{") <= enough:
+    """About how many values a JSON text has; 0 where a glance shows that they are not more than `enough`.
+
+    Long numbers count as several.
+    """
+    separators = b",", b"[", b"{"
+    if len(content) <= BYTES_A_VALUE * enough and sum(map(content.count, separators)) <= enough:
         return 0
     # Without the escaped quotes, every second part between quotes is outside of strings.
     plain = content.replace(b"\\\\", b"").replace(b'\\"', b"")
     if (strings := plain.count(b'"') // 2) > enough:
         return strings
     outside = b"".join(plain.split(b'"')[::2])
-    return outside.count(b",") + outside.count(b"[") + outside.count(b"{")
+    return max(sum(map(outside.count, separators)), len(outside) // BYTES_A_VALUE)

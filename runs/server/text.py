@@ -23,8 +23,8 @@ PLAIN_CHAT = (
 
 INLINE_CHARACTERS = 4096
 """A longer text is made into tokens in a thread of its own, so that streams flow on meanwhile."""
-READERS = min(4, os.cpu_count() or 1)
-"""Threads that do so: fast tokenizers compute without Python's lock."""
+READERS = max(1, min(4, (os.cpu_count() or 1) // 2))
+"""Threads that do so; fast tokenizers compute without Python's lock, on cores that the engine may want."""
 
 UNFINISHED = "\ufffd"
 """What tokenizers decode bytes to that are no whole character."""
