@@ -8,6 +8,8 @@ accepted, and writes `config.yaml`, `summary.json` and `requests.parquet` into t
 import gc
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -31,24 +33,31 @@ def serve(config: DictConfig, out: Path) -> Outcome:
         with listening:
             server = service.open(out)
             host, port = listening.getsockname()[:2]
-            _yield_often()
             log.info("%s at http://%s:%d/v1, governed by %s", service.model, host, port, service.controller.label())
-            outcome = server.run(listening)
+            with _settled():
+                outcome = server.run(listening)
     if service.api_key is not None:
         config = OmegaConf.merge(config, {"api_key": str(service.api_key)})  # type: ignore[assignment]
     _write(out, config, outcome)
     return outcome
 
 
-def _yield_often() -> None:
-    """Keep the engine's thread from waiting for the others of this process.
+@contextmanager
+def _settled() -> Iterator[None]:
+    """A process in which the engine's thread does not wait long for the others.
 
     Each of its calls into compiled code gives up Python's lock, and may wait for a switch interval to get it back. The
     garbage collector need not walk through the models and libraries that are there to stay.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    # A log that cannot be written, as on a full disk, is no reason for a traceback a line.
+    logging.raiseExceptions = False
     gc.collect()
     gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _write(out: Path, config: DictConfig, outcome: Outcome) -> None:
