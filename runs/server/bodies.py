@@ -50,6 +50,8 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
+FirstMistake = Field(fail_fast=True)
+"""Lists are read up to their first mistake: a list of mistakes would be as long as the client likes."""
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -80,8 +82,8 @@ class Body(BaseModel):
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    stop: Text | list[Text] | None = None
-    stop_token_ids: Annotated[list[Token], Field(max_length=MOST_BIASED)] | None = None
+    stop: Text | Annotated[list[Text], FirstMistake] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=MOST_BIASED), FirstMistake] | None = None
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -92,8 +94,8 @@ class Body(BaseModel):
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     """-1: to what the context has room for."""
     truncation_side: Side | None = None
-    allowed_token_ids: Annotated[list[Token], Field(min_length=1)] | None = None
-    bad_words: Annotated[list[Word], Field(max_length=MOST_BAD_WORDS)] | None = None
+    allowed_token_ids: Annotated[list[Token], Field(min_length=1), FirstMistake] | None = None
+    bad_words: Annotated[list[Word], Field(max_length=MOST_BAD_WORDS), FirstMistake] | None = None
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASED)] | None = (
         None
     )
@@ -168,7 +170,12 @@ class Body(BaseModel):
 class CompletionBody(Body):
     """Texts, or token ids, to go on with."""
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: (
+        Text
+        | Annotated[list[Text], FirstMistake]
+        | Annotated[list[int], FirstMistake]
+        | Annotated[list[Annotated[list[int], FirstMistake]], FirstMistake]
+    )
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
     @property
@@ -237,9 +244,9 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+    content: Text | Annotated[list[TextPart], FirstMistake] | None = None
     name: Text | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], FirstMistake] | None = None
     tool_call_id: Text | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
@@ -264,7 +271,7 @@ class Message(BaseModel):
 class ChatBody(Body):
     """A conversation to go on with."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1), FirstMistake]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = None

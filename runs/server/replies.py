@@ -23,7 +23,7 @@ CLIENT_GONE = 499
 """Status of an answer that nobody reads."""
 
 LEAST_LOGPROB = -9999.0
-"""In place of minus infinity, which JSON has no word for."""
+"""In place of minus infinity and of what is no number, which JSON has no word for."""
 
 Leave = Callable[[Ticket], None]
 
@@ -277,13 +277,15 @@ class _Events(StreamingResponse):
 
 
 def _finite(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, LEAST_LOGPROB)
+    if logprob is None:
+        return None
+    return logprob if logprob > LEAST_LOGPROB else LEAST_LOGPROB
 
 
 def _failure(emission: Emission) -> ApiError:
     if emission.finish == "abort":
         return ApiError(503, "the server ended before the request was finished", code="aborted")
-    return ApiError(500, "the engine failed; the server's log says why", code="engine_error")
+    return ApiError(500, emission.failure or "the engine failed; the server's log says why", code="engine_error")
 
 
 def _event(content: dict[str, Any]) -> bytes:

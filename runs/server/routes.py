@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -20,6 +19,7 @@ from engine.speculation.sampling import Sampling
 from runs.server.bodies import Body, ChatBody, CompletionBody
 from runs.server.errors import ApiError, of_exception
 from runs.server.gate import Gate
+from runs.server.intake import Intake
 from runs.server.metrics import Metrics
 from runs.server.replies import Answer, Choice, text_stream
 from runs.server.text import ChatError, Cut, Language, Reader
@@ -62,9 +62,10 @@ class Api:
     ) -> None:
         self._worker, self._metrics, self._language = worker, metrics, language
         self._engine_language = language.copy()
-        self._reader = Reader(language)
         self._limits, self._model, self._end_tokens = limits, model, end_tokens
         self._most_tokens = min(limits.max_model_len, limits.total_blocks * limits.block_size)
+        self._intake = Intake(self._most_tokens)
+        self._reader = Reader(language, self._most_tokens)
         self._seeds = np.random.default_rng(seed)
         self._created = int(time.time())
 
@@ -77,7 +78,7 @@ class Api:
         app.get("/v1/models/{model:path}", response_model=None)(self.model)
         app.get("/health", response_model=None)(self.health)
         app.get("/metrics", response_model=None)(self.metrics)
-        for kind in (ApiError, RequestValidationError, HTTPException, Exception):
+        for kind in (ApiError, HTTPException, Exception):
             app.exception_handler(kind)(self._refuse)
         return Gate(app, self._worker.now, api_key, most_body_bytes, self._metrics.refused)
 
@@ -85,8 +86,9 @@ class Api:
         """End what was started for it."""
         self._reader.close()
 
-    async def completions(self, body: CompletionBody, request: Request) -> Response:
+    async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`."""
+        body = await self._intake.read(request, CompletionBody)
         self._check_model(body)
         prompts = body.prompts
         self._check_number(len(prompts), body)
@@ -100,8 +102,9 @@ class Api:
         usual = [min(USUAL_COMPLETION_TOKENS, max(1, self._most_tokens - len(tokens))) for tokens in read]
         return await self._answer(body, read, [most or one for one in usual], leads, request, chat=False)
 
-    async def chat(self, body: ChatBody, request: Request) -> Response:
+    async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
+        body = await self._intake.read(request, ChatBody)
         self._check_model(body)
         self._check_number(1, body)
         most = body.max_completion_tokens or body.max_tokens

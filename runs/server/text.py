@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import codecs
 import copy
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal, TypeVar
 
 import jinja2
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from runs.server.errors import ApiError
 
 PLAIN_CHAT = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
@@ -29,6 +33,8 @@ Calls of tools follow the content, each as JSON in a line of its own.
 
 INLINE_CHARACTERS = 4096
 """A longer text is made into tokens in a thread of its own, so that streams flow on meanwhile."""
+READERS = max(1, min(4, (os.cpu_count() or 1) // 2))
+"""Threads that do so; fast tokenizers compute without Python's lock, on cores that the engine may want."""
 
 UNFINISHED = "\ufffd"
 """What tokenizers decode bytes to that are no whole character."""
@@ -112,6 +118,11 @@ class Language:
         """Token ids are below this."""
         return len(self._tokenizer)
 
+    @property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of n times as many has n tokens or more."""
+        return max(map(len, self._tokenizer.get_vocab()), default=1)
+
     def encode(self, text: str, cut: Cut = UNCUT) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer puts before it."""
         options: dict[str, Any] = {} if cut.special is None else {"add_special_tokens": cut.special}
@@ -189,36 +200,62 @@ class Language:
 
 
 class Reader:
-    """Makes prompts into tokens for an event loop; long ones in a thread."""
+    """Makes prompts into tokens for an event loop; long ones in threads, of which each has a copy of the tokenizer.
 
-    def __init__(self, language: Language) -> None:
-        self._inline, self._aside = language, language.copy()
-        self._thread = ThreadPoolExecutor(1, "tokenizer")
+    Args:
+        language: used by the event loop's thread.
+        most_tokens: of a prompt.
+        threads: most long prompts that are read at a time.
+    """
+
+    def __init__(self, language: Language, most_tokens: int, threads: int = READERS) -> None:
+        self._inline, self._most_tokens = language, most_tokens
+        self._most_characters = most_tokens * language.longest_token
+        self._aside: SimpleQueue[Language] = SimpleQueue()
+        for _ in range(threads):
+            self._aside.put(language.copy())
+        self._threads = ThreadPoolExecutor(threads, "tokenizer")
 
     async def prompts(self, texts: Sequence[str], cut: Cut = UNCUT) -> list[list[int]]:
-        """Token ids of each; see `Language.encode`."""
+        """Token ids of each; see `Language.encode`.
 
-        def encode(language: Language) -> list[list[int]]:
-            return [language.encode(text, cut) for text in texts]
-
-        return await self._read(encode, sum(map(len, texts)))
+        Raises ApiError for a text that is not to be cut and is longer than any of `most_tokens` tokens.
+        """
+        lengths = [len(text) for text in texts]
+        self._check(max(lengths, default=0), "prompt", cut)
+        return await self._read(lambda language: [language.encode(text, cut) for text in texts], sum(lengths))
 
     async def chat(self, chat: Chat, cut: Cut = UNCUT) -> list[int]:
-        """See `Language.encode_chat`."""
-
-        def encode(language: Language) -> list[int]:
-            return language.encode_chat(chat, cut)
-
-        return await self._read(encode, sum(len(str(message)) for message in chat.messages))
+        """See `Language.encode_chat`. Raises ApiError as `prompts` does."""
+        if len(chat.messages) > self._most_tokens:
+            raise self._too_long(f"{len(chat.messages)} messages", "messages")
+        characters = sum(len(message["content"]) + len(str(message.get("tool_calls", ""))) for message in chat.messages)
+        self._check(characters, "messages", cut)
+        return await self._read(lambda language: language.encode_chat(chat, cut), characters)
 
     def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def _check(self, characters: int, param: str, cut: Cut) -> None:
+        if cut.most is None and characters > self._most_characters:
+            raise self._too_long(f"{characters} characters", param)
 
     async def _read(self, encode: Callable[[Language], Tokens], characters: int) -> Tokens:
         if characters <= INLINE_CHARACTERS:
             return encode(self._inline)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, encode, self._aside)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._read_aside, encode)
+
+    def _read_aside(self, encode: Callable[[Language], Tokens]) -> Tokens:
+        language = self._aside.get()
+        try:
+            return encode(language)
+        finally:
+            self._aside.put(language)
+
+    def _too_long(self, length: str, param: str) -> ApiError:
+        message = f"{param}: {length} exceed the context of {self._most_tokens} tokens, whatever they are; shorten it"
+        return ApiError(400, message, param, "context_length_exceeded")
 
 
 class TextStream:

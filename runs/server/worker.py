@@ -7,6 +7,7 @@ held for as long as it takes to add or to take entries; results go back one call
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import threading
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 Finish = Literal["stop", "length", "abort", "error"]
 
+NOT_FINITE = "the model's logits for this request are not finite numbers (NaN or infinity): there is no next token"
 RETIRE_AT = 1024
 """Rows of the request table at which those of finished requests are taken out first."""
 SECONDS_TO_END = 30.0
@@ -69,6 +71,8 @@ class Emission(NamedTuple):
     finish: Finish | None
     times: Times | None
     """With `finish`, of a request that the engine knew."""
+    failure: str | None = None
+    """With `finish` "error", the reason where it lies in this request alone."""
     logprobs: list[TokenLogprob] | None = None
     """Of the tokens, and with the first ones of the prompt's from the second on, where these are wanted."""
 
@@ -151,6 +155,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._open: set[Ticket] = set()
         self._empty = asyncio.Event()
+        self._hurried = False
         self._finished_at: list[float] = []
         self.draining = False
         self.broken = False
@@ -231,12 +236,17 @@ class Worker:
     async def drain(self, timeout_s: float) -> bool:
         """Accept nothing more, and finish what was accepted; False: not in time, and the rest was dropped."""
         self.draining = True
-        if await self._emptied(timeout_s):
+        if await self._emptied(0.0 if self._hurried else timeout_s):
             return True
         for ticket in list(self._open):
             self.leave(ticket)
         await self._emptied(SECONDS_TO_DROP)
         return False
+
+    def hurry(self) -> None:
+        """Let a drain wait no longer: the rest is dropped."""
+        self._hurried = True
+        self._empty.set()
 
     def close(self) -> None:
         """End the thread after its iteration; one that hangs is left to itself."""
@@ -265,11 +275,9 @@ class Worker:
         self._empty.clear()
         if not self._open:
             return True
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
+        return not self._open
 
     def _put(self, *tickets: Ticket, wanted: bool) -> None:
         with self._wake:
@@ -373,7 +381,10 @@ class Worker:
             if number in ended:
                 finish = _how_it_ended(engine, number)
                 times = self._forget(number)
-            emissions.append((ticket, Emission(tokens, at, finish, times, engine.logprobs.get(number))))
+            emissions.append((ticket, Emission(tokens, at, finish, times, logprobs=engine.logprobs.get(number))))
+        for number in engine.failed:
+            ticket = self._tickets[number]
+            emissions.append((ticket, Emission([], at, "error", self._forget(number), NOT_FINITE)))
         self.decision_s.append(decision.seconds)
         if len(self.decision_s) > 2 * MOST_DECISIONS:
             del self.decision_s[:MOST_DECISIONS]

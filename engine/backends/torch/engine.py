@@ -190,26 +190,28 @@ class TorchEngine(RealEngine):
             )
         # Here, and only here, an iteration waits for the device.
         choices = self.model.top(logits)[:, 0]
+        failed = planned.requests_of(~self.model.finite(logits, choices))
         if drafts is not None:
             drafts.tokens = self.model.known(drafts.tokens).astype(np.int32)
-        paths = None
+        self.logprobs = {}
         if drafts is None:
-            emitted = self._choose(planned, logits, choices)
+            emitted = self._choose(planned, logits, choices, failed)
         else:
-            emitted, paths = self._verify(planned, drafts, logits, choices)
+            emitted, paths = self._verify(planned, drafts, logits, choices, failed)
             if branches is not None:
                 self._compact(planned, paths)
-        self.logprobs = self._score(planned, emitted, paths, logits) if self._scored else {}
-        stops = self._stop(planned, emitted)
+        stops = self._stop(planned, emitted, failed)
         elapsed = self.clock.now() - start
         commit(self.state, 0, elapsed)
-        self._store(planned, emitted)
+        self._store(planned, emitted, failed)
         if self.recording is not None:
             iteration, decodes = len(self.recording.iterations), planned.decodes
             self.recording.stops.extend((iteration, number, tokens) for number, tokens in stops)
             parts = (planned.counts, self.state.accepted[0], self.state.reach[0])
             self.recording.decodes.extend(zip(*(part[:decodes].tolist() for part in parts), strict=True))
             self.recording.iterations.append((start, elapsed, candidates, token_budget, decodes))
+        for number in self.failed:
+            self.cancel(number)
         return True
 
     def reset(self, clock: Clock | None = None) -> None:
@@ -311,7 +313,9 @@ class TorchEngine(RealEngine):
         self.table.tokens[where, (batch.lengths[:, None] + columns)[proposed]] = drafts.tokens[proposed]
         return drafts
 
-    def _choose(self, planned: Planned, logits: torch.Tensor, choices: NDArray[np.int64]) -> list[list[int]]:
+    def _choose(
+        self, planned: Planned, logits: torch.Tensor, choices: NDArray[np.int64], failed: set[int]
+    ) -> list[list[int]]:
         """What every request of a batch without candidates emits: a token, or none in the middle of its prompt."""
         decodes = planned.decodes
         self.state.accepted[0, :decodes] = 0
@@ -324,16 +328,25 @@ class TorchEngine(RealEngine):
                 emitted.append([])
                 continue
             generation, row = self._generations[number], ends[i] - 1
-            tokens = [_next(generation, logits, row, chosen[row])]
-            emitted.append(tokens[: generation.until_stop(tokens)] if generation.may_stop else tokens)
+            tokens = [chosen[row] if i in failed else _next(generation, logits, row, chosen[row])]
+            if generation.may_stop and i not in failed:
+                tokens = tokens[: generation.until_stop(tokens)]
+            emitted.append(tokens)
+        self._score(planned, emitted, failed, None, logits)
         return emitted
 
     def _verify(
-        self, planned: Planned, drafts: Drafts, logits: torch.Tensor, choices: NDArray[np.int64]
+        self,
+        planned: Planned,
+        drafts: Drafts,
+        logits: torch.Tensor,
+        choices: NDArray[np.int64],
+        failed: set[int],
     ) -> tuple[list[list[int]], NDArray[np.int32]]:
         """What every request of the batch emits, and (decodes, W) the accepted nodes of its tree.
 
-        `state.accepted` and `state.reach` are filled.
+        `state.accepted` and `state.reach` are filled. What failed together with its candidates is tried without them
+        and taken out of `failed` where that gives numbers: masked or not, a candidate's NaN spreads.
         """
         decodes = planned.decodes
         first_row = np.concatenate(([0], np.cumsum(planned.keep)))
@@ -341,7 +354,7 @@ class TorchEngine(RealEngine):
         paths = np.zeros(drafts.tokens.shape, dtype=np.int32)
         generations = [self._generations[number] for number in planned.numbers.tolist()]
         for i, generation in enumerate(generations[:decodes]):
-            if generation.constrained and generation.greedy:
+            if generation.constrained and generation.greedy and i not in failed:
                 begin, end, nodes = int(first_row[i]), int(first_row[i + 1]), int(drafts.counts[i])
                 tree = drafts.tokens[i, :nodes], drafts.parents[i, :nodes]
                 choices[begin:end] = _scores(generation, logits[begin:end], *tree).argmax(-1)
@@ -356,6 +369,12 @@ class TorchEngine(RealEngine):
         emitted: list[list[int]] = []
         for i, generation in enumerate(generations):
             first = int(first_row[i])
+            if i in failed:
+                emitted.append([int(choices[first])])
+                if i < decodes:
+                    accepted[i] = 0
+                    reach[i] = min(1, int(drafts.counts[i]))
+                continue
             if i >= decodes:
                 if not planned.completes[i]:
                     emitted.append([])
@@ -378,9 +397,33 @@ class TorchEngine(RealEngine):
             if i < decodes:
                 accepted[i] = len(tokens) - 1
             emitted.append(tokens)
+        self._score(planned, emitted, failed, paths, logits)
+        for i, token in self._without_candidates(planned, [i for i in sorted(failed) if i < decodes]):
+            failed.discard(i)
+            generation = self._generations[int(planned.numbers[i])]
+            emitted[i] = [token][: generation.until_stop([token])]
         # One that was asked for and not proposed counts as not accepted: what c yields is per c asked for.
         reach[:decodes][planned.ran_out] = np.maximum(reach[:decodes], accepted[:decodes] + 1)[planned.ran_out]
         return emitted, paths
+
+    def _without_candidates(self, planned: Planned, which: list[int]) -> list[tuple[int, int]]:
+        """(place in the batch, next token) of these decodes where the logits without candidates are numbers."""
+        which = [i for i in which if planned.counts[i] > 1]
+        if not which:
+            return []
+        seats, starts, one = planned.seats[which], planned.starts[which], np.ones(len(which), dtype=np.int64)
+        self.model.pool.clear(self.table.places(seats, starts + 1, planned.counts[which] - 1))
+        logits = self.model.forward(self.table, seats, starts, one, one)
+        choices = self.model.top(logits)[:, 0]
+        found = []
+        for row in np.flatnonzero(self.model.finite(logits, choices)).tolist():
+            generation = self._generations[int(planned.numbers[which[row]])]
+            token = _next(generation, logits, row, int(choices[row]))
+            if generation.logprobs is not None:
+                number = int(planned.numbers[which[row]])
+                self.logprobs[number] = token_logprobs(logits, [row], [token], generation.logprobs)
+            found.append((which[row], token))
+        return found
 
     def _compact(self, planned: Planned, paths: NDArray[np.int32]) -> None:
         """Put what the target cached of accepted nodes in a row behind the tokens it follows."""
@@ -392,13 +435,19 @@ class TorchEngine(RealEngine):
             self.model.move(self.table, planned.seats[rows], first + paths[rows, columns], first + columns)
 
     def _score(
-        self, planned: Planned, emitted: list[list[int]], paths: NDArray[np.int32] | None, logits: torch.Tensor
-    ) -> dict[int, list[TokenLogprob]]:
-        """Log probabilities of what is emitted, and of prompts' tokens as far as they are read, where wanted."""
-        found: dict[int, list[TokenLogprob]] = {}
+        self,
+        planned: Planned,
+        emitted: list[list[int]],
+        failed: set[int],
+        paths: NDArray[np.int32] | None,
+        logits: torch.Tensor,
+    ) -> None:
+        """Note log probabilities of what is emitted, and of prompts' tokens as far as they are read, where wanted."""
+        if not self._scored:
+            return
         first_row = np.concatenate(([0], np.cumsum(planned.keep))).tolist()
         for i, (number, tokens) in enumerate(zip(planned.numbers.tolist(), emitted, strict=True)):
-            if number not in self._scored:
+            if number not in self._scored or i in failed:
                 continue
             generation, first = self._generations[number], first_row[i]
             assert generation.logprobs is not None
@@ -414,26 +463,36 @@ class TorchEngine(RealEngine):
                 rows = [first, *(first + 1 + paths[i, : len(tokens) - 1]).tolist()]
             if tokens:
                 before = scored if planned.scored[i] else []
-                found[number] = before + token_logprobs(logits, rows, tokens, generation.logprobs)
-        return found
+                self.logprobs[number] = before + token_logprobs(logits, rows, tokens, generation.logprobs)
 
-    def _stop(self, planned: Planned, emitted: list[list[int]]) -> list[tuple[int, int]]:
-        """Tell the scheduler which requests end before their limit; returns (request, tokens emitted now)."""
+    def _stop(self, planned: Planned, emitted: list[list[int]], failed: set[int]) -> list[tuple[int, int]]:
+        """Tell the scheduler which requests end before their limit; returns (request, tokens emitted now).
+
+        One that failed counts one token, which nobody gets, and is to be cancelled: it must not be finished by it.
+        """
         stops = []
-        for row, number, tokens in zip(planned.rows.tolist(), planned.numbers.tolist(), emitted, strict=True):
-            if self._generations[number].stopped and tokens:
-                stop_after(self.state, 0, row, len(tokens))
-                stops.append((number, len(tokens)))
+        for i, (row, number) in enumerate(zip(planned.rows.tolist(), planned.numbers.tolist(), strict=True)):
+            tokens = len(emitted[i])
+            if i in failed or (self._generations[number].stopped and tokens):
+                tokens += i in failed
+                stop_after(self.state, 0, row, tokens)
+                stops.append((number, tokens))
         return stops
 
-    def _store(self, planned: Planned, emitted: list[list[int]]) -> None:
+    def _store(self, planned: Planned, emitted: list[list[int]], failed: set[int]) -> None:
         """Append what was emitted to outputs and token table; forget what the drafter cached of rejected candidates."""
         table, generations = self.table, self._generations
         counts = np.array([len(tokens) for tokens in emitted], dtype=np.int64)
         lengths = planned.starts + planned.counts
         lengths[: planned.decodes] = planned.starts[: planned.decodes] + 1
         table.extend(planned.seats, lengths, counts, np.fromiter(chain.from_iterable(emitted), np.int64))
-        self.emitted = [entry for entry in zip(planned.numbers.tolist(), emitted, strict=True) if entry[1]]
+        numbers = planned.numbers.tolist()
+        self.failed = [numbers[i] for i in sorted(failed)]
+        self.emitted = [
+            (number, tokens)
+            for i, (number, tokens) in enumerate(zip(numbers, emitted, strict=True))
+            if tokens and i not in failed
+        ]
         for number, tokens in self.emitted:
             generations[number].output.extend(tokens)
         over = (counts > 0) & (self.state.requests["phase"][0, planned.rows] == FINISHED)

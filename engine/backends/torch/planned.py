@@ -39,6 +39,15 @@ class Planned:
         keep[: self.decodes] = self.counts[: self.decodes]
         return keep
 
+    def requests_of(self, rows: NDArray[np.bool_]) -> set[int]:
+        """Which requests of the batch that emit now, by place in it, the marked rows of the logits belong to."""
+        if not rows.any():
+            return set()
+        emits = self.completes.copy()
+        emits[: self.decodes] = True
+        marked = np.repeat(np.arange(len(self.numbers)), self.keep)[rows]
+        return set(marked[emits[marked]].tolist())
+
     def branches(self, drafts: Drafts) -> Branches | None:
         """How the new tokens hang together; None where they are all chains and chunks."""
         if not drafts.branched:

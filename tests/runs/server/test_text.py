@@ -103,7 +103,7 @@ def test_a_template_of_ones_own_is_used_and_may_refuse(tmp_path: Path) -> None:
 
 def test_long_prompts_are_read_aside_and_mean_the_same() -> None:
     text = "def f(x):\n" * INLINE_CHARACTERS
-    reader = Reader(LANGUAGE)
+    reader = Reader(LANGUAGE, 10**6)
 
     async def read() -> list[list[int]]:
         reading = asyncio.ensure_future(reader.prompts([text]))
