@@ -18,6 +18,10 @@ MOST_LOGPROBS = 20
 MOST_BAD_WORDS = 64
 MOST_BIASED = 1024
 
+TEMPLATE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning")
+"""What chat templates may read of a message beside its role and content."""
+HARMLESS_IN_MESSAGES = frozenset(("annotations", "id", "object", "status"))
+
 RESERVED_VARIABLES = frozenset(
     (
         "add_generation_prompt",
@@ -82,6 +86,8 @@ class Body(BaseModel):
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    best_of: int | None = None
+    """No other than n: none of several answers is chosen here."""
     stop: Text | Annotated[list[Text], FirstMistake] | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=MOST_BIASED), FirstMistake] | None = None
     include_stop_str_in_output: bool | None = None
@@ -132,6 +138,8 @@ class Body(BaseModel):
     def _asks_for_what_there_is(self) -> Body:
         if refused := unsupported(self.model_extra or {}):
             raise about(*refused)
+        if self.best_of not in (None, self.n or 1):
+            raise about("best_of", "best_of is not supported by this server; n asks for several answers")
         if self.stream_options is not None and not self.stream:
             raise about("stream_options", "stream_options are of streams; set stream to true, or leave them out")
         if self.max_tokens == 0 and not self.max_completion_tokens and not self.returns_prompts_only:
@@ -239,9 +247,9 @@ class ToolCall(BaseModel):
 
 
 class Message(BaseModel):
-    """A turn of a conversation."""
+    """A turn of a conversation. Whatever else a message says is refused, but for what a client got with an answer."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], FirstMistake] | None = None
@@ -253,6 +261,9 @@ class Message(BaseModel):
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
+        for name, value in (self.model_extra or {}).items():
+            if name not in HARMLESS_IN_MESSAGES and value not in (None, "", [], {}):
+                raise ValueError(f"{name[:64]} is not supported in messages; leave it out")
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"tool_calls are of assistant messages, and this is one of role {self.role}")
         if self.content is None and not self.tool_calls:
@@ -264,7 +275,7 @@ class Message(BaseModel):
         """The message as chat templates take it: content is text, and what was not sent is not there."""
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        rest = self.model_dump(exclude={"role", "content"}, exclude_none=True)
+        rest = self.model_dump(include=set(TEMPLATE_KEYS), exclude_none=True)
         return {"role": self.role, "content": text} | {name: value for name, value in rest.items() if value != []}
 
 

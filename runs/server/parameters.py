@@ -26,7 +26,6 @@ HARMLESS = frozenset(
 """Ignored whatever they say: they decide neither what is generated nor what is sent back of it."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "best_of": (1,),
     "documents": ([],),
     "early_stopping": (False,),
     "frequency_penalty": (0, 0.0),
@@ -55,7 +54,6 @@ INSTEAD: Mapping[str, str] = {
     "chat_template": "the server has one (its key chat_template); chat_template_kwargs sets a template's variables",
     "reasoning_effort": "a template that knows it takes it in chat_template_kwargs",
     "prompt_embeds": "send prompt as text or token ids",
-    "best_of": "n asks for several answers",
 }
 """What to do in place of sending a parameter."""
 

@@ -130,7 +130,7 @@ def test_lists_of_prompts_are_answered_in_order(served: Running) -> None:
         assert texts(answer) == right
         read = sum(len(ids(prompt)) for prompt in PROMPTS)
         assert answer["usage"] == {"prompt_tokens": read, "completion_tokens": 36, "total_tokens": read + 36}
-    assert texts(raw(served, prompt=PROMPTS, n=2)) == [text for text in right for _ in range(2)]
+    assert texts(raw(served, prompt=PROMPTS, n=2, best_of=2)) == [text for text in right for _ in range(2)]
     assert [choice.text for choice in served.complete(PROMPTS).choices] == right
 
 
@@ -363,11 +363,14 @@ def test_tool_messages_of_a_history_are_rendered(served: Running) -> None:
     def call(arguments: Any) -> list[dict[str, Any]]:
         return [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
 
+    answered = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "function_call": None}
+    assert prompt_of(served, [answered]) == "assistant: x\n\nassistant:"
     assert prompt_of(served, call({"a": 1})) == prompt_of(served, call('{"a": 1}'))
     for messages, said in (
         (call("{"), "arguments: no JSON"),
         (call("[1]"), "arguments: no JSON object"),
         ([{"role": "tool", "content": None}], "content is missing"),
+        ([{"role": "assistant", "content": "x", "function_call": {"name": "f"}}], "function_call is not supported"),
         ([{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}], "of assistant messages"),
     ):
         param, message = refused(served, chat=True, messages=messages)
