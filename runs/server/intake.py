@@ -40,6 +40,10 @@ class Intake:
 
     async def read(self, request: Request, kind: type[B]) -> B:
         """The request's body. Raises ApiError."""
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media != "application/json":
+            # Pages in a browser can send anything else to a server on its machine without being asked.
+            raise ApiError(415, "send JSON, with the header content-type: application/json", code="invalid_json")
         content = await request.body()
         if len(content) <= LIGHT_BYTES:
             return self._parsed(content, kind)

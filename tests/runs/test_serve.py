@@ -203,6 +203,16 @@ def test_a_text_longer_than_the_context_can_hold_is_not_tokenised(
         assert "exceed the context of 2048 tokens" in error["message"]
 
 
+def test_only_json_is_read(served: Running) -> None:
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 1}).encode()
+    for media in (None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        answer = served.http.post("/v1/completions", content=body, headers={"content-type": media} if media else {})
+        assert answer.status_code == 415, media
+        assert "application/json" in answer.json()["error"]["message"]
+    headers = {"content-type": "Application/JSON; charset=utf-8"}
+    assert served.http.post("/v1/completions", content=body, headers=headers).status_code == 200
+
+
 def test_a_target_in_absolute_form_is_its_path(served: Running, narrow: Running) -> None:
     for server, target, status in (
         (served, "http://here/v1/models", 200), (served, "HTTP://here:8000/health?x=1", 200),

@@ -96,7 +96,8 @@ def test_a_request_that_does_not_arrive_in_time_is_dropped(
 
 def test_a_body_of_very_small_chunks_is_read_bit_by_bit_and_whole(served: Running) -> None:
     body = b'{"prompt": "def f", "max_tokens": 1, "temperature": 0}' + b" " * 3000
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
     with connected(served, head + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n") as client:
         assert client.recv(1024).startswith(b"HTTP/1.1 200")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.models.load import load_tokenizer
+from runs.server.errors import ApiError
 from runs.server.text import INLINE_CHARACTERS, Chat, ChatError, Language, Reader, TextStream, read_template
 
 LANGUAGE = Language(load_tokenizer())
@@ -99,6 +101,39 @@ def test_a_template_of_ones_own_is_used_and_may_refuse(tmp_path: Path) -> None:
         language.encode_chat(Chat(MESSAGES))
     with pytest.raises(ValueError, match=r"chat_template=.*absent"):
         read_template(tmp_path / "absent")
+
+
+def test_long_prompts_are_read_beside_each_other() -> None:
+    reader, both = Reader(LANGUAGE, 10**6, threads=2), threading.Barrier(2, timeout=600)
+
+    def encode(language: Language, text: str) -> list[int]:
+        both.wait()
+        return language.encode(text)
+
+    async def one(text: str) -> list[int]:
+        return await reader._read(lambda language: encode(language, text), len(text))
+
+    async def read() -> list[list[int]]:
+        texts = ("a" * INLINE_CHARACTERS * 2, "b" * INLINE_CHARACTERS * 2)
+        return await asyncio.gather(*map(one, texts))
+
+    try:
+        first, second = asyncio.run(read())
+    finally:
+        reader.close()
+    assert (LANGUAGE.decode(first)[0], LANGUAGE.decode(second)[0]) == ("a", "b")
+
+
+def test_a_text_within_the_bound_may_be_all_of_longest_tokens() -> None:
+    longest = max(range(LANGUAGE.num_tokens), key=lambda token: len(LANGUAGE.decode([token])))
+    text = LANGUAGE.decode([longest])
+    reader = Reader(LANGUAGE, 8)
+    try:
+        assert len(asyncio.run(reader.prompts([text * 8]))[0]) <= 8 * len(text)
+        with pytest.raises(ApiError, match="exceed the context of 8 tokens"):
+            asyncio.run(reader.prompts(["a" * (8 * LANGUAGE.longest_token + 1)]))
+    finally:
+        reader.close()
 
 
 def test_long_prompts_are_read_aside_and_mean_the_same() -> None:
