@@ -60,7 +60,7 @@ def _write(
         else:
             lines = "".join(json.dumps(output, ensure_ascii=False) + "\n" for output in outputs)
             partial[OUTPUTS].write_text(lines, encoding="utf-8")
-        partial[SUMMARY].write_text(json.dumps(_plain(summary), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial[SUMMARY].write_text(summary_text(summary), encoding="utf-8")
         # An older summary would speak of files that are about to be replaced.
         for name in (SUMMARY, ITERATIONS, OUTPUTS):
             (folder / name).unlink(missing_ok=True)
@@ -69,6 +69,11 @@ def _write(
     finally:
         for path in partial.values():
             remove(path)
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """The contents of `summary.json`."""
+    return json.dumps(_plain(summary), indent=1, allow_nan=False) + "\n"
 
 
 def _write_table(columns: dict[str, NDArray[Any]], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import time
@@ -23,6 +24,8 @@ from engine.core.telemetry import as_dict
 from engine.plant import Plant
 from engine.workload.prompts import Prompts
 from runs.serving import NO_ITERATIONS, Progress, Served, decide
+
+log = logging.getLogger(__name__)
 
 SECONDS_PER_PROGRESS = 0.2
 
@@ -123,11 +126,13 @@ def serve(
     rows: list[NDArray[np.void]] = []
     row = np.zeros(1, dtype=ITERATION)
     spent: list[float] = []
+    failed = 0
     shown = begin = time.perf_counter()
     engine.clock = clock()
 
     def after(decision: Decision) -> None:
-        nonlocal shown
+        nonlocal shown, failed
+        failed += len(engine.failed)
         spent.append(decision.seconds)
         if recording:
             log_iteration(engine.state, 0, row, 0)
@@ -138,6 +143,8 @@ def serve(
 
     _drive(engine, controller, after)
     wall_s = time.perf_counter() - begin
+    if failed:
+        log.warning("%d requests were dropped: the model's logits for them are not finite", failed)
     return Served(engine.state, np.concatenate(rows) if rows else NO_ITERATIONS, wall_s, np.array(spent))
 
 

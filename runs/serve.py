@@ -5,17 +5,23 @@ accepted, and writes `config.yaml`, `summary.json` and `requests.parquet` into t
 `serve.log`. docs/serving.md says what is served.
 """
 
+import gc
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from runs import folder, mistakes
+from runs.endings import MistakeError
 from runs.server.service import Outcome, Service
 
 log = logging.getLogger("serve")
+
+SWITCH_INTERVAL_S = 0.0005
 
 
 def serve(config: DictConfig, out: Path) -> Outcome:
@@ -27,11 +33,41 @@ def serve(config: DictConfig, out: Path) -> Outcome:
             server = service.open(out)
             host, port = listening.getsockname()[:2]
             log.info("%s at http://%s:%d/v1, governed by %s", service.model, host, port, service.controller.label())
-            outcome = server.run(listening)
+            with _settled():
+                outcome = server.run(listening)
     if service.api_key is not None:
         config = OmegaConf.merge(config, {"api_key": str(service.api_key)})  # type: ignore[assignment]
-    folder.write_run(out, OmegaConf.to_yaml(config, resolve=True), outcome.summary, outcome.requests, None)
+    _write(out, config, outcome)
     return outcome
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """A process in which the engine's thread does not wait long for the others.
+
+    Each of its calls into compiled code gives up Python's lock, and may wait for a switch interval to get it back. The
+    garbage collector need not walk through the models and libraries that are there to stay.
+    """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    # A log that cannot be written, as on a full disk, is no reason for a traceback a line.
+    logging.raiseExceptions = False
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _write(out: Path, config: DictConfig, outcome: Outcome) -> None:
+    """Write the run folder. Where that fails, the summary is printed: nobody can serve those requests again."""
+    try:
+        folder.write_run(out, OmegaConf.to_yaml(config, resolve=True), outcome.summary, outcome.requests, None)
+    except OSError as error:
+        print(folder.summary_text(outcome.summary), flush=True)
+        raise MistakeError(
+            f"{out} cannot be written ({error.strerror or error}); {folder.SUMMARY} is printed"
+        ) from error
 
 
 def _say(outcome: Outcome, out: Path) -> None:

@@ -112,6 +112,8 @@ class RealEngine(ABC):
         """(request, tokens) of the latest iteration."""
         self.finished: list[int] = []
         """Requests that ended with it."""
+        self.failed: list[int] = []
+        """Requests that it cancelled, because the model's logits for them were not finite."""
         self._vocab_size = vocab_size
         self._earliest = 0.0
 
@@ -231,7 +233,7 @@ class RealEngine(ABC):
     def reset(self, clock: Clock | None = None) -> None:
         """Forget every request and begin again at 0 s, on a clock that starts now unless given; models stay loaded."""
         core.clear(self.state, 0)
-        self.emitted, self.finished = [], []
+        self.emitted, self.finished, self.failed = [], [], []
         self._earliest = 0.0
         self.clock = WallClock() if clock is None else clock
 

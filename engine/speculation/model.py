@@ -11,7 +11,7 @@ from engine.core.state import MAX_CANDIDATES
 from engine.speculation.allocation import best_nodes, keep_best
 from engine.speculation.calibration import Calibration
 from engine.speculation.drafter import LONGEST_CHAIN, Batch, Drafts, Runner, no_drafts
-from engine.speculation.sampling import draw
+from engine.speculation.sampling import Sampling, draw
 from engine.speculation.tree import Branches, fixed_shape
 
 MOST_EXPANDED = 2 * MAX_CANDIDATES
@@ -199,11 +199,11 @@ class _Growth:
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """(F, count) probabilities and tokens, falling; a sampled request's under its settings."""
         best = logits.double().softmax(-1).topk(count, dim=-1)
-        probabilities, tokens = best.values.cpu().numpy(), best.indices.cpu().numpy()
+        probabilities, tokens = np.nan_to_num(best.values.cpu().numpy()), best.indices.cpu().numpy()
         for row, i in enumerate(who.tolist()):
             sampling = self._batch.requests[i].sampling
             if not sampling.greedy:
-                weights = sampling.probabilities(logits[row : row + 1].double().cpu().numpy())[0]
+                weights = _distribution(sampling, logits, row)
                 tokens[row] = np.argsort(-weights, kind="stable")[:count]
                 probabilities[row] = weights[tokens[row]]
         return np.minimum(probabilities, 1.0), tokens
@@ -238,6 +238,17 @@ def _catch_up(runner: Runner, batch: Batch, who: NDArray[np.int64]) -> Any:
     return logits
 
 
+def _distribution(sampling: Sampling, logits: Any, row: int) -> NDArray[np.float64]:
+    """(V,) what a sampled request's candidates are drawn from: any token where the drafter's logits are not finite.
+
+    The target decides on candidates, so such a drafter costs speed and no request.
+    """
+    scores = logits[row : row + 1].double().cpu().numpy()
+    if not np.isfinite(scores.max()):
+        scores = np.zeros_like(scores)
+    return sampling.probabilities(scores)[0]
+
+
 def _draw(batch: Batch, drafts: Drafts, logits: Any, who: NDArray[np.int64], nodes: NDArray[np.int64]) -> None:
     """Draw the children of sampled requests' nodes without replacement, and note what from."""
     for row, (i, node) in enumerate(zip(who.tolist(), nodes.tolist(), strict=True)):
@@ -245,8 +256,8 @@ def _draw(batch: Batch, drafts: Drafts, logits: Any, who: NDArray[np.int64], nod
         if noted is None:
             continue
         request = batch.requests[i]
-        noted[1 + node] = request.sampling.probabilities(logits[row : row + 1].double().cpu().numpy())[0]
-        left = noted[1 + node].copy()
+        noted[1 + node] = weights = _distribution(request.sampling, logits, row)
+        left = weights.copy()
         for child in np.flatnonzero(drafts.parents[i, : drafts.counts[i]] == node):
             if left.any():
                 drafts.tokens[i, child] = token = draw(left, request.random)

@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+LEAST_TEMPERATURE = 1e-5
+"""Below it a request is greedy: differences of logits divided by less may exceed what a float holds."""
+
 
 class SamplingError(ValueError):
-    """A sampling setting is out of range; the message names it."""
+    """A sampling setting is out of range, or logits are no numbers to sample from; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Sampling:
     """Sampling settings of one request.
 
     Args:
-        temperature: 0 takes the most probable token (greedy); otherwise logits are divided by it.
+        temperature: logits are divided by it; below `LEAST_TEMPERATURE` the most probable token is taken (greedy).
         top_k: only the k most probable tokens; 0 keeps all.
         top_p: only the most probable tokens that together reach this probability; 1 keeps all.
         seed: of the request's own random stream, which no other request touches.
@@ -40,7 +43,7 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Whether the most probable token is always taken."""
-        return self.temperature == 0.0
+        return self.temperature < LEAST_TEMPERATURE
 
     def generator(self) -> np.random.Generator:
         """A fresh random stream from the seed."""
@@ -50,14 +53,20 @@ class Sampling:
         """The distributions that `logits` (rows, V) mean under these settings, (rows, V); not for greedy requests.
 
         Temperature, then top-k, then top-p, in the order and with the ties of `transformers`' generation.
+
+        Raises SamplingError for a row whose highest logit is not finite (`finite_rows`).
         """
         if self.greedy:
-            raise SamplingError("temperature=0 is greedy: there is no distribution to sample from")
-        scores = np.asarray(logits, dtype=np.float64) / self.temperature
+            raise SamplingError(f"temperature={self.temperature} is greedy: there is no distribution to sample from")
+        scores = np.asarray(logits, dtype=np.float64)
+        highest = scores.max(axis=1, keepdims=True)
+        if not np.isfinite(highest).all():
+            raise SamplingError("the highest of a row of logits is not finite: there is no distribution to sample from")
+        scores = (scores - highest) / self.temperature
         if 0 < self.top_k < scores.shape[1]:
             least = np.partition(scores, -self.top_k, axis=1)[:, -self.top_k, None]
             scores = np.where(scores < least, -np.inf, scores)
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        weights = np.exp(scores)
         weights /= weights.sum(axis=1, keepdims=True)
         if self.top_p < 1.0:
             order = np.argsort(weights, axis=1, kind="stable")
@@ -82,7 +91,27 @@ def most_probable(logits: Any) -> NDArray[np.int64]:
     return found
 
 
+def finite_rows(logits: Any, highest: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """(rows,) whether the highest of `logits` (rows, V), a tensor, is finite, given the tokens (rows,) that have it.
+
+    NaN counts as highest, so that False means a NaN or an infinity anywhere in the row, -inf beside finite logits
+    aside: such a token has probability 0.
+    """
+    if logits.device.type == "cpu" and logits.element_size() >= 4:
+        found: NDArray[np.bool_] = np.isfinite(logits.numpy()[np.arange(len(highest)), highest])
+    else:
+        import torch
+
+        at = torch.from_numpy(highest).to(logits.device)[:, None]
+        found = logits.gather(1, at)[:, 0].isfinite().cpu().numpy()
+    return found
+
+
 def draw(weights: NDArray[np.float64], random: np.random.Generator) -> int:
-    """A token drawn in proportion to `weights` (V,), which need not add up to 1; one uniform number is used."""
+    """A token drawn in proportion to `weights` (V,), which need not add up to 1; one uniform number is used.
+
+    Rounding never draws a token past the last one that adds anything.
+    """
     cumulative = np.cumsum(weights)
-    return int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
+    drawn = np.searchsorted(cumulative, random.random() * cumulative[-1], side="right")
+    return int(min(drawn, np.searchsorted(cumulative, cumulative[-1])))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -48,24 +49,28 @@ class ApiError(Exception):
         return JSONResponse(self.content, self.status, headers=self.headers)
 
 
+def about(param: str, message: str) -> PydanticCustomError:
+    """What a validator of a whole body raises about one of its parameters."""
+    return PydanticCustomError("parameter", "{message}", {"param": param, "message": message})
+
+
 def of_exception(error: Exception) -> ApiError:
     """The answer when this was raised: by us, by the framework (unknown paths, methods), or by mistake."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, RequestValidationError):
-        return _of_validation(error)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     return ApiError(500, "the server made a mistake; its log says which")
 
 
-def _of_validation(error: RequestValidationError) -> ApiError:
+def of_validation(error: ValidationError) -> ApiError:
     """What is wrong with a body, by its first mistake; where several types were tried, by the one that fits best."""
-    first = max(error.errors(), key=lambda entry: len(entry["loc"]))
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
+    errors = error.errors(include_url=False, include_input=False)
+    first = max(errors, key=lambda entry: len(entry["loc"]))
+    if first["type"] == "parameter":
+        return ApiError(400, str(first["msg"]), first["ctx"]["param"], "invalid_value")
     # Behind the names of parameters stand those of the types that were tried.
-    path = [str(part) for part in first["loc"] if part not in ("body", "str", "int") and "[" not in str(part)]
+    path = [str(part) for part in first["loc"] if part not in ("str", "int") and "[" not in str(part)]
     message = str(first["msg"]).removeprefix("Value error, ")
     param = path[0] if path else None
     return ApiError(400, f"{'.'.join(path)}: {message}" if path else message, param, "invalid_value")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ from runs.server.errors import ApiError
 
 DRAINED_BYTES = 64 * 1024**2
 """Of a body that is too large, read and thrown away, so that the client gets to read the answer."""
+
+_ORIGIN = re.compile(r"https?://[^/]*", re.IGNORECASE)
 
 
 class Gate:
@@ -41,6 +44,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         scope.setdefault("state", {})["received"] = self._now()
+        _take_path(scope)
         try:
             self._check_key(scope["path"], dict(scope["headers"]).get(b"authorization", b""))
             body = await self._body(receive)
@@ -91,3 +95,12 @@ class Gate:
                 headers={"connection": "close"},
             )
         return b"".join(parts)
+
+
+def _take_path(scope: Scope) -> None:
+    """Leave only the path of a target in absolute form, `http://host/path`, which servers must accept (RFC 9112)."""
+    origin = _ORIGIN.match(scope["path"])
+    if origin is not None:
+        scope["path"] = scope["path"][origin.end() :] or "/"
+        raw = scope.get("raw_path") or b""
+        scope["raw_path"] = b"/" + raw.partition(b"://")[2].partition(b"/")[2]

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import signal
 import socket
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,7 @@ from engine.workload.prompts import Prompts
 from runs import live
 from runs.code import code_digest
 from runs.evaluation import LookupFit, Targets, plant_of, profile_of
+from runs.server.connections import ACCEPTED_AT_ONCE, BACKLOG, Exhausted, connections, most_connections
 from runs.server.guard import Guarded
 from runs.server.ledger import Ledger
 from runs.server.metrics import Metrics
@@ -60,6 +62,8 @@ class Service(BaseModel):
         api_key: clients must send it as a bearer token under /v1; None: none is wanted.
         max_waiting: most requests that are accepted beyond the `engine.max_num_seqs` of a batch; more get a 429.
         max_body_bytes: of one HTTP request.
+        max_connections: open at a time, cut to what the process has descriptors for; one more takes the place of one
+            that waits for a request, or gets a 503.
         chat_template: file of a Jinja template for chats; None: the model's own, or a plain one (`PLAIN_CHAT`).
         fallback: c and n when the controller raises, overruns or asks for the impossible.
         decision_limit_s: longest that a decision is waited for.
@@ -82,6 +86,7 @@ class Service(BaseModel):
     api_key: SecretStr | None = None
     max_waiting: Annotated[int, Field(ge=0)] = 256
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1024**2
+    max_connections: Annotated[int, Field(ge=1, le=65536)] = 1024
     chat_template: Path | None = None
     fallback: Fixed = Fixed(candidates=0, token_budget=512)
     decision_limit_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.1
@@ -100,9 +105,15 @@ class Service(BaseModel):
     @field_validator("api_key")
     @classmethod
     def _says_something(cls, key: SecretStr | None) -> SecretStr | None:
-        if key is not None and not key.get_secret_value().strip():
+        if key is None:
+            return None
+        # Files and shells leave a newline behind, which no client can send.
+        plain = key.get_secret_value().strip()
+        if not plain:
             raise ValueError("an empty key keeps nobody out; set one, or null")
-        return key
+        if any(letter.isspace() or not letter.isprintable() for letter in plain):
+            raise ValueError("a key cannot have spaces or control characters within: no client can send it")
+        return SecretStr(plain)
 
     @property
     def model(self) -> str:
@@ -112,7 +123,7 @@ class Service(BaseModel):
     def listen(self) -> socket.socket:
         """A listening socket. Raises ValueError naming the key."""
         try:
-            return socket.create_server((self.host, self.port), backlog=2048, reuse_port=False)
+            return socket.create_server((self.host, self.port), backlog=BACKLOG, reuse_port=False)
         except OSError as error:
             raise ValueError(
                 f"host={self.host} port={self.port}: {error.strerror or error}; choose others (port=0: any free one)"
@@ -159,7 +170,7 @@ class Server:
 
     def __init__(self, service: Service, config: TorchEngineConfig, worker: Worker, metrics: Metrics, api: Api) -> None:
         self._service, self._config, self._worker, self._metrics, self._api = service, config, worker, metrics, api
-        self._drained = True
+        self._drained = False
         self._http: _Http | None = None
 
     @property
@@ -183,9 +194,12 @@ class Server:
 
     async def _serve(self, listening: socket.socket) -> None:
         key = self._service.api_key
+        asyncio.get_running_loop().set_exception_handler(Exhausted())
         self._http = http = _Http(
             uvicorn.Config(
                 self._api.app(None if key is None else key.get_secret_value(), self._service.max_body_bytes),
+                http=connections(most_connections(self._service.max_connections)),
+                backlog=ACCEPTED_AT_ONCE,
                 log_config=None,
                 access_log=self._service.access_log,
                 lifespan="off",
@@ -194,6 +208,7 @@ class Server:
                 server_header=False,
             ),
             self._drain,
+            self._worker.hurry,
         )
         self._worker.on_broken = http.end
         self._worker.start(asyncio.get_running_loop())
@@ -203,7 +218,7 @@ class Server:
         log.info("draining: %d requests are open, new ones get a 503", self._worker.num_open)
         self._drained = await self._worker.drain(self._service.drain_s)
         if not self._drained:
-            log.warning("drain_s=%g is over: what was not finished is dropped", self._service.drain_s)
+            log.warning("drain_s=%g is over, or a second signal came: the rest is dropped", self._service.drain_s)
 
     def _outcome(self) -> Outcome:
         worker, service, config = self._worker, self._service, self._config
@@ -246,11 +261,13 @@ class Server:
 
 
 class _Http(uvicorn.Server):
-    """Ends after `drain` when a signal comes, and at once when a second one does."""
+    """Ends after `drain` when a signal comes; a second one calls `hurry`, a third one ends it at once."""
 
-    def __init__(self, config: uvicorn.Config, drain: Any) -> None:
+    def __init__(
+        self, config: uvicorn.Config, drain: Callable[[], Coroutine[Any, Any, None]], hurry: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._drain = drain
+        self._drain, self._hurry = drain, hurry
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._signals = 0
@@ -260,12 +277,20 @@ class _Http(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn, for which what is accepted at once and what the system may keep are one number."""
+        await super().startup(sockets)
+        for one in sockets or ():
+            one.listen(BACKLOG)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called in the main thread by the signal, wherever that was."""
         self._signals += 1
         assert self._loop is not None
         if self._signals == 1:
             self._loop.call_soon_threadsafe(self._begin, signal.Signals(sig).name)
+        elif self._signals == 2:
+            self._loop.call_soon_threadsafe(self._hurry)
         else:
             self.should_exit = self.force_exit = True
 

@@ -7,6 +7,7 @@ held for as long as it takes to add or to take entries; results go back one call
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import threading
@@ -22,7 +23,9 @@ from numpy.typing import NDArray
 from engine.backends.real import RequestError
 from engine.backends.torch.engine import TorchEngine
 from engine.backends.torch.generation import Ending
+from engine.backends.torch.logprobs import TokenLogprob
 from engine.core.state import State
+from engine.speculation.constraints import FREE, Constraints
 from engine.speculation.sampling import Sampling
 from runs.live import Decision, Governed
 from runs.server.guard import Guarded
@@ -32,6 +35,7 @@ log = logging.getLogger(__name__)
 
 Finish = Literal["stop", "length", "abort", "error"]
 
+NOT_FINITE = "the model's logits for this request are not finite numbers (NaN or infinity): there is no next token"
 RETIRE_AT = 1024
 """Rows of the request table at which those of finished requests are taken out first."""
 SECONDS_TO_END = 30.0
@@ -67,6 +71,10 @@ class Emission(NamedTuple):
     finish: Finish | None
     times: Times | None
     """With `finish`, of a request that the engine knew."""
+    failure: str | None = None
+    """With `finish` "error", the reason where it lies in this request alone."""
+    logprobs: list[TokenLogprob] | None = None
+    """Of the tokens, and with the first ones of the prompt's from the second on, where these are wanted."""
 
 
 @dataclass(eq=False)
@@ -80,7 +88,13 @@ class Ticket:
     ending: Ending | None
     received: float
     """s, on the engine's clock, when the HTTP request was there."""
-    emissions: asyncio.Queue[Emission] = field(default_factory=asyncio.Queue)
+    constraints: Constraints = FREE
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    """See `TorchEngine.submit`."""
+    index: int = 0
+    """Its place among the tickets that share `emissions`."""
+    emissions: asyncio.Queue[tuple[int, Emission]] = field(default_factory=asyncio.Queue)
     number: int | None = None
     """The engine's; its thread sets it."""
     over: bool = False
@@ -141,6 +155,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._open: set[Ticket] = set()
         self._empty = asyncio.Event()
+        self._hurried = False
         self._finished_at: list[float] = []
         self.draining = False
         self.broken = False
@@ -154,6 +169,11 @@ class Worker:
         self._beat = time.perf_counter()
         self.decision_s = array("d")
         """Seconds of the latest decisions."""
+
+    @property
+    def most_open(self) -> int:
+        """Tickets that may be unfinished at a time."""
+        return self._most_open
 
     @property
     def num_open(self) -> int:
@@ -191,23 +211,23 @@ class Worker:
         self._beat = time.perf_counter()
         self._thread.start()
 
-    def submit(self, ticket: Ticket) -> None:
-        """Accept a request. Raises Refused."""
+    def submit(self, *tickets: Ticket) -> None:
+        """Accept requests, all or none. Raises Refused."""
         if self.broken:
             raise Refused("broken", 1)
         if self.draining:
             raise Refused("draining", 1)
-        if len(self._open) >= self._most_open:
+        if len(self._open) + len(tickets) > self._most_open:
             raise Refused("full", self._retry_s())
         if not self._open:
             self._beat = time.perf_counter()
-        self._open.add(ticket)
-        self._put(ticket, True)
+        self._open.update(tickets)
+        self._put(*tickets, wanted=True)
 
     def leave(self, ticket: Ticket) -> None:
         """The client is gone: drop the request wherever it is, unless it is over."""
         if not ticket.over:
-            self._put(ticket, False)
+            self._put(ticket, wanted=False)
 
     def stalled_s(self) -> float:
         """Seconds since the engine last began an iteration while there are requests; 0 without."""
@@ -216,12 +236,17 @@ class Worker:
     async def drain(self, timeout_s: float) -> bool:
         """Accept nothing more, and finish what was accepted; False: not in time, and the rest was dropped."""
         self.draining = True
-        if await self._emptied(timeout_s):
+        if await self._emptied(0.0 if self._hurried else timeout_s):
             return True
         for ticket in list(self._open):
             self.leave(ticket)
         await self._emptied(SECONDS_TO_DROP)
         return False
+
+    def hurry(self) -> None:
+        """Let a drain wait no longer: the rest is dropped."""
+        self._hurried = True
+        self._empty.set()
 
     def close(self) -> None:
         """End the thread after its iteration; one that hangs is left to itself."""
@@ -250,15 +275,13 @@ class Worker:
         self._empty.clear()
         if not self._open:
             return True
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
+        return not self._open
 
-    def _put(self, ticket: Ticket, wanted: bool) -> None:
+    def _put(self, *tickets: Ticket, wanted: bool) -> None:
         with self._wake:
-            self._inbox.append((ticket, wanted))
+            self._inbox.extend((ticket, wanted) for ticket in tickets)
             self._wake.notify()
 
     def _retry_s(self) -> int:
@@ -277,7 +300,7 @@ class Worker:
                 self._open.discard(ticket)
                 self._finished_at = [*self._finished_at[-31:], time.perf_counter()]
             self._watcher.emitted(ticket, emission)
-            ticket.emissions.put_nowait(emission)
+            ticket.emissions.put_nowait((ticket.index, emission))
         if iteration is not None:
             self._watcher.iterated(iteration)
         if not self._open:
@@ -333,6 +356,9 @@ class Worker:
             stop=ticket.stop,
             ending=ticket.ending,
             arrival=max(ticket.received, self._engine.earliest_arrival),
+            constraints=ticket.constraints,
+            logprobs=ticket.logprobs,
+            prompt_logprobs=ticket.prompt_logprobs,
         )
         self._tickets[ticket.number] = ticket
 
@@ -355,7 +381,10 @@ class Worker:
             if number in ended:
                 finish = _how_it_ended(engine, number)
                 times = self._forget(number)
-            emissions.append((ticket, Emission(tokens, at, finish, times)))
+            emissions.append((ticket, Emission(tokens, at, finish, times, logprobs=engine.logprobs.get(number))))
+        for number in engine.failed:
+            ticket = self._tickets[number]
+            emissions.append((ticket, Emission([], at, "error", self._forget(number), NOT_FINITE)))
         self.decision_s.append(decision.seconds)
         if len(self.decision_s) > 2 * MOST_DECISIONS:
             del self.decision_s[:MOST_DECISIONS]

@@ -12,10 +12,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 from serving_client import ENGINE, MODEL, PATIENCE_S, PROMPT, Drill, Running, eventually, expected, running, text_of
 
 from engine.models.load import load_tokenizer
+from runs.server.text import Language
 
 LONG = {"max_tokens": 2000, "temperature": 0, "extra_body": {"ignore_eos": True}}
 
@@ -31,7 +33,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Two at a time, one may wait, and a key is wanted."""
     engine = ENGINE.model_copy(update={"max_num_seqs": 2, "num_kv_blocks": 256})
     out = tmp_path_factory.mktemp("narrow")
-    with running(out, engine=engine, max_waiting=1, api_key="sesame") as server:
+    with running(out, engine=engine, max_waiting=1, api_key="sesame\n") as server:
         yield server
 
 
@@ -150,6 +152,79 @@ def test_a_seed_repeats_and_no_seed_does_not(served: Running) -> None:
     assert sample(extra_body={"top_k": 1}) == sample(top_p=1e-9) == text_of(expected(PROMPT, 12))
 
 
+def test_a_temperature_next_to_zero_is_greedy(served: Running) -> None:
+    for temperature in (5e-324, 1e-308, 1e-30, 9.9e-6):
+        whole = served.complete(temperature=temperature, seed=1)
+        assert whole.choices[0].text == text_of(expected(PROMPT, 12)), temperature
+    assert served.complete(temperature=1e-5, seed=1, top_p=0.5).usage.completion_tokens == 12
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_fail_their_request_alone(
+    served: Running, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    bad, before = 2047, counters(served)
+    embedding = served.server.worker.engine.model.model.model.embed_tokens
+    spoilt = embedding.weight.detach().clone()
+    spoilt[bad] = torch.nan
+    with served.complete(stream=True, **LONG) as running_one:
+        text = next(running_one).choices[0].text
+        monkeypatch.setitem(embedding._parameters, "weight", torch.nn.Parameter(spoilt))
+        with pytest.raises(openai.InternalServerError, match="not finite numbers"):
+            served.complete([1, bad, 2], temperature=temperature)
+        body = {"prompt": [bad], "stream": True, "temperature": temperature}
+        event, end, _ = served.post("/v1/completions", body).text.split("\n\n")
+        assert json.loads(event.removeprefix("data: "))["error"]["code"] == "engine_error"
+        assert end == "data: [DONE]"
+        assert served.num_open() == 1
+        while len(text) < 60:
+            text += next(running_one).choices[0].text
+    assert text_of(expected(PROMPT, 60)).startswith(text[:60])
+    eventually(lambda: served.num_open() == 0)
+    failed = "vllm:request_success_total error"
+    assert counters(served)[failed] - before[failed] == 2
+    assert served.http.get("/health").status_code == 200
+
+
+def test_a_text_longer_than_the_context_can_hold_is_not_tokenised(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Language, "encode", lambda *_: pytest.fail("it is tokenised"))
+    monkeypatch.setattr(Language, "encode_chat", lambda *_: pytest.fail("it is tokenised"))
+    long = "a " * 400_000
+    message = {"role": "user", "content": long}
+    chats = ([message], [{"role": "user", "content": ""}] * 2049)
+    for path, body, param in (
+        ("/v1/completions", {"prompt": long}, "prompt"),
+        *(("/v1/chat/completions", {"messages": messages}, "messages") for messages in chats),
+    ):
+        error = served.post(path, body).json()["error"]
+        assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+        assert "exceed the context of 2048 tokens" in error["message"]
+
+
+def test_only_json_is_read(served: Running) -> None:
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 1}).encode()
+    for media in (None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        answer = served.http.post("/v1/completions", content=body, headers={"content-type": media} if media else {})
+        assert answer.status_code == 415, media
+        assert "application/json" in answer.json()["error"]["message"]
+    headers = {"content-type": "Application/JSON; charset=utf-8"}
+    assert served.http.post("/v1/completions", content=body, headers=headers).status_code == 200
+
+
+def test_a_target_in_absolute_form_is_its_path(served: Running, narrow: Running) -> None:
+    for server, target, status in (
+        (served, "http://here/v1/models", 200), (served, "HTTP://here:8000/health?x=1", 200),
+        (served, f"http://here/v1/models/{MODEL}", 200), (served, "http://here/v1/nothing", 404),
+        (served, "http://here", 404), (narrow, "http://here/v1/models", 401), (narrow, "http://here/health", 200),
+    ):  # fmt: skip
+        address = httpx.URL(server.url)
+        with socket.create_connection((address.host, address.port)) as client:
+            client.sendall(f"GET {target} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n".encode())
+            assert client.recv(1024).startswith(b"HTTP/1.1 %d" % status), target
+
+
 def test_a_stream_of_any_bytes_adds_up_to_the_whole(served: Running) -> None:
     hot = {"max_tokens": 30, "temperature": 2.0, "extra_body": {"ignore_eos": True}}
     for seed in range(2):
@@ -174,27 +249,37 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     ("/v1/completions", {}, 400, "prompt", "required"),
     ("/v1/completions", {"prompt": 5}, 400, "prompt", "prompt: "),
     ("/v1/completions", {"prompt": ""}, 400, "prompt", "no token"),
-    ("/v1/completions", {"prompt": ["a", "b"]}, 400, "prompt", "2 prompts"),
+    ("/v1/completions", {"prompt": ["a", ""]}, 400, "prompt", "no token"),
+    ("/v1/completions", {"prompt": [[1], []]}, 400, "prompt", "no token"),
+    ("/v1/completions", {"prompt": ["a", [1]]}, 400, "prompt", "prompt"),
+    ("/v1/completions", {"prompt": ["a"] * 317}, 400, "prompt", "at most 316"),
+    ("/v1/completions", {"prompt": ["a"] * 3, "n": 128}, 400, "n", "asks for 384 answers; at most 316"),
+    ("/v1/completions", {"prompt": "a", "n": 129}, 400, "n", "less than or equal to 128"),
+    ("/v1/completions", {"prompt": "a", "n": 0}, 400, "n", "n: "),
     ("/v1/completions", {"prompt": [1, 10**6]}, 400, "prompt", "token ids are 0 to 2047"),
     ("/v1/completions", {"prompt": [-1]}, 400, "prompt", "token ids are 0 to 2047"),
     ("/v1/completions", b'{"prompt": "a\\ud800"}', 400, "prompt", "character 1 is half of a surrogate pair"),
     ("/v1/completions", {"prompt": "a " * 4000}, 400, "prompt", "exceed the context of 2048 tokens"),
     ("/v1/completions", {"prompt": "a", "max_tokens": 2048}, 400, "max_tokens", "exceed the context"),
     ("/v1/completions", {"prompt": "a", "model": "gpt-4"}, 404, "model", "no model 'gpt-4' here; this is 'tiny'"),
-    ("/v1/completions", {"prompt": "a", "max_tokens": -1}, 400, "max_tokens", "greater than or equal to 1"),
-    ("/v1/completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens", ""),
+    ("/v1/completions", {"prompt": "a", "max_tokens": -1}, 400, "max_tokens", "greater than or equal to 0"),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
     ("/v1/completions", {"prompt": "a", "max_tokens": "5"}, 400, "max_tokens", "valid integer"),
     ("/v1/completions", {"prompt": "a", "max_tokens": 10**30}, 400, "max_tokens", ""),
     ("/v1/completions", {"prompt": "a", "temperature": -0.1}, 400, "temperature", ""),
     ("/v1/completions", b'{"prompt": "a", "temperature": NaN}', 400, "temperature", "finite"),
     ("/v1/completions", {"prompt": "a", "top_p": 0}, 400, "top_p", ""),
-    ("/v1/completions", {"prompt": "a", "n": 2}, 400, None, "n is not supported"),
-    ("/v1/completions", {"prompt": "a", "logprobs": 0}, 400, None, "logprobs is not supported"),
-    ("/v1/completions", {"prompt": "a", "echo": True}, 400, None, "echo is not supported"),
-    ("/v1/completions", {"prompt": "a", "min_tokens": 4}, 400, None, "ignore_eos=true"),
+    ("/v1/completions", {"prompt": "a", "logprobs": 21}, 400, "logprobs", "less than or equal to 20"),
+    ("/v1/completions", {"prompt": "a", "min_tokens": 4, "max_tokens": 3}, 400, "min_tokens", "more than max_tokens"),
     ("/v1/completions", {"prompt": "a", "stop": [""]}, 400, "stop", "1 to 256 characters"),
     ("/v1/completions", {"prompt": "a", "stop": ["x"] * 17}, 400, "stop", "at most 16"),
-    ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": True}}, 400, None, "set stream to true"),
+    (
+        "/v1/completions",
+        {"prompt": "a", "stream_options": {"include_usage": True}},
+        400,
+        "stream_options",
+        "set stream to true",
+    ),
     ("/v1/completions", {"prompt": "a", "stream": "yes"}, 400, "stream", "valid boolean"),
     ("/v1/completions", b"x" * 10_000_000, 413, None, "at most 1048576"),
     ("/v1/completions", b'{"prompt": "a", "stop": ["\\udc00"]}', 400, "stop", "half of a surrogate"),
@@ -202,7 +287,7 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     ("/v1/chat/completions", {"messages": []}, 400, "messages", "at least 1"),
     ("/v1/chat/completions", {"messages": "hello"}, 400, "messages", "valid list"),
     ("/v1/chat/completions", {"messages": [{"role": "king", "content": "x"}]}, 400, "messages", "messages.0.role"),
-    ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "messages", "messages.0.content"),
+    ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "messages", "messages.0: content is missing"),
     (
         "/v1/chat/completions",
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -210,7 +295,7 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
         "messages",
         "messages.0.content",
     ),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, None, "tools"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools", "tools"),
     ("/v1/embeddings", {"input": "x"}, 404, None, "Not Found"),
     ("/health", {}, 405, None, "Not Allowed"),
 ]

@@ -30,6 +30,7 @@ from runs import folder, serve
 from runs.server.service import Service
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PIPES: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 STREAMS = 24
 TOKENS = 40
 
@@ -45,7 +46,7 @@ def started(out: Path, *overrides: str) -> tuple[subprocess.Popen[str], str]:
     """A server process and its address."""
     command = [sys.executable, "-m", "runs.serve", "port=0", *overrides, f"hydra.run.dir={out}"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, **PIPES)
     assert process.stderr is not None
     for line in process.stderr:
         if found := re.search(r"at (http://\S+/v1)", line):
@@ -127,6 +128,63 @@ def test_sigterm_under_load_finishes_every_stream_and_leaves_what_its_clients_sa
         assert 0.7 * engine < client < 5.0 * engine + 5.0
 
 
+def test_a_second_signal_drops_what_is_open_and_says_so(tmp_path: Path) -> None:
+    process, url = started(tmp_path)
+    heard: list[Any] = []
+
+    async def stream(client: openai.AsyncOpenAI, accepted: asyncio.Semaphore) -> Any:
+        options: Any = {"max_tokens": 2000, "stream": True, "extra_body": {"ignore_eos": True}}
+        chunks = await client.completions.create(model="torch_tiny", prompt="def f", **options)
+        accepted.release()
+        try:
+            return [chunk async for chunk in chunks]
+        except openai.OpenAIError as error:
+            return error
+
+    async def load() -> None:
+        client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=PATIENCE_S)
+        accepted = asyncio.Semaphore(0)
+        streams = [asyncio.ensure_future(stream(client, accepted)) for _ in range(8)]
+        for _ in streams:
+            await accepted.acquire()
+        process.send_signal(signal.SIGTERM)
+        await turned_away(client)
+        process.send_signal(signal.SIGTERM)
+        heard.extend(await asyncio.gather(*streams))
+
+    try:
+        asyncio.run(load())
+        _, said = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+    assert process.returncode == 1, said
+    assert all(isinstance(one, openai.OpenAIError) for one in heard)
+    assert any("the server ended before the request was finished" in str(one) for one in heard)
+    server = json.loads((tmp_path / folder.SUMMARY).read_text())["server"]
+    assert (server["drained"], server["finished"], server["cancelled"]) == (False, 0, 8)
+
+
+def test_a_server_that_ends_on_a_full_disk_prints_its_summary(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("limits of another process are Linux's")
+    process, url = started(tmp_path)
+    try:
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=PATIENCE_S)
+        client.completions.create(model="torch_tiny", prompt="def f", max_tokens=3)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, 0))
+        client.completions.create(model="torch_tiny", prompt="def f", max_tokens=3)
+        process.send_signal(signal.SIGTERM)
+        printed, said = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+    assert process.returncode == 2, said
+    assert f"{tmp_path} cannot be written" in said
+    assert "Traceback" not in said
+    assert json.loads(printed)["server"]["finished"] == 2
+    assert not (tmp_path / folder.SUMMARY).exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -137,6 +195,8 @@ def test_sigterm_under_load_finishes_every_stream_and_leaves_what_its_clients_sa
         (["max_waiting=-1"], "max_waiting=-1"),
         (["fallback.candidates=99"], "candidates=99"),
         (["api_key=''"], "an empty key keeps nobody out"),
+        (["api_key='open sesame'"], "a key cannot have spaces"),
+        (["max_connections=0"], "max_connections=0"),
         (["chat_template=absent.jinja", "port=0"], "chat_template=absent.jinja"),
         (["host=203.0.113.1"], "host=203.0.113.1"),
     ],

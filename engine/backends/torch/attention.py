@@ -98,8 +98,9 @@ class Pool:
     """Keys and values of all layers in blocks, and a buffer they are gathered into.
 
     Per layer two tensors (blocks * kv_heads, block_size * width), so that each head's keys of a gathered request are in
-    one piece: attention of few query rows reads them half again as fast as interleaved ones. Unused slots are zero,
-    never NaN, because attention multiplies masked values by zero.
+    one piece: attention of few query rows reads them half again as fast as interleaved ones. Attention multiplies
+    masked values by zero, which leaves a NaN of a NaN: unused slots are zero, and those of a block are made so again
+    (`clear`) when another request comes to use it.
     """
 
     def __init__(
@@ -129,6 +130,17 @@ class Pool:
             out = self._buffers[which][:needed].view(index.numel(), -1)
             found.append(torch.index_select(pool, 0, index, out=out))
         return found[0], found[1]
+
+    def clear(self, places: tuple[NDArray[np.int64], NDArray[np.int64]]) -> None:
+        """Zero keys and values of all layers in slots, given their blocks and places within them."""
+        block, place = places
+        if not len(block):
+            return
+        for piece in self._pieces:
+            heads = np.arange(piece.shape[1] // self.num_blocks)
+            rows = ((block[:, None] * len(heads) + heads) * self.block_size + place[:, None]).reshape(-1)
+            slots = piece.view(len(piece), self.num_blocks * len(heads) * self.block_size, -1)
+            slots.index_fill_(1, torch.from_numpy(rows).to(piece.device), 0.0)
 
     def move(self, places: NDArray[np.int64]) -> None:
         """Copy keys and values of all layers: (2, 2, tokens), from blocks and places within them, to blocks and places.

@@ -93,7 +93,7 @@ def build(
     target = _load(settings, settings.target, load_target)
     if settings.layers is not None and shape_named(settings.target) is None:
         target = deepen(target, settings.layers)
-    model = _paged(settings, target, limits)
+    model = _paged(settings, target, limits, settings.target)
     # BLAS libraries other than torch's are limited once the model's check has loaded them.
     threadpool_limits(settings.threads, user_api="blas")
     return TorchEngine(
@@ -135,10 +135,12 @@ def _random_weights(settings: Any, shape: Shape, drafts: bool) -> Any:
     return bigram_target(made, seed, dtype=dtype, device=device)
 
 
-def _paged(settings: Any, model: Any, limits: EngineLimits) -> PagedModel:
+def _paged(settings: Any, model: Any, limits: EngineLimits, source: str) -> PagedModel:
     from engine.backends.torch.model import PagedModel
+    from engine.backends.torch.positions import check_positions
     from engine.backends.torch.table import CacheTable
 
+    check_positions(model, limits, source)
     blocks = CacheTable(limits).num_blocks
     return PagedModel(
         model.to(device_of(settings)),
@@ -162,7 +164,8 @@ def _drafter(settings: Any, target: PagedModel, limits: EngineLimits) -> Drafter
     from engine.models.load import load_drafter
     from engine.speculation.model import ModelDrafter
 
-    drafter = _paged(settings, _load(settings, settings.drafter_model, load_drafter, drafts=True), limits)
+    drafts = _load(settings, settings.drafter_model, load_drafter, drafts=True)
+    drafter = _paged(settings, drafts, limits, settings.drafter_model)
     if drafter.vocab_size != target.vocab_size:
         raise ValueError(
             f"drafter_model={settings.drafter_model} has {drafter.vocab_size} tokens, the target {settings.target} "

@@ -17,6 +17,7 @@ from engine.backends.clock import Clock
 from engine.backends.real import RealEngine
 from engine.backends.replay import Recording
 from engine.backends.torch.generation import Ending, Generation
+from engine.backends.torch.logprobs import TokenLogprob, token_logprobs
 from engine.backends.torch.model import PagedModel
 from engine.backends.torch.planned import Planned, look_up
 from engine.backends.torch.stopwatch import Stopwatch
@@ -30,6 +31,7 @@ from engine.core.telemetry import Observation, observe
 from engine.latency.measured_fit import MemoryFigures, weight_bytes
 from engine.limits import EngineLimits
 from engine.speculation.allocation import CHAINS, Speculation
+from engine.speculation.constraints import FREE, Constraints
 from engine.speculation.drafter import Batch, Drafter, NoDrafter
 from engine.speculation.sampling import GREEDY, Sampling, draw
 from engine.speculation.tree import Drafts
@@ -37,6 +39,8 @@ from engine.speculation.verify import accept_greedy, accept_sampled
 
 if TYPE_CHECKING:
     from engine.backends.torch.rehearsal import Rehearsal
+
+NO_NODES: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 
 
 class TorchEngine(RealEngine):
@@ -81,6 +85,10 @@ class TorchEngine(RealEngine):
         self._drafting, self._forward = Stopwatch(model.device), Stopwatch(model.device)
         self._generations: dict[int, Generation] = {}
         self._retired = 0
+        self.logprobs: dict[int, list[TokenLogprob]] = {}
+        """Of the latest iteration's emissions, by request, where they are wanted; before those of a request's first
+        token stand those of its prompt's tokens from the second on, if these are wanted too."""
+        self._scored: set[int] = set()
 
     @property
     def draft_s(self) -> float:
@@ -101,11 +109,25 @@ class TorchEngine(RealEngine):
         stop: Collection[int] = (),
         ending: Ending | None = None,
         arrival: float | None = None,
+        constraints: Constraints = FREE,
+        logprobs: int | None = None,
+        prompt_logprobs: bool = False,
     ) -> int:
-        """See `RealEngine.submit`; `ending` looks at the tokens for another end."""
+        """See `RealEngine.submit`.
+
+        Args:
+            ending: looks at the tokens for another end.
+            constraints: on the tokens.
+            logprobs: note log probabilities, of so many of the most probable tokens too, in `logprobs`.
+            prompt_logprobs: note those of the prompt as well.
+        """
         tokens, arrival, row = self._append(prompt, max_tokens, arrival)
         number = row + self._retired
-        self._generations[number] = Generation(tokens, sampling, frozenset(stop), ending, sampling.generator())
+        self._generations[number] = Generation(
+            tokens, sampling, frozenset(stop), ending, sampling.generator(), constraints, logprobs, prompt_logprobs
+        )
+        if logprobs is not None:
+            self._scored.add(number)
         if self.recording is not None:
             self.recording.requests.append((arrival, len(tokens), max_tokens))
         return number
@@ -125,6 +147,7 @@ class TorchEngine(RealEngine):
 
     def collect(self, number: int) -> list[int]:
         """The output of a request that is over, which the engine then no longer keeps."""
+        self._scored.discard(number)
         return self._generations.pop(number).output
 
     def stopped(self, number: int) -> bool:
@@ -167,24 +190,28 @@ class TorchEngine(RealEngine):
             )
         # Here, and only here, an iteration waits for the device.
         choices = self.model.top(logits)[:, 0]
+        failed = planned.requests_of(~self.model.finite(logits, choices))
         if drafts is not None:
             drafts.tokens = self.model.known(drafts.tokens).astype(np.int32)
+        self.logprobs = {}
         if drafts is None:
-            emitted = self._choose(planned, logits, choices)
+            emitted = self._choose(planned, logits, choices, failed)
         else:
-            emitted, paths = self._verify(planned, drafts, logits, choices)
+            emitted, paths = self._verify(planned, drafts, logits, choices, failed)
             if branches is not None:
                 self._compact(planned, paths)
-        stops = self._stop(planned, emitted)
+        stops = self._stop(planned, emitted, failed)
         elapsed = self.clock.now() - start
         commit(self.state, 0, elapsed)
-        self._store(planned, emitted)
+        self._store(planned, emitted, failed)
         if self.recording is not None:
             iteration, decodes = len(self.recording.iterations), planned.decodes
             self.recording.stops.extend((iteration, number, tokens) for number, tokens in stops)
             parts = (planned.counts, self.state.accepted[0], self.state.reach[0])
             self.recording.decodes.extend(zip(*(part[:decodes].tolist() for part in parts), strict=True))
             self.recording.iterations.append((start, elapsed, candidates, token_budget, decodes))
+        for number in self.failed:
+            self.cancel(number)
         return True
 
     def reset(self, clock: Clock | None = None) -> None:
@@ -194,7 +221,7 @@ class TorchEngine(RealEngine):
             self.drafter.forget(number)
         self.table = CacheTable(self.limits)
         self.recording = None if self.recording is None else Recording()
-        self._generations = {}
+        self._generations, self._scored, self.logprobs = {}, set(), {}
         self._retired = 0
 
     def prepare(self) -> None:
@@ -246,7 +273,12 @@ class TorchEngine(RealEngine):
             self.table.tokens[self.table.seat_of[row], : len(tokens)] = tokens
         engine = self.state.engines[0]
         size = int(engine["num_decodes"] + engine["num_prefills"])
-        return look_up(self.state, self.table.seat_of, self._retired, int(engine["num_decodes"]), size)
+        planned = look_up(self.state, self.table.seat_of, self._retired, int(engine["num_decodes"]), size)
+        if self._scored:
+            for i, number in enumerate(planned.numbers[planned.decodes :].tolist(), start=planned.decodes):
+                generation = self._generations[number]
+                planned.scored[i] = generation.prompt_logprobs and not generation.output
+        return planned
 
     def _draft(self, planned: Planned) -> Drafts | None:
         """Candidates for the decodes, which are given as many tokens as there are candidates for them; None: c = 0."""
@@ -281,35 +313,51 @@ class TorchEngine(RealEngine):
         self.table.tokens[where, (batch.lengths[:, None] + columns)[proposed]] = drafts.tokens[proposed]
         return drafts
 
-    def _choose(self, planned: Planned, logits: torch.Tensor, choices: NDArray[np.int64]) -> list[list[int]]:
+    def _choose(
+        self, planned: Planned, logits: torch.Tensor, choices: NDArray[np.int64], failed: set[int]
+    ) -> list[list[int]]:
         """What every request of a batch without candidates emits: a token, or none in the middle of its prompt."""
         decodes = planned.decodes
         self.state.accepted[0, :decodes] = 0
         self.state.reach[0, :decodes] = 0
         chosen = choices.tolist()
         emitted: list[list[int]] = []
-        row = 0
+        ends = np.cumsum(planned.keep).tolist()
         for i, (number, completes) in enumerate(zip(planned.numbers.tolist(), planned.completes.tolist(), strict=True)):
             if i >= decodes and not completes:
                 emitted.append([])
                 continue
-            generation = self._generations[number]
-            tokens = [chosen[row] if generation.greedy else _drawn(generation, logits, row)]
-            emitted.append(tokens[: generation.until_stop(tokens)] if generation.may_stop else tokens)
-            row += 1
+            generation, row = self._generations[number], ends[i] - 1
+            tokens = [chosen[row] if i in failed else _next(generation, logits, row, chosen[row])]
+            if generation.may_stop and i not in failed:
+                tokens = tokens[: generation.until_stop(tokens)]
+            emitted.append(tokens)
+        self._score(planned, emitted, failed, None, logits)
         return emitted
 
     def _verify(
-        self, planned: Planned, drafts: Drafts, logits: torch.Tensor, choices: NDArray[np.int64]
+        self,
+        planned: Planned,
+        drafts: Drafts,
+        logits: torch.Tensor,
+        choices: NDArray[np.int64],
+        failed: set[int],
     ) -> tuple[list[list[int]], NDArray[np.int32]]:
         """What every request of the batch emits, and (decodes, W) the accepted nodes of its tree.
 
-        `state.accepted` and `state.reach` are filled.
+        `state.accepted` and `state.reach` are filled. What failed together with its candidates is tried without them
+        and taken out of `failed` where that gives numbers: masked or not, a candidate's NaN spreads.
         """
         decodes = planned.decodes
         first_row = np.concatenate(([0], np.cumsum(planned.keep)))
         accepted, reach = self.state.accepted[0], self.state.reach[0]
         paths = np.zeros(drafts.tokens.shape, dtype=np.int32)
+        generations = [self._generations[number] for number in planned.numbers.tolist()]
+        for i, generation in enumerate(generations[:decodes]):
+            if generation.constrained and generation.greedy and i not in failed:
+                begin, end, nodes = int(first_row[i]), int(first_row[i + 1]), int(drafts.counts[i])
+                tree = drafts.tokens[i, :nodes], drafts.parents[i, :nodes]
+                choices[begin:end] = _scores(generation, logits[begin:end], *tree).argmax(-1)
         accept_greedy(
             choices, first_row[: decodes + 1], drafts.tokens, drafts.parents, paths, accepted[:decodes], reach[:decodes]
         )
@@ -319,20 +367,29 @@ class TorchEngine(RealEngine):
         last = 1 + rows[np.arange(decodes), accepted[:decodes]]
         following = choices[first_row[:decodes] + last].tolist()
         emitted: list[list[int]] = []
-        for i, number in enumerate(planned.numbers.tolist()):
-            generation, first = self._generations[number], int(first_row[i])
+        for i, generation in enumerate(generations):
+            first = int(first_row[i])
+            if i in failed:
+                emitted.append([int(choices[first])])
+                if i < decodes:
+                    accepted[i] = 0
+                    reach[i] = min(1, int(drafts.counts[i]))
+                continue
             if i >= decodes:
                 if not planned.completes[i]:
                     emitted.append([])
                     continue
-                tokens = [int(choices[first]) if generation.greedy else _drawn(generation, logits, first)]
+                last_row = int(first_row[i + 1]) - 1
+                tokens = [_next(generation, logits, last_row, int(choices[last_row]))]
             elif generation.greedy:
                 tokens = [*taken[i][: lengths[i]], following[i]]
             else:
                 nodes = int(drafts.counts[i])
-                weights = generation.sampling.probabilities(logits[first : first + 1 + nodes].double().cpu().numpy())
-                tree = drafts.tokens[i, :nodes], drafts.parents[i, :nodes], drafts.drawn_from[i]
-                path, token, reach[i] = accept_sampled(weights, *tree, generation.random)
+                tree = drafts.tokens[i, :nodes], drafts.parents[i, :nodes]
+                weights = generation.sampling.probabilities(
+                    _scores(generation, logits[first : first + 1 + nodes], *tree)
+                )
+                path, token, reach[i] = accept_sampled(weights, *tree, drafts.drawn_from[i], generation.random)
                 paths[i, : len(path)] = path
                 tokens = [*drafts.tokens[i, path].tolist(), token]
             if generation.may_stop:
@@ -340,9 +397,33 @@ class TorchEngine(RealEngine):
             if i < decodes:
                 accepted[i] = len(tokens) - 1
             emitted.append(tokens)
+        self._score(planned, emitted, failed, paths, logits)
+        for i, token in self._without_candidates(planned, [i for i in sorted(failed) if i < decodes]):
+            failed.discard(i)
+            generation = self._generations[int(planned.numbers[i])]
+            emitted[i] = [token][: generation.until_stop([token])]
         # One that was asked for and not proposed counts as not accepted: what c yields is per c asked for.
         reach[:decodes][planned.ran_out] = np.maximum(reach[:decodes], accepted[:decodes] + 1)[planned.ran_out]
         return emitted, paths
+
+    def _without_candidates(self, planned: Planned, which: list[int]) -> list[tuple[int, int]]:
+        """(place in the batch, next token) of these decodes where the logits without candidates are numbers."""
+        which = [i for i in which if planned.counts[i] > 1]
+        if not which:
+            return []
+        seats, starts, one = planned.seats[which], planned.starts[which], np.ones(len(which), dtype=np.int64)
+        self.model.pool.clear(self.table.places(seats, starts + 1, planned.counts[which] - 1))
+        logits = self.model.forward(self.table, seats, starts, one, one)
+        choices = self.model.top(logits)[:, 0]
+        found = []
+        for row in np.flatnonzero(self.model.finite(logits, choices)).tolist():
+            generation = self._generations[int(planned.numbers[which[row]])]
+            token = _next(generation, logits, row, int(choices[row]))
+            if generation.logprobs is not None:
+                number = int(planned.numbers[which[row]])
+                self.logprobs[number] = token_logprobs(logits, [row], [token], generation.logprobs)
+            found.append((which[row], token))
+        return found
 
     def _compact(self, planned: Planned, paths: NDArray[np.int32]) -> None:
         """Put what the target cached of accepted nodes in a row behind the tokens it follows."""
@@ -353,23 +434,65 @@ class TorchEngine(RealEngine):
             first = planned.starts[rows] + 1
             self.model.move(self.table, planned.seats[rows], first + paths[rows, columns], first + columns)
 
-    def _stop(self, planned: Planned, emitted: list[list[int]]) -> list[tuple[int, int]]:
-        """Tell the scheduler which requests end before their limit; returns (request, tokens emitted now)."""
+    def _score(
+        self,
+        planned: Planned,
+        emitted: list[list[int]],
+        failed: set[int],
+        paths: NDArray[np.int32] | None,
+        logits: torch.Tensor,
+    ) -> None:
+        """Note log probabilities of what is emitted, and of prompts' tokens as far as they are read, where wanted."""
+        if not self._scored:
+            return
+        first_row = np.concatenate(([0], np.cumsum(planned.keep))).tolist()
+        for i, (number, tokens) in enumerate(zip(planned.numbers.tolist(), emitted, strict=True)):
+            if number not in self._scored or i in failed:
+                continue
+            generation, first = self._generations[number], first_row[i]
+            assert generation.logprobs is not None
+            rows, scored = [first_row[i + 1] - 1], generation.prompt_scored
+            if planned.scored[i]:
+                start = int(planned.starts[i])
+                # A prompt that lost its blocks is read again.
+                known = range(max(start, len(scored)), min(start + int(planned.counts[i]), len(generation.prompt) - 1))
+                after = [int(generation.prompt[position + 1]) for position in known]
+                where = [first + position - start for position in known]
+                scored.extend(token_logprobs(logits, where, after, generation.logprobs))
+            elif paths is not None and i < planned.decodes:
+                rows = [first, *(first + 1 + paths[i, : len(tokens) - 1]).tolist()]
+            if tokens:
+                before = scored if planned.scored[i] else []
+                self.logprobs[number] = before + token_logprobs(logits, rows, tokens, generation.logprobs)
+
+    def _stop(self, planned: Planned, emitted: list[list[int]], failed: set[int]) -> list[tuple[int, int]]:
+        """Tell the scheduler which requests end before their limit; returns (request, tokens emitted now).
+
+        One that failed counts one token, which nobody gets, and is to be cancelled: it must not be finished by it.
+        """
         stops = []
-        for row, number, tokens in zip(planned.rows.tolist(), planned.numbers.tolist(), emitted, strict=True):
-            if self._generations[number].stopped and tokens:
-                stop_after(self.state, 0, row, len(tokens))
-                stops.append((number, len(tokens)))
+        for i, (row, number) in enumerate(zip(planned.rows.tolist(), planned.numbers.tolist(), strict=True)):
+            tokens = len(emitted[i])
+            if i in failed or (self._generations[number].stopped and tokens):
+                tokens += i in failed
+                stop_after(self.state, 0, row, tokens)
+                stops.append((number, tokens))
         return stops
 
-    def _store(self, planned: Planned, emitted: list[list[int]]) -> None:
+    def _store(self, planned: Planned, emitted: list[list[int]], failed: set[int]) -> None:
         """Append what was emitted to outputs and token table; forget what the drafter cached of rejected candidates."""
         table, generations = self.table, self._generations
         counts = np.array([len(tokens) for tokens in emitted], dtype=np.int64)
         lengths = planned.starts + planned.counts
         lengths[: planned.decodes] = planned.starts[: planned.decodes] + 1
         table.extend(planned.seats, lengths, counts, np.fromiter(chain.from_iterable(emitted), np.int64))
-        self.emitted = [entry for entry in zip(planned.numbers.tolist(), emitted, strict=True) if entry[1]]
+        numbers = planned.numbers.tolist()
+        self.failed = [numbers[i] for i in sorted(failed)]
+        self.emitted = [
+            (number, tokens)
+            for i, (number, tokens) in enumerate(zip(numbers, emitted, strict=True))
+            if tokens and i not in failed
+        ]
         for number, tokens in self.emitted:
             generations[number].output.extend(tokens)
         over = (counts > 0) & (self.state.requests["phase"][0, planned.rows] == FINISHED)
@@ -378,7 +501,28 @@ class TorchEngine(RealEngine):
             self.drafter.forget(number)
 
 
-def _drawn(generation: Generation, logits: torch.Tensor, row: int) -> int:
-    """A sampled request's next token, from its row of logits."""
-    weights = generation.sampling.probabilities(logits[row : row + 1].double().cpu().numpy())
-    return draw(weights[0], generation.random)
+def _next(generation: Generation, logits: torch.Tensor, row: int, top: int) -> int:
+    """A request's next token, from its row of logits; `top`: the most probable one."""
+    if generation.greedy and not generation.constrained:
+        return top
+    scores = _scores(generation, logits[row : row + 1])
+    if generation.greedy:
+        return int(scores[0].argmax())
+    return draw(generation.sampling.probabilities(scores)[0], generation.random)
+
+
+def _scores(
+    generation: Generation,
+    logits: torch.Tensor,
+    tokens: NDArray[np.int32] = NO_NODES,
+    parents: NDArray[np.int32] = NO_NODES,
+) -> NDArray[np.float64]:
+    """(1 + nodes, V) logits that a request's tokens are chosen by, after its output and each node of a tree."""
+    scores: NDArray[np.float64] = logits.double().cpu().numpy()
+    if not generation.constrained:
+        return scores
+    paths: list[list[int]] = [[]]
+    for token, parent in zip(tokens.tolist(), parents.tolist(), strict=True):
+        paths.append([*paths[1 + parent], token])
+    rows = zip(scores, paths, strict=True)
+    return np.stack([generation.constraints.apply(row, generation.output, path) for row, path in rows])

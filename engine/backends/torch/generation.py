@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.backends.torch.logprobs import TokenLogprob
+from engine.speculation.constraints import FREE, Constraints
 from engine.speculation.sampling import Sampling
 
 
@@ -28,6 +30,13 @@ class Generation:
     """Tokens that end the output; the one that does is part of it."""
     ending: Ending | None
     random: np.random.Generator
+    constraints: Constraints = FREE
+    logprobs: int | None = None
+    """The most probable tokens whose log probabilities are wanted beside those of the output; None: none at all."""
+    prompt_logprobs: bool = False
+    """Whether those of the prompt are wanted too."""
+    prompt_scored: list[TokenLogprob] = field(default_factory=list)
+    """Those of the prompt's tokens from the second on, as far as they are known."""
     output: list[int] = field(default_factory=list)
     stopped: bool = False
     """Whether a stop token or `ending` has ended the output."""
@@ -35,10 +44,13 @@ class Generation:
     """Whether its next token is the most probable one."""
     may_stop: bool = field(init=False)
     """Whether anything but its limit can end the output."""
+    constrained: bool = field(init=False)
+    """Whether its constraints change anything."""
 
     def __post_init__(self) -> None:
         self.greedy = self.sampling.greedy
         self.may_stop = bool(self.stop) or self.ending is not None
+        self.constrained = bool(self.constraints)
 
     @property
     def tokens(self) -> NDArray[np.int32]:

@@ -21,7 +21,7 @@ from engine.backends.torch.pack import EXACT_ROWS, pack
 from engine.backends.torch.table import CacheTable
 from engine.backends.torch.triton_llama import TritonLlama
 from engine.limits import EngineLimits
-from engine.speculation.sampling import most_probable
+from engine.speculation.sampling import finite_rows, most_probable
 from engine.speculation.tree import Branches
 
 TOLERANCE = {torch.float64: 5e-6, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
@@ -161,6 +161,15 @@ class PagedModel:
         found: NDArray[np.int64] = logits.topk(count, dim=-1).indices.cpu().numpy()
         return found
 
+    def finite(self, logits: Tensor, choices: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(rows,) whether the latest forward's logits are numbers to choose from, given its `top` (see `finite_rows`).
+
+        Where they are not, the choice is any token.
+        """
+        if isinstance(self.fused, TritonLlama):
+            return self.fused.finite()
+        return finite_rows(logits, choices)
+
     def defer_to(self, other: PagedModel) -> None:
         """Leave what this model chooses on the device until `other`'s choices are read, where both can."""
         if isinstance(self.fused, TritonLlama) and isinstance(other.fused, TritonLlama):
@@ -199,6 +208,9 @@ class PagedModel:
         keep: Any,
         branches: Branches | None = None,
     ) -> Tensor:
+        if not isinstance(self.fused, TritonLlama):
+            # Its kernel alone reads no slot that nobody sees.
+            pool.clear(table.unfilled(seats, starts, counts))
         if isinstance(self.fused, CompiledLlama | TritonLlama):
             return self.fused(pool, table, seats, starts, counts, keep, branches)
         packed = pack(table, seats, starts, counts, keep, self.device, self.exact, branches)

@@ -133,8 +133,8 @@ def pack(
             branches.roots[-1] = missing
     size = table.block_size
     granule = math.lcm(size, KEY_GRANULE) // size
-    key_blocks = -(-(starts + counts) // size)
-    key_blocks = -(-key_blocks // granule) * granule
+    own_blocks = -(-(starts + counts) // size)
+    key_blocks = -(-own_blocks // granule) * granule
     order = np.lexsort((key_blocks, counts))
     seats_sorted, counts_sorted, starts_sorted = seats[order], counts[order], starts[order]
     ends = np.cumsum(counts_sorted)
@@ -154,9 +154,11 @@ def pack(
         blocks = int(key_blocks[order[first:last]].max())
         count = int(counts_sorted[last - 1])
         start, end = int(begins[first]), int(ends[last - 1])
-        held = np.zeros((last - first, blocks), dtype=np.int64)
-        known = min(blocks, table.blocks.shape[1])
-        held[:, :known] = table.blocks[seats_sorted[first:last], :known]
+        # What is gathered beyond a request's own blocks is its first one again: masked values are multiplied by zero,
+        # which leaves a NaN of another request's NaN.
+        column = np.arange(blocks)
+        column = np.where(column < own_blocks[order[first:last], None], column, 0)
+        held = table.blocks[seats_sorted[first:last, None], column].astype(np.int64)
         group_slots, padding = slots[start:end].reshape(-1, 1), None
         if counts_sorted[first] < count:
             column = np.arange(count)

@@ -29,13 +29,24 @@ class Planned:
     """Prefills whose last chunk this is; the rest False."""
     ran_out: NDArray[np.bool_]
     """(decodes,) whether the drafter proposed fewer candidates than it was asked for."""
+    scored: NDArray[np.bool_]
+    """Prefills of which the logits after every token are wanted."""
 
     @property
     def keep(self) -> NDArray[np.int64]:
-        """Rows of logits wanted: all of a decode, the last of a prompt's last chunk."""
-        keep = self.completes.astype(np.int64)
+        """Rows of logits wanted: all of a decode or a scored prompt, the last of another prompt's last chunk."""
+        keep = np.where(self.scored, self.counts, self.completes)
         keep[: self.decodes] = self.counts[: self.decodes]
         return keep
+
+    def requests_of(self, rows: NDArray[np.bool_]) -> set[int]:
+        """Which requests of the batch that emit now, by place in it, the marked rows of the logits belong to."""
+        if not rows.any():
+            return set()
+        emits = self.completes.copy()
+        emits[: self.decodes] = True
+        marked = np.repeat(np.arange(len(self.numbers)), self.keep)[rows]
+        return set(marked[emits[marked]].tolist())
 
     def branches(self, drafts: Drafts) -> Branches | None:
         """How the new tokens hang together; None where they are all chains and chunks."""
@@ -70,4 +81,5 @@ def look_up(state: State, seat_of: NDArray[np.int64], retired: int, decodes: int
     batch = state.requests[0], state.batch_request[0], state.batch_tokens[0]
     _look_up(*batch, seat_of, decodes, rows, seats, starts, counts, limits, completes)
     ran_out = np.zeros(decodes, dtype=np.bool_)
-    return Planned(rows, rows + retired, seats, starts, counts, limits, decodes, completes, ran_out)
+    scored = np.zeros(size, dtype=np.bool_)
+    return Planned(rows, rows + retired, seats, starts, counts, limits, decodes, completes, ran_out, scored)

@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 class Promises:
     """Room for `room` promised tokens on a device.
 
-    values: (room + 1,) int64 on the device; the last entry is for choices that nobody asked for.
+    values: (room + 1,) int64 on the device; the last entry is for choices that nobody asked for · logits: (room + 1,)
+    float32 likewise, of these tokens, where a forward chose them.
     """
 
     def __init__(self, room: int, device: torch.device) -> None:
         self.values = torch.zeros(room + 1, dtype=torch.int64, device=device)
+        self.logits = torch.zeros(room + 1, dtype=torch.float32, device=device)
         self._known = np.zeros(room, dtype=np.int64)
+        self._finite = np.ones(room, dtype=np.bool_)
         self._used = 0
         self._settled = False
         self.settled = 0
@@ -59,11 +62,14 @@ class Promises:
         on_gpu = device.type == "cuda"
         read = torch.empty(self._used, dtype=torch.int64, pin_memory=on_gpu)
         read.copy_(self.values[: self._used], non_blocking=True)
+        logits = torch.empty(self._used, dtype=torch.float32, pin_memory=on_gpu)
+        logits.copy_(self.logits[: self._used], non_blocking=True)
         if on_gpu:
             done = torch.cuda.Event()
             done.record()
             done.synchronize()
         self._known[: self._used] = read.numpy()
+        self._finite[: self._used] = np.isfinite(logits.numpy())
         self._settled = True
         self.settled += 1
 
@@ -73,3 +79,7 @@ class Promises:
         if promised.all():
             return self._known[-1 - tokens]
         return np.where(promised, self._known[np.maximum(-1 - tokens, 0)], tokens)
+
+    def finite(self, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether the logits of tokens that forwards promised before the last `settle` are finite."""
+        return self._finite[-1 - tokens]

@@ -142,6 +142,23 @@ class CacheTable:
         """
         _extend(self.tokens, self.draft_computed, seats, lengths, counts, new)
 
+    def places(
+        self, seats: NDArray[np.int64], starts: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The blocks, and the places within them, of `counts[i]` slots from `starts[i]` on of every seat."""
+        ends = np.cumsum(counts)
+        slots = np.arange(counts.sum()) + np.repeat(starts - ends + counts, counts)
+        return self.blocks[np.repeat(seats, counts), slots // self.block_size].astype(np.int64), slots % self.block_size
+
+    def unfilled(
+        self, seats: NDArray[np.int64], starts: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """`places` left behind the new tokens, `counts[i]` from `starts[i]` on, in blocks that begin with one."""
+        ends = starts + counts
+        missing = -ends % self.block_size
+        begun = np.flatnonzero((ends + missing - self.block_size >= starts) & (missing > 0))
+        return self.places(seats[begun], ends[begun], missing[begun])
+
     def leave(self, state: State) -> None:
         """Take back seat and blocks of every request that has no more blocks in `state`."""
         _leave(state.requests[0], *self._places, self._free_counts)

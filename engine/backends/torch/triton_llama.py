@@ -135,6 +135,10 @@ class TritonLlama:
                 self.promises.values[entries[0] : entries[-1] + 1].copy_(best.view(-1))
         return -1 - entries.reshape(-1, count)
 
+    def finite(self) -> NDArray[np.bool_]:
+        """(rows,) whether the highest of the latest forward's logits are finite; known with its choices."""
+        return self.promises.finite(self.codes)
+
     def prepare(self, pool: Pool, table: CacheTable, trees: bool) -> None:
         """Compile all kernels, and capture every graph that batches over such a table come to need.
 
@@ -242,5 +246,7 @@ class TritonLlama:
         normed = normed.index_select(0, inputs.kept)
         logits = F.linear(normed, self._head.weight, self._head.bias)
         if len(logits):
-            self.promises.values.index_copy_(0, inputs.entries, logits.argmax(-1))
+            highest, choices = logits.max(-1)
+            self.promises.values.index_copy_(0, inputs.entries, choices)
+            self.promises.logits.index_copy_(0, inputs.entries, highest.float())
         return logits

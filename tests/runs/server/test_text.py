@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.models.load import load_tokenizer
-from runs.server.text import INLINE_CHARACTERS, ChatError, Language, Reader, TextStream, read_template
+from runs.server.errors import ApiError
+from runs.server.text import INLINE_CHARACTERS, Chat, ChatError, Language, Reader, TextStream, read_template
 
 LANGUAGE = Language(load_tokenizer())
 TOKENS = st.lists(st.integers(0, LANGUAGE.num_tokens - 1), max_size=30)
@@ -86,7 +88,7 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 
 
 def test_a_model_without_a_template_gets_the_plain_one() -> None:
-    assert LANGUAGE.decode(LANGUAGE.encode_chat(MESSAGES)) == "system: Be brief.\n\nuser: Hello\n\nassistant:"
+    assert LANGUAGE.decode(LANGUAGE.encode_chat(Chat(MESSAGES))) == "system: Be brief.\n\nuser: Hello\n\nassistant:"
 
 
 def test_a_template_of_ones_own_is_used_and_may_refuse(tmp_path: Path) -> None:
@@ -94,24 +96,57 @@ def test_a_template_of_ones_own_is_used_and_may_refuse(tmp_path: Path) -> None:
     refusal = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
     path.write_text(refusal + "<{{ messages[0].content }}>")
     language = Language(load_tokenizer(), read_template(path))
-    assert language.decode(language.encode_chat(MESSAGES[:1])) == "<Be brief.>"
+    assert language.decode(language.encode_chat(Chat(MESSAGES[:1]))) == "<Be brief.>"
     with pytest.raises(ChatError, match="one turn"):
-        language.encode_chat(MESSAGES)
+        language.encode_chat(Chat(MESSAGES))
     with pytest.raises(ValueError, match=r"chat_template=.*absent"):
         read_template(tmp_path / "absent")
 
 
+def test_long_prompts_are_read_beside_each_other() -> None:
+    reader, both = Reader(LANGUAGE, 10**6, threads=2), threading.Barrier(2, timeout=600)
+
+    def encode(language: Language, text: str) -> list[int]:
+        both.wait()
+        return language.encode(text)
+
+    async def one(text: str) -> list[int]:
+        return await reader._read(lambda language: encode(language, text), len(text))
+
+    async def read() -> list[list[int]]:
+        texts = ("a" * INLINE_CHARACTERS * 2, "b" * INLINE_CHARACTERS * 2)
+        return await asyncio.gather(*map(one, texts))
+
+    try:
+        first, second = asyncio.run(read())
+    finally:
+        reader.close()
+    assert (LANGUAGE.decode(first)[0], LANGUAGE.decode(second)[0]) == ("a", "b")
+
+
+def test_a_text_within_the_bound_may_be_all_of_longest_tokens() -> None:
+    longest = max(range(LANGUAGE.num_tokens), key=lambda token: len(LANGUAGE.decode([token])))
+    text = LANGUAGE.decode([longest])
+    reader = Reader(LANGUAGE, 8)
+    try:
+        assert len(asyncio.run(reader.prompts([text * 8]))[0]) <= 8 * len(text)
+        with pytest.raises(ApiError, match="exceed the context of 8 tokens"):
+            asyncio.run(reader.prompts(["a" * (8 * LANGUAGE.longest_token + 1)]))
+    finally:
+        reader.close()
+
+
 def test_long_prompts_are_read_aside_and_mean_the_same() -> None:
     text = "def f(x):\n" * INLINE_CHARACTERS
-    reader = Reader(LANGUAGE)
+    reader = Reader(LANGUAGE, 10**6)
 
-    async def read() -> list[int]:
-        reading = asyncio.ensure_future(reader.prompt(text))
+    async def read() -> list[list[int]]:
+        reading = asyncio.ensure_future(reader.prompts([text]))
         await asyncio.sleep(0)
         assert not reading.done(), "the loop goes on meanwhile"
         return await reading
 
     try:
-        assert asyncio.run(read()) == LANGUAGE.encode(text)
+        assert asyncio.run(read()) == [LANGUAGE.encode(text)]
     finally:
         reader.close()

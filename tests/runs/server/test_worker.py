@@ -41,7 +41,7 @@ def ticket(worker: Worker, prompt: list[int], max_tokens: int) -> Ticket:
 async def read(one: Ticket) -> tuple[list[int], str]:
     tokens: list[int] = []
     while True:
-        emission = await one.emissions.get()
+        _, emission = await one.emissions.get()
         tokens += emission.tokens
         if emission.finish is not None:
             return tokens, emission.finish
