@@ -1,14 +1,19 @@
 """Turns what a user got wrong into one message that names the key and the fix."""
 
 import difflib
+import json
 import logging
 import re
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra.utils
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
@@ -16,11 +21,23 @@ from pydantic import BaseModel, ValidationError
 from runs import endings
 from runs.endings import MistakeError, named, one_line
 
-__all__ = ["MistakeError", "ending", "explain", "instantiate", "named"]
+__all__ = ["JobError", "MistakeError", "ending", "explain", "in_sweep", "instantiate", "named"]
 
 T = TypeVar("T")
 
+FAILURE = "failure.json"
+"""What a failed job of a sweep leaves in its folder: its overrides, and the error."""
+
 _FULL_KEY = re.compile(r"full_key: (\S+)")
+
+
+class JobError(RuntimeError):
+    """A job of a sweep has failed and said so; launchers of all kinds pass it on, and the other jobs go on."""
+
+
+def in_sweep() -> bool:
+    """Whether this run is one job of a sweep."""
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def wants_traceback() -> bool:
@@ -48,9 +65,35 @@ def instantiate(config: DictConfig, kind: type[T]) -> T:
     return made
 
 
-def ending(log: logging.Logger, interrupted: str) -> AbstractContextManager[None]:
-    """`endings.ending` of a Hydra app."""
-    return endings.ending(log, interrupted, wants_traceback)
+@contextmanager
+def ending(log: logging.Logger, interrupted: str) -> Iterator[None]:
+    """`endings.ending` of a Hydra app. In a sweep any error is logged, left in `FAILURE` and raised as a JobError."""
+    if not in_sweep():
+        with endings.ending(log, interrupted, wants_traceback):
+            _refuse_folder_of_a_sweep()
+            yield
+        return
+    record = Path(HydraConfig.get().runtime.output_dir, FAILURE)
+    record.unlink(missing_ok=True)
+    try:
+        yield
+    except KeyboardInterrupt:
+        log.error("%s", interrupted)
+        sys.exit(130)
+    except Exception as error:
+        expected = isinstance(error, MistakeError) and not wants_traceback()
+        log.error("%s", error, exc_info=None if expected else error)
+        with suppress(OSError):
+            left = {"overrides": list(HydraConfig.get().overrides.task), "error": one_line(error)}
+            record.write_text(json.dumps(left, indent=1) + "\n", encoding="utf-8")
+        raise JobError(one_line(error)) from None
+
+
+def _refuse_folder_of_a_sweep() -> None:
+    for text in HydraConfig.get().overrides.hydra:
+        key, _, value = text.lstrip("+").partition("=")
+        if key in ("hydra.sweep.dir", "hydra.sweep.subdir"):
+            raise MistakeError(f"{key}={value} is of a sweep, and this is one run: set hydra.run.dir, or sweep with -m")
 
 
 def explain(error: ValidationError, prefix: str, config: DictConfig | None = None) -> str:
