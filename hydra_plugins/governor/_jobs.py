@@ -119,11 +119,10 @@ def _set(config: DictConfig, override: Override) -> None:
         OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
     except (ConfigKeyError, ConfigAttributeError) as error:
         section, _, key = override.key_or_group.rpartition(".")
-        known = list(OmegaConf.select(config, section) or {}) if section else list(config)
-        near = difflib.get_close_matches(key, map(str, known), n=1)
-        hint = (
-            f"did you mean {near[0]}?" if near else f"{section or 'the configuration'} has {', '.join(map(str, known))}"
-        )
+        there = OmegaConf.select(config, section) if section else config
+        known = [str(name) for name in there or () if name != "_target_"]
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"{section or 'the configuration'} has {', '.join(known)}"
         raise ConfigCompositionException(f"{override.input_line}: no such key; {hint}") from error
 
 
