@@ -97,7 +97,9 @@ def launch(tmp_path: Path) -> Callable[..., Any]:
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2("evaluate", create_config_search_path(str(CONF)))
     GlobalHydra.instance().clear()
-    config = hydra.compose_config("evaluate", [f"hydra.sweep.dir={tmp_path}"], run_mode=RunMode.MULTIRUN)
+    config = hydra.compose_config(
+        "evaluate", ["hydra.mode=MULTIRUN", f"hydra.sweep.dir={tmp_path}"], run_mode=RunMode.MULTIRUN
+    )
     context = HydraContext(hydra.config_loader, Callbacks(config))
 
     def call(task: Callable[[DictConfig], Any], workers: int, jobs: list[list[str]]) -> Any:

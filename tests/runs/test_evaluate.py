@@ -392,7 +392,7 @@ def test_an_overloaded_run_says_so_in_one_line_and_another_does_not(
     few = ("workload=poisson_sharegpt", "workload.num_requests=1000", "controller=fixed", f"hydra.run.dir={tmp_path}")
     for rate, overloaded in ((1, False), (8, True)):
         assert run(*few, f"workload.arrivals.rate={rate}") == 0
-        lines = [line for line in capsys.readouterr().err.splitlines() if "overloaded" in line]
+        lines = [line for line in capsys.readouterr().err.splitlines() if "overloaded:" in line]
         assert len(lines) == overloaded
         assert summary_of(tmp_path)["overloaded"] is overloaded
         assert all(f"{summary_of(tmp_path)['request_rate_rps']:.3g} requests/s arrived" in line for line in lines)
