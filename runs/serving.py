@@ -66,7 +66,7 @@ def overload(requests: Mapping[str, NDArray[Any]], ttft_target: float) -> Overlo
     if not growing and not starved:
         return None
     arriving, serving = float(arrival[-1] - arrival[0]), float(np.nanmax(requests["finish_s"]) - arrival[0])
-    return Overload(len(wait) / arriving if arriving > 0 else float("inf"), len(wait) / serving, mean, last)
+    return Overload((len(wait) - 1) / arriving if arriving > 0 else float("inf"), len(wait) / serving, mean, last)
 
 
 def decision_times(seconds: NDArray[np.float64]) -> dict[str, float]:
