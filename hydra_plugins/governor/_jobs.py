@@ -133,6 +133,8 @@ def _needs_all_of_hydra(config: DictConfig) -> bool:
 
 def _run_light(task: TaskFunction, config: DictConfig) -> Any:
     """Hydra's `run_job` for a job that asks for none of its extras, without its five copies of the configuration."""
+    # The folder's name may be made of Hydra's own settings.
+    HydraConfig.instance().set_config(config)
     out = Path(config.hydra.sweep.dir, str(config.hydra.sweep.subdir)).resolve()
     with open_dict(config):
         config.hydra.runtime.output_dir = str(out)
