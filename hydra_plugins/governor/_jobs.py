@@ -18,7 +18,7 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import configure_log, run_job, setup_globals
 from hydra.errors import ConfigCompositionException
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 SUBDIR = "${hydra.job.num}"
@@ -136,7 +136,7 @@ def _run_light(task: TaskFunction, config: DictConfig) -> Any:
     # The folder's name may be made of Hydra's own settings.
     HydraConfig.instance().set_config(config)
     out = Path(config.hydra.sweep.dir, str(config.hydra.sweep.subdir)).resolve()
-    with open_dict(config):
+    with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
         config.hydra.runtime.output_dir = str(out)
     HydraConfig.instance().set_config(config)
     out.mkdir(parents=True, exist_ok=True)
