@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +39,7 @@ from runs import calibration_cells as cells
 from runs import live, simulated
 from runs.calibration_cells import Cell, RealRun
 from runs.evaluation import LookupFit, Targets, load_latency, load_lookup, load_profile
+from runs.inputs import file_digests, kept
 from runs.measured_folder import AGREEMENT, CARD
 from runs.reporting.calibration import OWN_AGREEMENTS, PREDICTED, pair
 from runs.reporting.calibration_page import Card
@@ -189,6 +189,7 @@ class Calibration(BaseModel):
             "engine": self.engine.model_dump(mode="json", exclude={"profile"}),
             "tables": _digest(load_latency(profiled.latency).tables),
             "levels": [level.__dict__ for level in levels],
+            "files": file_digests([self.workload, list(self.controllers.values())]),
         }
         path = out / SETTINGS
         text = json.dumps(settings, indent=1) + "\n"
@@ -295,7 +296,7 @@ class Calibration(BaseModel):
         }
 
 
-@lru_cache(maxsize=4)
+@kept(4)
 def agreement_model(path: Path) -> AgreementModel:
     """What predicts where drafter and target agree: the model fitted to the agreement that a profile measured; kept.
 

@@ -21,13 +21,18 @@ from runs.progress import progress
 log = logging.getLogger("capacity")
 
 
-def job(config: DictConfig) -> None:
-    """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
+def job(config: DictConfig) -> float:
+    """One Hydra job; returns the capacity in requests/s.
+
+    A single run exits with 2 and one message on what the user can fix, with 130 when interrupted.
+    """
     out = Path(HydraConfig.get().runtime.output_dir)
     with mistakes.ending(log, "interrupted: the same command goes on from here", out):
         capacity = mistakes.instantiate(config, Capacity)
         with mistakes.named():
-            _say(capacity, capacity.run(out, progress), out)
+            found = capacity.run(out, progress)
+        _say(capacity, found, out)
+        return found.rps[0]
 
 
 def _say(capacity: Capacity, found: Found, out: Path) -> None:

@@ -24,6 +24,7 @@ from engine.files import reading, write_whole
 from engine.workload.source import WorkloadSource
 from runs.code import code_digest
 from runs.evaluation import Evaluation, LookupFit, Targets
+from runs.inputs import file_digests
 from runs.reporting.statistics import bootstrap_interval
 from runs.simulated import Charge
 
@@ -153,7 +154,8 @@ class Capacity(BaseModel):
         """What a probe depends on beside its seed and rate; the share and the bounds do not change it."""
         settings = self.model_dump(mode="json", include={"engine", "actions", "lookup", "slo", "charge_decisions"})
         settings |= {"workload": [type(self.workload).__name__, self.workload.model_dump(mode="json")]}
-        return json.dumps(settings | {"controller": repr(self.controller), "code": code_digest()}, sort_keys=True)
+        settings |= {"controller": repr(self.controller), "files": file_digests(self), "code": code_digest()}
+        return json.dumps(settings, sort_keys=True)
 
     def _evaluation(self, seed: int, scale: float) -> Evaluation:
         return Evaluation(

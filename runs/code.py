@@ -8,7 +8,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DECIDING = (
     "engine/**/*.py",
     "engine/latency/tables/*.json",
+    "engine/models/weights/*/*",
     "controllers/*.py",
+    "controllers/policies/*.npz",
     "runs/evaluation.py",
     "runs/simulated.py",
     "runs/serving.py",

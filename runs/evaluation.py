@@ -4,7 +4,6 @@ import logging
 import time
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +33,8 @@ from engine.workload.source import WorkloadSource
 from engine.workload.workload import Workload
 from runs import live, simulated
 from runs.code import code_digest
-from runs.serving import Progress, Served, decision_times
+from runs.inputs import kept
+from runs.serving import Progress, Served, decision_times, overload
 from runs.simulated import Charge
 from runs.tracking import Tracking
 
@@ -107,7 +107,9 @@ class Evaluation(BaseModel):
         record_iterations: keep one row per engine iteration.
         label: how tables and figures call the controller; None: as it calls itself.
         scenario: how they call the workload; None: as it calls itself. Runs are paired by it.
-        resume: leave alone what the run folder already holds of the same configuration and code.
+        resume: keep a finished run that the folder already holds, if whatever decides its result is the same:
+            configuration, contents of the files it names, code. None: in sweeps only.
+        optimized_metric: key of the summary that a run returns to Hydra's sweeper, for one that optimizes.
         logger: Weights & Biases.
     """
 
@@ -124,7 +126,8 @@ class Evaluation(BaseModel):
     record_iterations: bool = False
     label: Annotated[str, Field(min_length=1)] | None = None
     scenario: Annotated[str, Field(min_length=1)] | None = None
-    resume: bool = False
+    resume: bool | None = None
+    optimized_metric: Annotated[str, Field(min_length=1)] = "objective"
     logger: Tracking = Tracking()
 
     def run(self, on_progress: Progress | None = None) -> "Result":
@@ -178,8 +181,10 @@ class Evaluation(BaseModel):
     def _result(self, served: Served, workload: Workload | Prompts, engine: str, grid: ActionGrid) -> "Result":
         summary: dict[str, Any] = summarize(served.state, ttft_target=self.slo.ttft_target, prices=self.slo.prices)
         summary |= decision_times(served.decision_s)
+        requests = request_table(served.state)
+        summary["overloaded"] = overload(requests, self.slo.ttft_target) is not None
         summary["run"] = self._identity(workload, engine, grid, summary["request_rate_rps"])
-        return Result(request_table(served.state), served.iterations, summary)
+        return Result(requests, served.iterations, summary)
 
     def _identity(
         self, workload: Workload | Prompts, engine: str, grid: ActionGrid, request_rate: float
@@ -242,25 +247,25 @@ class Drawing:
     source: WorkloadSource = field(compare=False)
 
 
-@lru_cache(maxsize=4)
+@kept(4)
 def draw(drawing: Drawing) -> Workload:
     """The workload; the latest few are kept, because the jobs of a sweep share them."""
     return drawing.source.draw(drawing.seed)
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def load_latency(name: str) -> LatencyModel:
     """`LatencyModel.load`, kept."""
     return LatencyModel.load(name)
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def load_truth(config: EngineConfig) -> LatencyModel:
     """`EngineConfig.true_latency`, kept."""
     return config.true_latency()
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def load_lookup(engine: EngineConfig, grid: ActionGrid, limits: EngineLimits, fit: LookupFit) -> LookupTable:
     """The table for an engine, kept; the first fit of a configuration takes seconds and is then on disk."""
     begin = time.perf_counter()

@@ -1,12 +1,13 @@
 """Turns what a user got wrong into one message that names the key and the fix."""
 
 import difflib
+import json
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import hydra.utils
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
@@ -25,11 +27,14 @@ from runs import endings, whole
 from runs.endings import MistakeError, named, one_line
 from runs.progress import compiling
 
-__all__ = ["MistakeError", "app", "ending", "explain", "instantiate", "named"]
+__all__ = ["JobError", "MistakeError", "app", "ending", "explain", "in_sweep", "instantiate", "named"]
 
 Task = Callable[[DictConfig], Any]
 
 T = TypeVar("T")
+
+FAILURE = "failure.json"
+"""What a failed job of a sweep leaves in its folder: its overrides, and the error."""
 
 _NO_CHOICE = re.compile(
     r"Could not find '([^']+)'(?:\s+Available options in '[^']+':\s+(.*?)\s*(?:Config search path|\Z))?", re.S
@@ -40,6 +45,15 @@ NEAR = 0.5
 """Least likeness of a key that is offered for a mistyped one."""
 
 _FULL_KEY = re.compile(r"full_key: (\S+)")
+
+
+class JobError(RuntimeError):
+    """A job of a sweep has failed and said so; launchers of all kinds pass it on, and the other jobs go on."""
+
+
+def in_sweep() -> bool:
+    """Whether this run is one job of a sweep."""
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def wants_traceback() -> bool:
@@ -122,9 +136,7 @@ def _meant(wrong: str, known: Sequence[str]) -> str:
 
 def _keys(name: str, words: Sequence[str]) -> list[str]:
     """All keys of the configuration that the command line chooses, as far as it can be composed."""
-    groups = [
-        word for word in words if (plain.CONF / word.lstrip("+~").partition("=")[0]).is_dir() and "," not in word
-    ]
+    groups = [word for word in words if (plain.CONF / word.lstrip("+~").partition("=")[0]).is_dir() and "," not in word]
     for overrides in (groups, []):
         try:
             GlobalHydra.instance().clear()
@@ -167,12 +179,47 @@ def instantiate(config: DictConfig, kind: type[T]) -> T:
 
 @contextmanager
 def ending(log: logging.Logger, interrupted: str, out: Path) -> Iterator[None]:
-    """`endings.ending` of a Hydra app, during which no other process writes into its folder `out`."""
-    with endings.ending(log, interrupted, wants_traceback), ExitStack() as held:
+    """`endings.ending` of a Hydra app, during which no other process writes into its folder `out`.
+
+    In a sweep any error is logged, left in `FAILURE` and raised as a JobError.
+    """
+    if not in_sweep():
+        with endings.ending(log, interrupted, wants_traceback), _alone(out):
+            _refuse_folder_of_a_sweep()
+            yield
+        return
+    record = out / FAILURE
+    try:
+        with _alone(out):
+            record.unlink(missing_ok=True)
+            yield
+    except KeyboardInterrupt:
+        log.error("%s", interrupted)
+        sys.exit(130)
+    except Exception as error:
+        expected = isinstance(error, MistakeError) and not wants_traceback()
+        log.error("%s", error, exc_info=None if expected else error)
+        with suppress(OSError):
+            left = {"overrides": list(HydraConfig.get().overrides.task), "error": one_line(error)}
+            record.write_text(json.dumps(left, indent=1) + "\n", encoding="utf-8")
+        raise JobError(one_line(error)) from None
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Within, no other process writes into the folder, and compilation is shown."""
+    with ExitStack() as held:
         with named():
             held.enter_context(locked(out))
         held.enter_context(compiling())
         yield
+
+
+def _refuse_folder_of_a_sweep() -> None:
+    for text in HydraConfig.get().overrides.hydra:
+        key, _, value = text.lstrip("+").partition("=")
+        if key in ("hydra.sweep.dir", "hydra.sweep.subdir"):
+            raise MistakeError(f"{key}={value} is of a sweep, and this is one run: set hydra.run.dir, or sweep with -m")
 
 
 _OTHER_CLASS = ("model_type", "model_class_type", "dataclass_type", "dataclass_exact_type", "is_instance_of")

@@ -1,7 +1,7 @@
 """What simulated and real runs have in common: how a controller is asked, and what serving leaves."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,42 @@ class Served:
     """Seconds it took."""
     decision_s: NDArray[np.float64]
     """Seconds of each decision, or of a sample of them."""
+
+
+@dataclass(frozen=True)
+class Overload:
+    """Arrivals beyond what was served: requests/s of both, and seconds that requests waited to be admitted."""
+
+    arrived_rps: float
+    served_rps: float
+    wait_s: float
+    last_wait_s: float
+    """Of the last tenth of the requests."""
+
+    def __str__(self) -> str:
+        return (
+            f"overloaded: {self.arrived_rps:.3g} requests/s arrived and {self.served_rps:.3g} were served; they waited "
+            f"{self.wait_s:.3g} s on average to be admitted, the last tenth {self.last_wait_s:.3g} s"
+        )
+
+
+def overload(requests: Mapping[str, NDArray[Any]], ttft_target: float) -> Overload | None:
+    """The overload in a finished run's request columns (`request_table`); None where there is none.
+
+    A run is overloaded when its last requests wait longer for admission than a request then takes, or when fewer than
+    half meet `ttft_target` (s) and waiting is why.
+    """
+    arrival, admitted = requests["arrival_s"], requests["admitted_s"]
+    wait = admitted - arrival
+    service = float(np.nanmean(requests["finish_s"] - admitted))
+    mean, last = float(wait.mean()), float(wait[-max(1, len(wait) // 10) :].mean())
+    attained = float(np.mean(requests["ttft_s"] <= ttft_target))
+    growing = last > max(service, ttft_target)
+    starved = attained < 0.5 and mean > max(0.1 * service, ttft_target)
+    if not growing and not starved:
+        return None
+    arriving, serving = float(arrival[-1] - arrival[0]), float(np.nanmax(requests["finish_s"]) - arrival[0])
+    return Overload((len(wait) - 1) / arriving if arriving > 0 else float("inf"), len(wait) / serving, mean, last)
 
 
 def decision_times(seconds: NDArray[np.float64]) -> dict[str, float]:

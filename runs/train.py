@@ -16,6 +16,7 @@ from engine.files import write_whole
 from runs import mistakes
 from runs.folder import CONFIG
 from runs.learning.training import Training
+from runs.metric import optimized
 from runs.progress import progress
 
 log = logging.getLogger("train")
@@ -23,8 +24,11 @@ log = logging.getLogger("train")
 RESULT = "result.json"
 
 
-def job(config: DictConfig) -> None:
-    """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
+def job(config: DictConfig) -> float:
+    """One Hydra job; returns `optimized_metric` of its result.
+
+    A single run exits with 2 and one message on what the user can fix, with 130 when interrupted.
+    """
     out = Path(HydraConfig.get().runtime.output_dir)
     with mistakes.ending(log, "interrupted: the same command goes on from the last checkpoint", out):
         training = mistakes.instantiate(config, Training)
@@ -44,6 +48,7 @@ def job(config: DictConfig) -> None:
             result["wall_s"],
         )
         log.info("written to %s", out)
+        return optimized(result, training.optimized_metric, RESULT)
 
 
 main = mistakes.app("train")(job)

@@ -1,23 +1,40 @@
 """The jobs of one sweep, composed and run inside whichever process is asked to."""
 
 import copy
+import difflib
 import signal
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.singleton import Singleton
 from hydra.core.utils import configure_log, run_job, setup_globals
+from hydra.errors import ConfigCompositionException
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 SUBDIR = "${hydra.job.num}"
 INTERRUPTED = 130
 """Exit status of a process that was told to stop."""
+
+Job = tuple[int, list[str]]
+"""Number and overrides."""
+
+
+class Outcome(NamedTuple):
+    """A finished job: what it returned, or the error that it ended with."""
+
+    number: int
+    value: Any = None
+    error: str | None = None
 
 
 @dataclass
@@ -34,8 +51,8 @@ class Jobs:
     bases: dict[tuple[str, ...], DictConfig] = field(default_factory=dict)
     parsed: dict[str, tuple[Override, bool]] = field(default_factory=dict)
 
-    def run(self, job: tuple[int, list[str]]) -> tuple[int, int]:
-        """Run (number, overrides); returns (number, exit status)."""
+    def run(self, job: Job) -> Outcome:
+        """Run one job. Raises KeyboardInterrupt when it was told to stop; any other ending is an outcome."""
         number, overrides = job
         try:
             config = self.compose(number, overrides)
@@ -47,14 +64,14 @@ class Jobs:
                     job_dir_key="hydra.sweep.dir",
                     job_subdir_key="hydra.sweep.subdir",
                 )
-                _ = returned.return_value
-            else:
-                _run_light(self.task, config)
+                return Outcome(number, returned.return_value)
+            return Outcome(number, _run_light(self.task, config))
         except SystemExit as stop:
-            return number, stop.code if isinstance(stop.code, int) else 1
-        except KeyboardInterrupt:
-            return number, INTERRUPTED
-        return number, 0
+            if stop.code == INTERRUPTED:
+                raise KeyboardInterrupt from None
+            return Outcome(number, error=f"ended with exit status {stop.code}")
+        except Exception as error:
+            return Outcome(number, error=" ".join(str(error).split()) or type(error).__name__)
 
     def compose(self, number: int, overrides: list[str]) -> DictConfig:
         """The configuration of one job, as Hydra composes it."""
@@ -71,7 +88,7 @@ class Jobs:
             self.bases[rest] = base
         config = copy.deepcopy(self.bases[rest])
         for override in plain:
-            OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+            _set(config, override)
         with open_dict(config):
             config.hydra.job.id = number
             config.hydra.job.num = number
@@ -97,48 +114,58 @@ class Jobs:
         return self.parsed[text]
 
 
+def _set(config: DictConfig, override: Override) -> None:
+    try:
+        OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        section, _, key = override.key_or_group.rpartition(".")
+        there = OmegaConf.select(config, section) if section else config
+        known = [str(name) for name in there or () if name != "_target_"]
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"{section or 'the configuration'} has {', '.join(known)}"
+        raise ConfigCompositionException(f"{override.input_line}: no such key; {hint}") from error
+
+
 def _needs_all_of_hydra(config: DictConfig) -> bool:
     job = config.hydra.job
     return bool(config.hydra.callbacks or config.hydra.output_subdir or job.chdir or job.env_set)
 
 
-def _run_light(task: TaskFunction, config: DictConfig) -> None:
+def _run_light(task: TaskFunction, config: DictConfig) -> Any:
     """Hydra's `run_job` for a job that asks for none of its extras, without its five copies of the configuration."""
+    # The folder's name may be made of Hydra's own settings.
+    HydraConfig.instance().set_config(config)
     out = Path(config.hydra.sweep.dir, str(config.hydra.sweep.subdir)).resolve()
-    with open_dict(config):
+    with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
         config.hydra.runtime.output_dir = str(out)
     HydraConfig.instance().set_config(config)
     out.mkdir(parents=True, exist_ok=True)
     configure_log(config.hydra.job_logging, config.hydra.verbose)
-    task(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    return task(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
 
 
-_jobs: Jobs | None = None
+def work(jobs: Jobs, singletons: Any, pipe: Connection, others: Iterable[Connection]) -> None:
+    """Be a worker: run the shares of jobs that come through `pipe`, answering each job, until an empty one comes.
 
-
-def begin(jobs: Jobs, singletons: Any) -> None:
-    """Make this process a worker for `jobs`, with the parent's Hydra state."""
-    global _jobs
-    _jobs = jobs
-    # A stopped worker unwinds, so that a run that is being written cleans up after itself.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    Args:
+        jobs, singletons: of the sweep; the parent's Hydra state.
+        pipe: to the parent.
+        others: the parent's ends of pipes, which a forked process has inherited. While one is open here, the worker at
+            its other end would not notice that the parent is gone.
+    """
+    # Ctrl-C reaches every process of a terminal: the parent decides. A worker that it stops unwinds, so that a run that
+    # is being written cleans up after itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for other in others:
+        other.close()
     setup_globals()
     Singleton.set_state(singletons)
-
-
-def _stop(*_: Any) -> None:
-    sys.exit(INTERRUPTED)
-
-
-def work(share: list[tuple[int, list[str]]]) -> list[tuple[int, int]]:
-    """`Jobs.run` in a worker, job after job until one fails."""
-    assert _jobs is not None
-    results: list[tuple[int, int]] = []
-    for job in share:
-        results.append(_jobs.run(job))
-        if results[-1][1] == INTERRUPTED:
-            sys.exit(INTERRUPTED)
-        if results[-1][1] != 0:
-            break
-    return results
+    try:
+        # Without a parent there is nobody to work for.
+        with suppress(EOFError, OSError):
+            while share := pipe.recv():
+                for job in share:
+                    pipe.send(jobs.run(job))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

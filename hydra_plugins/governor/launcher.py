@@ -1,22 +1,25 @@
 """Runs the jobs of a sweep in worker processes of this machine, several a second."""
 
 import itertools
-import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 # Hydra loads plugin files itself, except those whose names begin with an underscore: there a worker's state is safe.
-from hydra_plugins.governor._jobs import INTERRUPTED, Jobs, begin, work
+from hydra_plugins.governor._jobs import INTERRUPTED, Job, Jobs, Outcome
+from hydra_plugins.governor._workers import Workers
 
 SECONDS_PER_NOTE = 10.0
 MOST_PER_SHARE = 16
@@ -31,7 +34,8 @@ class ProcessLauncher(Launcher):
         workers: processes; None: one per available core, or one in all where a job runs a real engine, whose times
             would be those of its neighbours. 1 runs the jobs in this process.
 
-    The first job that fails ends the sweep with its exit status; what has finished stays.
+    A job that fails, or whose process dies, is returned as failed; the others go on. Who asked for the sweep is told by
+    its sweeper.
     """
 
     def __init__(self, workers: int | None = None) -> None:
@@ -45,48 +49,76 @@ class ProcessLauncher(Launcher):
         self.jobs = Jobs(hydra_context, task_function, config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run all jobs; exits with a job's status when one fails."""
+        """Run all jobs; exits with 130 on Ctrl-C or SIGTERM."""
         assert self.jobs is not None
         setup_globals()
         jobs = {initial_job_idx + i: list(overrides) for i, overrides in enumerate(job_overrides)}
-        finished: list[JobReturn] = []
+        finished: dict[int, JobReturn] = {}
         try:
             workers = self.workers or (1 if self._any_real(jobs) else available_cores())
-            with _notes(len(jobs)) as note, _results(self.jobs, list(jobs.items()), workers) as results:
-                for number, status in results:
-                    if status != 0:
-                        print(f"job {number} failed: {' '.join(jobs[number])}", file=sys.stderr)
-                        sys.exit(status)
-                    finished.append(JobReturn(overrides=jobs[number], status=JobStatus.COMPLETED))
+            # The workers are there before anything that may begin a thread.
+            with (
+                _stopped_by_sigterm(),
+                _outcomes(self.jobs, list(jobs.items()), workers) as outcomes,
+                _notes(len(jobs)) as note,
+            ):
+                for outcome in outcomes:
+                    finished[outcome.number] = _returned(jobs[outcome.number], outcome)
                     note(len(finished))
         except KeyboardInterrupt:
-            print(f"interrupted: {len(finished)} of {len(jobs)} jobs have finished", file=sys.stderr)
+            folder = self.jobs.config.hydra.sweep.dir
+            print(f"interrupted: {len(finished)} of {len(jobs)} jobs have finished, in {folder}", file=sys.stderr)
+            if "resume" in self.jobs.config:
+                print(f"the same command with hydra.sweep.dir={folder} goes on from there", file=sys.stderr)
             sys.exit(INTERRUPTED)
-        return finished
+        return [finished[number] for number in jobs]
 
     def _any_real(self, jobs: Mapping[int, list[str]]) -> bool:
         """Whether a job's engine runs in real time."""
+        # Engines are told apart by the choices that decide their group, each of which is composed once.
+        choices = {tuple(text for text in job if text.startswith(("engine=", "experiment="))) for job in jobs.values()}
+        return any(self._engine(choice).startswith(REAL_ENGINES) for choice in choices)
+
+    def _engine(self, choice: Sequence[str]) -> str:
+        """Class of the engine that these overrides choose; none where there is no such engine, as its jobs will say."""
         assert self.jobs is not None
-        # Engines are told apart by the choices of their group, each of which is looked at once.
-        choices = {tuple(text for text in job if text.startswith("engine=")): number for number, job in jobs.items()}
-        engines = (self.jobs.compose(number, jobs[number]).get("engine") for number in choices.values())
-        return any(str((engine or {}).get("_target_", "")).startswith(REAL_ENGINES) for engine in engines)
+        try:
+            return str((self.jobs.compose(0, list(choice)).get("engine") or {}).get("_target_", ""))
+        except (HydraException, OmegaConfBaseException):
+            return ""
+
+
+def _returned(overrides: list[str], outcome: Outcome) -> JobReturn:
+    if outcome.error is None:
+        return JobReturn(overrides=overrides, _return_value=outcome.value, status=JobStatus.COMPLETED)
+    return JobReturn(overrides=overrides, _return_value=RuntimeError(outcome.error), status=JobStatus.FAILED)
 
 
 @contextmanager
-def _results(jobs: Jobs, numbered: list[tuple[int, list[str]]], workers: int) -> Iterator[Iterator[tuple[int, int]]]:
-    """Yields (number, exit status) of jobs as they finish; leaving early stops the workers."""
+def _outcomes(jobs: Jobs, numbered: list[Job], workers: int) -> Iterator[Iterator[Outcome]]:
+    """Yields the jobs' outcomes as they finish; leaving early stops the workers."""
     workers = min(workers, len(numbered))
     if workers <= 1:
         yield map(jobs.run, numbered)
         return
-    # A forked worker inherits what is imported and compiled; elsewhere than on Linux forking is not safe.
-    method = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with method.Pool(workers, begin, (jobs, Singleton.get_state())) as pool:
-        yield (result for results in pool.imap_unordered(work, _shares(numbered, workers)) for result in results)
+    with Workers(jobs, _shares(numbered, workers), workers) as crew:
+        yield crew.outcomes()
 
 
-def _shares(numbered: list[tuple[int, list[str]]], workers: int) -> list[list[tuple[int, list[str]]]]:
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Makes SIGTERM what Ctrl-C is, where the process may."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _shares(numbered: list[Job], workers: int) -> list[list[Job]]:
     """The jobs in shares of neighbours, which have requests in common, taken from both ends in turn.
 
     Where nothing is compiled yet, workers that began side by side would all compile the same controller.

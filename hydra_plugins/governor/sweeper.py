@@ -1,6 +1,7 @@
 """A sweep over alternatives: settings that belong together, such as a controller and its own parameters."""
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -18,6 +20,10 @@ from engine.files import locked
 
 Settings = dict[str, str]
 """Sweep by key, in Hydra's syntax: `{"controller": "poster,analytic", "seed": "range(3)"}`."""
+
+
+MOST_LISTED = 20
+"""Failed jobs that are named at the end."""
 
 
 class AlternativesSweeper(Sweeper):
@@ -56,11 +62,40 @@ class AlternativesSweeper(Sweeper):
         assert self.config is not None
         assert self.hydra_context is not None
         assert self.launcher is not None
+        jobs = combine(self.params, self.axes, arguments, self.hydra_context.config_loader)
         folder = Path(self.config.hydra.sweep.dir)
+        _refuse_folder_of_a_run(self.config, len(jobs))
         with locked(folder):
             OmegaConf.save(self.config, folder / "multirun.yaml")
-            jobs = combine(self.params, self.axes, arguments, self.hydra_context.config_loader)
-            return self.launcher.launch(jobs, initial_job_idx=0)
+            print(f"{len(jobs)} jobs, into {folder}", file=sys.stderr)
+            returned = self.launcher.launch(jobs, initial_job_idx=0)
+        failed = [job for job in zip(itertools.count(), returned) if job[1].status == JobStatus.FAILED]
+        if failed:
+            _list(failed, len(jobs))
+            sys.exit(1)
+        return returned
+
+
+def _refuse_folder_of_a_run(config: DictConfig, jobs: int) -> None:
+    for text in config.hydra.overrides.hydra:
+        key, _, value = text.lstrip("+").partition("=")
+        if key == "hydra.run.dir":
+            print(
+                f"hydra.run.dir={value} is of one run, and this is a sweep of {jobs} jobs: "
+                f"set hydra.sweep.dir={value}, which gets a folder for each",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+
+
+def _list(failed: Sequence[tuple[int, JobReturn]], jobs: int) -> None:
+    """Say which jobs failed, and why."""
+    print(f"{len(failed)} of {jobs} jobs failed:", file=sys.stderr)
+    for number, job in failed[:MOST_LISTED]:
+        # The property raises.
+        print(f"  {number} ({' '.join(job.overrides or ())}): {job._return_value}", file=sys.stderr)
+    if len(failed) > MOST_LISTED:
+        print(f"  and {len(failed) - MOST_LISTED} more", file=sys.stderr)
 
 
 def combine(

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 from controllers.network import ACTIVATIONS, Network
 from controllers.policy import Head, Header, Policy
 from runs.code import code_digest
+from runs.inputs import file_digests
 from runs.learning.scenarios import TrainingEnv
 from runs.serving import Progress
 from runs.tracking import Tracking
@@ -44,6 +45,7 @@ class Training(BaseModel):
         validation_every: environment steps between validations.
         checkpoint_s: seconds between checkpoints: what a kill can cost at most.
         log_every: environment steps between rows of metrics.
+        optimized_metric: key of the result that a run returns to Hydra's sweeper, for one that optimizes.
         logger: Weights & Biases.
     """
 
@@ -57,13 +59,14 @@ class Training(BaseModel):
     validation_every: Annotated[int, Field(ge=1)] = 1_000_000
     checkpoint_s: Annotated[float, Field(gt=0.0)] = 60.0
     log_every: Annotated[int, Field(ge=1)] = 200_000
+    optimized_metric: Annotated[str, Field(min_length=1)] = "eval/objective_ratio"
     logger: Tracking = Tracking()
 
     @property
     def fingerprint(self) -> str:
         """What a checkpoint must have been made with to be gone on from."""
-        own = self.model_dump_json(exclude={"logger", "checkpoint_s"}, serialize_as_any=True)
-        return f"{code_digest()} {own}"
+        own = self.model_dump_json(exclude={"logger", "checkpoint_s", "optimized_metric"}, serialize_as_any=True)
+        return f"{code_digest()} {own} {file_digests(self)}"
 
     @property
     def label(self) -> str:

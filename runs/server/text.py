@@ -18,9 +18,8 @@ from typing import Any, Literal, TypeVar
 import jinja2
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from runs.server.errors import ApiError
-
 from engine.files import reading
+from runs.server.errors import ApiError
 
 PLAIN_CHAT = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"

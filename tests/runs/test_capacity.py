@@ -206,7 +206,7 @@ def test_a_killed_search_goes_on_without_a_finished_probe_again(
     assert sorted(asked) == sorted(whole)
 
 
-def test_probes_of_other_settings_or_code_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probes_of_other_settings_files_or_code_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
     monkeypatch.setattr(Capacity, "_probe", _stepped(1.0, asked))
     queue(seeds=(0,)).run(tmp_path, unseen)
@@ -216,6 +216,9 @@ def test_probes_of_other_settings_or_code_are_not_used(tmp_path: Path, monkeypat
     monkeypatch.setattr(capacity_search, "code_digest", lambda: "another")
     queue(seeds=(0,), slo=Targets(ttft_target=0.3)).run(tmp_path, unseen)
     assert len(asked) == 3 * first
+    monkeypatch.setattr(capacity_search, "file_digests", lambda _: {"trace.csv": "edited"})
+    queue(seeds=(0,), slo=Targets(ttft_target=0.3)).run(tmp_path, unseen)
+    assert len(asked) == 4 * first
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ import pytest
 import wandb
 
 from controllers.fixed import Fixed
-from runs import evaluate, folder
+from runs import evaluate, folder, mistakes
 from runs.code import code_digest
 from runs.reporting.collate import collate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TINY = ("workload=poisson_lmsys", "workload.num_requests=60", "workload.arrivals.rate=6.0", "logger=none")
+TINY = ("workload=poisson_lmsys", "workload.num_requests=60", "workload.arrivals.rate=6.0")
 Run = Callable[..., int]
 
 
@@ -59,7 +59,6 @@ def test_the_documented_command_leaves_the_documented_files(tmp_path: Path) -> N
         "controller=analytic",
         "controller.ttft_target=1.0",
         "seed=0",
-        "logger=none",
         f"hydra.run.dir={tmp_path / 'out'}",
         cwd=tmp_path,
     )
@@ -229,7 +228,7 @@ def test_a_bad_trace_is_refused_with_file_and_row(
 ) -> None:
     path = trace(tmp_path / "requests.csv", text)
     out = tmp_path / "out"
-    assert run("workload=trace", f"workload.path={path}", "logger=none", f"hydra.run.dir={out}") == 2
+    assert run("workload=trace", f"workload.path={path}", f"hydra.run.dir={out}") == 2
     _assert_refused(capsys.readouterr().err, out, ["requests", *said])
 
 
@@ -285,6 +284,129 @@ def test_a_resumed_run_is_left_alone_unless_configuration_or_code_changed(
     assert summary_of(tmp_path)["requests_finished"] == 60
 
 
+@pytest.fixture
+def sweep(call_app: Callable[..., int], tmp_path: Path) -> Callable[..., int]:
+    """Sweeps in this process into a folder of its own; returns the exit status."""
+    base = ("-m", *TINY, "controller=fixed", "hydra.launcher.workers=1", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    return functools.partial(call_app, evaluate.main, "evaluate", *base)
+
+
+def times_of(folder_of_sweep: Path) -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder_of_sweep.glob(f"*/{folder.SUMMARY}")}
+
+
+def test_a_sweep_that_was_stopped_keeps_its_finished_runs_by_default(sweep: Run, tmp_path: Path) -> None:
+    assert sweep("seed=0,1,2") == 0
+    before = times_of(tmp_path / "sweep")
+    (tmp_path / "sweep" / "1" / folder.SUMMARY).unlink()
+    # None of these decides a result.
+    assert sweep("seed=0,1,2", "resume=true", "logger.project=another", "optimized_metric=tpot_mean_s") == 0
+    after = times_of(tmp_path / "sweep")
+    assert {name for name in after if before[name] == after[name]} == {"0", "2"}
+    assert sweep("seed=0,1,2", "resume=false") == 0
+    assert not set(after.values()) & set(times_of(tmp_path / "sweep").values())
+
+
+def test_a_single_run_is_made_again_by_default(run: Run, tmp_path: Path) -> None:
+    assert run(*TINY, "controller=fixed", f"hydra.run.dir={tmp_path}") == 0
+    first = (tmp_path / folder.SUMMARY).stat().st_mtime_ns
+    assert run(*TINY, "controller=fixed", f"hydra.run.dir={tmp_path}") == 0
+    assert (tmp_path / folder.SUMMARY).stat().st_mtime_ns > first
+
+
+def test_an_edited_trace_is_served_anew(run: Run, tmp_path: Path) -> None:
+    header = "arrival_s,prompt_tokens,output_tokens\n"
+    path = trace(tmp_path / "requests.csv", header + "0.0,50,8\n0.9,20,30\n")
+    out = tmp_path / "out"
+    arguments = ("workload=trace", f"workload.path={path}", "controller=fixed", "resume=true", f"hydra.run.dir={out}")
+    assert run(*arguments) == 0
+    first = (out / folder.SUMMARY).stat().st_mtime_ns
+    assert run(*arguments) == 0
+    assert (out / folder.SUMMARY).stat().st_mtime_ns == first
+    about = path.stat()
+    trace(path, header + "0.0,50,8\n0.9,20,40\n")
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert run(*arguments) == 0
+    assert pd.read_parquet(out / folder.REQUESTS)["output_tokens"].tolist() == [8, 40]
+    assert list(summary_of(out)["run"]["inputs"]) == [str(path)]
+
+
+@pytest.mark.parametrize("launcher", ["processes", "basic"])
+def test_a_bad_job_costs_only_itself_and_is_named_at_the_end(
+    call_app: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], launcher: str
+) -> None:
+    given = ["-m", *TINY, "controller=fixed", "controller.candidates=99,1", "seed=0,-1", f"hydra/launcher={launcher}"]
+    if launcher == "processes":
+        given.append("hydra.launcher.workers=1")
+    assert call_app(evaluate.main, "evaluate", *given, f"hydra.sweep.dir={tmp_path}") == 1
+    assert sorted(path.parent.name for path in tmp_path.glob(f"*/{folder.SUMMARY}")) == ["2"]
+    left = json.loads((tmp_path / "0" / mistakes.FAILURE).read_text())
+    assert "candidates=99 must be between 0 and 32" in left["error"]
+    assert "controller.candidates=99" in left["overrides"]
+    said = capsys.readouterr().err
+    listed = said[said.index("3 of 4 jobs failed:") :].splitlines()
+    assert [line.split()[0] for line in listed[1:4]] == ["0", "1", "3"]
+    assert "seed=-1" in listed[3]
+    assert "Traceback" not in said
+    # The failure goes with its cause.
+    assert call_app(evaluate.main, "evaluate", *given, f"hydra.sweep.dir={tmp_path}", "seed=0") == 1
+    given[given.index("controller.candidates=99,1")] = "controller.candidates=0,1"
+    assert call_app(evaluate.main, "evaluate", *given, f"hydra.sweep.dir={tmp_path}", "seed=0,1") == 0
+    assert not list(tmp_path.glob(f"*/{mistakes.FAILURE}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["experiment=quick", "hydra.run.dir={}"], ["hydra.run.dir={}", "900 jobs", "set hydra.sweep.dir={}"]),
+        (["-m", "seed=0,1", "hydra.run.dir={}"], ["hydra.run.dir={}", "2 jobs", "set hydra.sweep.dir={}"]),
+        (["hydra.sweep.dir={}", "hydra.run.dir={}"], ["hydra.sweep.dir={}", "set hydra.run.dir", "-m"]),
+    ],
+    ids=["preset", "sweep", "run"],
+)
+def test_the_folder_of_a_run_is_not_a_sweeps(
+    call_app: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    said: list[str],
+) -> None:
+    out = tmp_path / "out"
+    assert call_app(evaluate.main, "evaluate", *(text.format(out) for text in overrides)) == 2
+    message = capsys.readouterr().err
+    assert all(part.format(out) in message for part in said)
+    assert not [path for path in out.rglob("*") if path.name != "evaluate.log"]
+
+
+def test_a_metric_that_no_run_has_is_refused_with_the_nearest(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*TINY, "controller=fixed", "optimized_metric=tpot_men_s", f"hydra.run.dir={tmp_path}") == 2
+    said = capsys.readouterr().err
+    assert "optimized_metric=tpot_men_s" in said
+    assert "did you mean tpot_mean_s?" in said
+
+
+def test_an_overloaded_run_says_so_in_one_line_and_another_does_not(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("workload=poisson_sharegpt", "workload.num_requests=1000", "controller=fixed", f"hydra.run.dir={tmp_path}")
+    for rate, overloaded in ((1, False), (8, True)):
+        assert run(*few, f"workload.arrivals.rate={rate}") == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if "overloaded:" in line]
+        assert len(lines) == overloaded
+        assert summary_of(tmp_path)["overloaded"] is overloaded
+        assert all(f"{summary_of(tmp_path)['request_rate_rps']:.3g} requests/s arrived" in line for line in lines)
+
+
+def test_without_arguments_the_engine_keeps_up_and_nothing_is_logged_elsewhere(run: Run, tmp_path: Path) -> None:
+    assert run(f"hydra.run.dir={tmp_path}") == 0
+    summary = summary_of(tmp_path)
+    assert summary["overloaded"] is False
+    assert summary["slo_attainment"] > 0.99
+    assert not (tmp_path / "wandb").exists()
+
+
 def test_a_run_says_which_scenario_and_code_it_is_of_and_whether_its_controller_peeks(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,8 +425,7 @@ def test_offline_logging_stays_in_the_run_folder(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    arguments = [text for text in TINY if text != "logger=none"]
-    assert run(*arguments, "logger=offline", "controller=fixed", f"hydra.run.dir={tmp_path}") == 0
+    assert run(*TINY, "logger=offline", "controller=fixed", f"hydra.run.dir={tmp_path}") == 0
     wandb.teardown()  # its own process writes the file, and has written it when it has ended
     (logged,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert b"serving/tpot_s" in logged.read_bytes()
