@@ -15,7 +15,8 @@ from controllers.analytic import Analytic
 from controllers.features import Layout
 from controllers.policy import Policy, Residual
 from engine.files import write_whole
-from runs.learning.record import STEP, Metrics, load_checkpoint, save_checkpoint
+from runs.learning.checkpoint import load_checkpoint, save_checkpoint
+from runs.learning.record import STEP, Metrics
 from runs.learning.training import POLICY, Learner, Training
 from runs.learning.validation import MakeController, Validation, reference
 from runs.serving import Progress
@@ -109,6 +110,7 @@ class _Search:
         self.training = training
         self.folder = folder
         self.names = sorted(settings.spans)
+        self.saved = load_checkpoint(folder, training.fingerprint)
         self.metrics = Metrics(folder, training.logger, training.label, training.model_dump(mode="json"))
         start = [settings.spans[name].place(getattr(Analytic(), name)) for name in self.names]
         self.mean = np.clip(start, 0.0, 1.0)
@@ -122,10 +124,9 @@ class _Search:
 
     def go(self, on_progress: Progress | None) -> dict[str, Any]:
         """Learn to the end, going on from the folder's checkpoint where there is one; returns the summary of it."""
-        saved = load_checkpoint(self.folder, self.training.fingerprint)
-        if saved is not None:
-            self.__dict__.update(saved["search"])
-            self.metrics.resume(saved["rows"])
+        if self.saved is not None:
+            vars(self).update(self.saved["search"])
+            self.metrics.resume(self.saved["rows"])
             log.info("goes on from generation %d", self.generation)
         validation = Validation(self.training.env, self.training.validation_workloads, reference)
         while self.generation < self.settings.generations:
@@ -233,5 +234,4 @@ class _Search:
     def _save(self) -> None:
         names = ("mean", "deviation", "generation", "served", "multiplier", "best")
         search = {name: getattr(self, name) for name in names} | {"wall_s": self._wall()}
-        content = {"fingerprint": self.training.fingerprint, "search": search, "rows": self.metrics.rows}
-        save_checkpoint(self.folder, content)
+        save_checkpoint(self.folder, self.training.fingerprint, {"search": search, "rows": self.metrics.rows})
