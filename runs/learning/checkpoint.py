@@ -39,7 +39,7 @@ def save_checkpoint(folder: Path, fingerprint: str, content: dict[str, Any]) -> 
     document = json.dumps({"fingerprint": fingerprint, "content": _packed(content, "content", arrays)}).encode()
     parts = arrays | {_DOCUMENT: np.frombuffer(document, dtype=np.uint8), _DIGEST: _digest(document, arrays)}
     file = io.BytesIO()
-    np.savez(file, **parts)  # type: ignore[arg-type]  # the stubs take the arrays for `allow_pickle`
+    np.savez(file, **parts)
     write_whole(folder / CHECKPOINT, file.getvalue())
 
 
