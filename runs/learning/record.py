@@ -81,7 +81,9 @@ class Metrics:
 
     def _tell(self, row: Row) -> None:
         if self._run is not None:
-            self._run.log({key: value for key, value in row.items() if math.isfinite(value)}, step=int(row[STEP]))
+            # A row that waits for the next step would be written after the summary, and into it.
+            finite = {key: value for key, value in row.items() if math.isfinite(value)}
+            self._run.log(finite, step=int(row[STEP]), commit=True)
 
     def _write(self) -> None:
         """Write the CSV as the rows are."""
