@@ -119,7 +119,7 @@ class _Search:
         self.served = 0
         self.wall_s = 0.0
         self.multiplier = training.env.reward.multiplier
-        self.best: tuple[float, dict[str, float], dict[str, float]] | None = None
+        self.best: tuple[float, dict[str, float], dict[str, float], int] | None = None
         self.begun_at = time.perf_counter()
 
     def go(self, on_progress: Progress | None) -> dict[str, Any]:
@@ -137,13 +137,14 @@ class _Search:
             if on_progress is not None:
                 on_progress(self.generation, self.settings.generations)
         assert self.best is not None
-        _, parameters, figures = self.best
+        _, parameters, figures, step = self.best
         document = {"_target_": "controllers.analytic.Analytic", "ttft_target": 1.0} | parameters
         write_whole(self.folder / CONTROLLER, yaml.safe_dump(document, sort_keys=False).encode())
         self._policy(parameters).save(self.folder / POLICY)
         result: dict[str, Any] = {
             "name": self.training.label,
             "steps": self.served,
+            "best_at_step": step,
             "wall_s": self._wall(),
             "parameters": parameters,
         } | {f"eval/{name}": value for name, value in figures.items()}
@@ -220,7 +221,7 @@ class _Search:
         parameters = self._parameters(self.mean)
         figures = validation.figures(self._tuned(parameters))
         if self.best is None or self._validated(figures) < self.best[0]:
-            self.best = (self._validated(figures), parameters, figures)
+            self.best = (self._validated(figures), parameters, figures, self.served)
         row = {STEP: float(self.served), "train/wall_s": self._wall(), "train/generation": float(self.generation)}
         row["train/violation_multiplier"] = self.multiplier
         row |= {"train/score_mean": float(scores.mean()), "train/score_best": float(scores.min())}

@@ -118,7 +118,8 @@ class _Iteration:
         policy.save(self.folder / POLICY)
         result: dict[str, Any] = {
             "name": policy.header.name,
-            "steps": int(row[STEP]),
+            "steps": self.round * self.settings.moments,
+            "best_at_step": int(row[STEP]),
             "wall_s": self._wall(),
         } | {name: value for name, value in row.items() if name.startswith("eval/")}
         self.metrics.finish(result)

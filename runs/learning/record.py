@@ -50,7 +50,7 @@ class Metrics:
             self._run = wandb.init(
                 project=tracking.project,
                 mode="offline" if tracking.mode == "offline" else "online",
-                dir=self._folder,
+                dir=str(self._folder),
                 id=known,
                 resume=None if known is None else "allow",
                 name=name,
