@@ -1,4 +1,4 @@
-"""The constraints hold every requirement at a version that pyproject.toml allows, and Hydra runs no code it is given."""
+"""The constraints hold every requirement at a version that pyproject.toml allows; Hydra runs no shell command."""
 
 from __future__ import annotations
 

@@ -110,6 +110,22 @@ def test_a_checkpoint_that_is_a_pickle_is_refused_before_anything_is_written(
     assert {path.name for path in tmp_path.iterdir()} <= {PICKLE, "train.log"}
 
 
+def test_the_last_line_says_that_the_policy_before_training_is_kept(
+    call_app: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A residual policy that does not move stays at `analytic`'s choice, so that no step is better than the first."""
+    still = ["learner.steps=448", "learner.learning_rate=1e-30", "learner.final_learning_rate=1e-30"]
+    still += ["env.residual={candidates: 1, budgets: 1}"]
+    assert call_app(train.main, "train", *SMALL, *still, f"hydra.run.dir={tmp_path}") == 0
+    assert json.loads((tmp_path / train.RESULT).read_text())["best_at_step"] == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"written to {tmp_path}: the policy of step 0, as it was before training, since none up to step 448" in last
+
+
+def test_the_last_line_names_the_step_of_the_policy_that_is_kept() -> None:
+    assert train.kept({"best_at_step": 6_272, "steps": 12_096}) == "the policy of step 6,272 of 12,096"
+
+
 def test_a_distilled_table_serves_and_says_what_is_lost(call_app: Callable[..., int], tmp_path: Path) -> None:
     small = ["workloads=1", "validation_workloads=1", "env=vicuna_7b"]
     assert call_app(distill.main, "distill", *small, f"hydra.run.dir={tmp_path}") == 0
