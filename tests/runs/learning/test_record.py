@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
@@ -98,3 +99,16 @@ def test_the_summary_in_wandb_is_the_result_and_not_the_last_row(
     summary = summed_up(tmp_path)
     assert {key: summary[key] for key in result} == result
     assert summary["train/return"] == -10.0
+
+
+def test_the_summary_of_a_served_run_in_wandb_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    arrival, ttft = np.array([0.0, 31.0]), np.array([0.5, 2.0])
+    requests = {"arrival_s": arrival, "first_token_s": arrival + ttft, "ttft_s": ttft, "tpot_s": np.array([0.02, 0.04])}
+    figures = {"tpot_mean_s": 0.03, "ttft_attainment": 0.5}
+    identity = {"label": "fixed", "scenario": "drill", "engine": "small", "seed": 0, "ttft_target_s": 1.0}
+    Tracking(mode="offline").record(tmp_path, {}, figures | {"run": identity}, requests, np.zeros(0))
+    wandb.teardown()
+    summary = summed_up(tmp_path)
+    assert {key: summary[key] for key in figures} == figures
+    assert summary["serving/tpot_s"] == 0.04, "the last window of the curves"
