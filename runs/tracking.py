@@ -53,7 +53,7 @@ class Tracking(BaseModel):
             run = wandb.init(
                 project=self.project,
                 mode="offline" if self.mode == "offline" else "online",
-                dir=folder,
+                dir=str(folder),
                 name=f"{identity['label']} · {identity['scenario']} · seed {identity['seed']}",
                 group=f"{identity['engine']} · {identity['scenario']}",
                 job_type="evaluate",

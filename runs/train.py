@@ -8,6 +8,7 @@ same command goes on from the folder's last checkpoint after a kill.
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +23,14 @@ from runs.progress import progress
 log = logging.getLogger("train")
 
 RESULT = "result.json"
+
+
+def kept(result: dict[str, Any]) -> str:
+    """Say which of the policies that a run validated is the one in its folder."""
+    best, steps = result["best_at_step"], result["steps"]
+    if best == 0 < steps:
+        return f"the policy of step 0, as it was before training, since none up to step {steps:,} was better"
+    return f"the policy of step {best:,} of {steps:,}"
 
 
 def job(config: DictConfig) -> float:
@@ -47,7 +56,7 @@ def job(config: DictConfig) -> float:
             result["steps"],
             result["wall_s"],
         )
-        log.info("written to %s", out)
+        log.info("written to %s: %s", out, kept(result))
         return optimized(result, training.optimized_metric, RESULT)
 
 

@@ -197,9 +197,13 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C and a polite kill into an answer that is asked for between steps, never in the middle of one."""
+    """Turns Ctrl-C and a polite kill into an answer that is asked for between steps, never in the middle of one.
+
+    A signal that the process was started to ignore, as Ctrl-C in the background of a shell, stays ignored.
+    """
     asked = threading.Event()
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in heeded}
     try:
         yield asked.is_set
     finally:

@@ -15,7 +15,8 @@ from controllers.analytic import Analytic
 from controllers.features import Layout
 from controllers.policy import Policy, Residual
 from engine.files import write_whole
-from runs.learning.record import STEP, Metrics, load_checkpoint, save_checkpoint
+from runs.learning.checkpoint import load_checkpoint, save_checkpoint
+from runs.learning.record import STEP, Metrics
 from runs.learning.training import POLICY, Learner, Training
 from runs.learning.validation import MakeController, Validation, reference
 from runs.serving import Progress
@@ -109,6 +110,7 @@ class _Search:
         self.training = training
         self.folder = folder
         self.names = sorted(settings.spans)
+        self.saved = load_checkpoint(folder, training.fingerprint)
         self.metrics = Metrics(folder, training.logger, training.label, training.model_dump(mode="json"))
         start = [settings.spans[name].place(getattr(Analytic(), name)) for name in self.names]
         self.mean = np.clip(start, 0.0, 1.0)
@@ -117,15 +119,14 @@ class _Search:
         self.served = 0
         self.wall_s = 0.0
         self.multiplier = training.env.reward.multiplier
-        self.best: tuple[float, dict[str, float], dict[str, float]] | None = None
+        self.best: tuple[float, dict[str, float], dict[str, float], int] | None = None
         self.begun_at = time.perf_counter()
 
     def go(self, on_progress: Progress | None) -> dict[str, Any]:
         """Learn to the end, going on from the folder's checkpoint where there is one; returns the summary of it."""
-        saved = load_checkpoint(self.folder, self.training.fingerprint)
-        if saved is not None:
-            self.__dict__.update(saved["search"])
-            self.metrics.resume(saved["rows"])
+        if self.saved is not None:
+            vars(self).update(self.saved["search"])
+            self.metrics.resume(self.saved["rows"])
             log.info("goes on from generation %d", self.generation)
         validation = Validation(self.training.env, self.training.validation_workloads, reference)
         while self.generation < self.settings.generations:
@@ -136,13 +137,14 @@ class _Search:
             if on_progress is not None:
                 on_progress(self.generation, self.settings.generations)
         assert self.best is not None
-        _, parameters, figures = self.best
+        _, parameters, figures, step = self.best
         document = {"_target_": "controllers.analytic.Analytic", "ttft_target": 1.0} | parameters
         write_whole(self.folder / CONTROLLER, yaml.safe_dump(document, sort_keys=False).encode())
         self._policy(parameters).save(self.folder / POLICY)
         result: dict[str, Any] = {
             "name": self.training.label,
             "steps": self.served,
+            "best_at_step": step,
             "wall_s": self._wall(),
             "parameters": parameters,
         } | {f"eval/{name}": value for name, value in figures.items()}
@@ -219,7 +221,7 @@ class _Search:
         parameters = self._parameters(self.mean)
         figures = validation.figures(self._tuned(parameters))
         if self.best is None or self._validated(figures) < self.best[0]:
-            self.best = (self._validated(figures), parameters, figures)
+            self.best = (self._validated(figures), parameters, figures, self.served)
         row = {STEP: float(self.served), "train/wall_s": self._wall(), "train/generation": float(self.generation)}
         row["train/violation_multiplier"] = self.multiplier
         row |= {"train/score_mean": float(scores.mean()), "train/score_best": float(scores.min())}
@@ -233,5 +235,4 @@ class _Search:
     def _save(self) -> None:
         names = ("mean", "deviation", "generation", "served", "multiplier", "best")
         search = {name: getattr(self, name) for name in names} | {"wall_s": self._wall()}
-        content = {"fingerprint": self.training.fingerprint, "search": search, "rows": self.metrics.rows}
-        save_checkpoint(self.folder, content)
+        save_checkpoint(self.folder, self.training.fingerprint, {"search": search, "rows": self.metrics.rows})

@@ -15,8 +15,9 @@ from torch import nn
 from controllers.learned import new_rules
 from controllers.network import ACTIVATIONS, Network
 from controllers.policy import Policy
+from runs.learning.checkpoint import load_checkpoint, save_checkpoint
 from runs.learning.foresight import Trial, foresee, new_trial
-from runs.learning.record import STEP, Metrics, Row, load_checkpoint, save_checkpoint
+from runs.learning.record import STEP, Metrics, Row
 from runs.learning.training import POLICY, Learner, Training
 from runs.learning.validation import Validation, reference, serving
 from runs.learning.vec_env import GovernorVecEnv, Group
@@ -86,11 +87,13 @@ class _Iteration:
         self.settings = settings
         self.training = training
         self.folder = folder
+        self.saved = load_checkpoint(folder, training.fingerprint)
         self.metrics = Metrics(folder, training.logger, training.label, training.model_dump(mode="json"))
         assert training.env.residual is not None
         self.reach = np.array([training.env.residual.candidates, training.env.residual.budgets])
         self.policy = training.unshifted(moments=0)
         self.best: tuple[float, Policy, Row] | None = None
+        self.better = True
         self.round = 0
         self.moments = 0
         self.wall_s = 0.0
@@ -99,16 +102,14 @@ class _Iteration:
 
     def go(self, on_progress: Progress | None) -> dict[str, Any]:
         """Learn to the end, going on from the folder's checkpoint where there is one; returns the summary of it."""
-        saved = load_checkpoint(self.folder, self.training.fingerprint)
-        if saved is not None:
-            self.__dict__.update(saved["state"])
-            self.metrics.resume(saved["rows"])
+        if self.saved is not None:
+            vars(self).update(self.saved["state"])
+            self.metrics.resume(self.saved["rows"])
             log.info("goes on from round %d, moment %d", self.round, self.moments)
         validation = Validation(self.training.env, self.training.validation_workloads, reference)
-        better = True
-        while better and self.round < self.settings.rounds:
+        while self.better and self.round < self.settings.rounds:
             samples = self._sample(on_progress)
-            better = self._improve(samples, validation)
+            self.better = self._improve(samples, validation)
             self.round += 1
             self.samples, self.moments = [], 0
             self._save(None)
@@ -117,7 +118,8 @@ class _Iteration:
         policy.save(self.folder / POLICY)
         result: dict[str, Any] = {
             "name": policy.header.name,
-            "steps": int(row[STEP]),
+            "steps": self.round * self.settings.moments,
+            "best_at_step": int(row[STEP]),
             "wall_s": self._wall(),
         } | {name: value for name, value in row.items() if name.startswith("eval/")}
         self.metrics.finish(result)
@@ -127,23 +129,25 @@ class _Iteration:
         return self.wall_s + time.perf_counter() - self.begun_at
 
     def _save(self, env: dict[str, Any] | None) -> None:
-        names = ("policy", "best", "round", "moments", "samples")
+        if self.samples:
+            self.samples = [np.concatenate(self.samples)]
+        names = ("policy", "best", "better", "round", "moments", "samples")
         state = {name: getattr(self, name) for name in names} | {"wall_s": self._wall()}
-        content = {"fingerprint": self.training.fingerprint, "state": state, "rows": self.metrics.rows, "env": env}
-        save_checkpoint(self.folder, content)
+        content = {"state": state, "rows": self.metrics.rows, "env": env}
+        save_checkpoint(self.folder, self.training.fingerprint, content)
         self.saved_at = time.perf_counter()
 
     def _sample(self, on_progress: Progress | None) -> NDArray[Any]:
         """Rows of (inputs, policy's own c and n, shifts of c and n, what the shift costs more)."""
         settings = self.settings
-        saved = load_checkpoint(self.folder, self.training.fingerprint)
+        saved, self.saved = None if self.saved is None else self.saved["env"], None
         env = GovernorVecEnv(self.training.env, self.training.seed + 10_000 * (self.round + 1))
         rng = np.random.default_rng([self.training.seed, self.round])
         inputs: Any = env.reset()
         step = 0
-        if saved is not None and saved["env"] is not None:
-            env.restore(saved["env"]["env"])
-            rng, inputs, step = saved["env"]["rng"], saved["env"]["inputs"], saved["env"]["step"]
+        if saved is not None:
+            env.restore(saved["env"])
+            rng, inputs, step = saved["rng"], saved["inputs"], saved["step"]
         copies = [_Copies(group, self.policy, settings) for group in env.groups]
         phase = np.random.default_rng(self.training.seed).integers(settings.every, size=env.num_envs)
         while self.moments < settings.moments:

@@ -1,4 +1,4 @@
-"""What a training run leaves on the way: rows of metrics in a CSV and in W&B, and checkpoints that it goes on from."""
+"""Rows of metrics of a training run, in a CSV and in W&B."""
 
 import csv
 import io
@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from runs.tracking import Tracking
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.csv"
-CHECKPOINT = "checkpoint.pkl"
 IDENTITY = "wandb.json"
 STEP = "train/env_steps"
 
@@ -53,7 +51,7 @@ class Metrics:
             self._run = wandb.init(
                 project=tracking.project,
                 mode="offline" if tracking.mode == "offline" else "online",
-                dir=self._folder,
+                dir=str(self._folder),
                 id=known,
                 resume=None if known is None else "allow",
                 name=name,
@@ -84,7 +82,9 @@ class Metrics:
 
     def _tell(self, row: Row) -> None:
         if self._run is not None:
-            self._run.log({key: value for key, value in row.items() if math.isfinite(value)}, step=int(row[STEP]))
+            # A row that waits for the next step would be written after the summary, and into it.
+            finite = {key: value for key, value in row.items() if math.isfinite(value)}
+            self._run.log(finite, step=int(row[STEP]), commit=True)
 
     def _write(self) -> None:
         """Write the CSV as the rows are."""
@@ -104,32 +104,3 @@ class Metrics:
                     self._run.summary[key] = value
             self._run.finish()
             self._run = None
-
-
-def save_checkpoint(folder: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint: the one before it stays until this one is whole."""
-    write_whole(folder / CHECKPOINT, pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL))
-
-
-def load_checkpoint(folder: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The folder's checkpoint, if there is one.
-
-    Only files that this program wrote itself may be loaded: a checkpoint is a pickle.
-
-    Raises:
-        ValueError: it is of another configuration, or broken.
-    """
-    path = folder / CHECKPOINT
-    if not path.is_file():
-        return None
-    try:
-        content: dict[str, Any] = pickle.loads(path.read_bytes())
-        made = content["fingerprint"]
-    except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, ImportError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); remove it to begin anew") from error
-    if made != fingerprint:
-        raise ValueError(
-            f"{path} is of another configuration or version of the code: set hydra.run.dir to another folder, or "
-            "remove it to begin anew"
-        )
-    return content

@@ -1,14 +1,15 @@
 """Reinforcement learning with Stable-Baselines3: the loop around an algorithm, which can be killed and gone on with."""
 
-import io
 import logging
 import random
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
@@ -16,7 +17,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from controllers.network import LARGEST_INPUT
 from controllers.policy import Policy
-from runs.learning.record import STEP, Metrics, Row, load_checkpoint, save_checkpoint
+from runs.learning.checkpoint import load_checkpoint, save_checkpoint
+from runs.learning.record import STEP, Metrics, Row
 from runs.learning.training import POLICY, Training
 from runs.learning.validation import Validation, reference, serving
 from runs.learning.vec_env import Episode, GovernorVecEnv
@@ -27,8 +29,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SET_ANEW = ("_last_lstm_states", "replay_buffer", "action_space")
-"""What SB3 leaves out of a saved model, or begins anew with when it loads one; the action space draws exploration."""
+_PROGRESS = (
+    "num_timesteps", "_n_updates", "_n_calls", "_episode_num", "_current_progress_remaining", "exploration_rate",
+    "_last_obs", "_last_original_obs", "_last_episode_starts",
+)  # fmt: skip
+"""Attributes of SB3's algorithms that training changes, beside networks and buffers; none has all of them."""
 
 
 class Run(BaseCallback):
@@ -42,6 +47,7 @@ class Run(BaseCallback):
         self.learner = learner
         self.folder = folder
         self.on_progress = on_progress
+        self.saved = load_checkpoint(folder, training.fingerprint)
         self.env = GovernorVecEnv(training.env, training.seed, learner.form, learner.masked)
         self.normalizer = VecNormalize(self.env, norm_obs=True, norm_reward=False, clip_obs=LARGEST_INPUT)
         self.metrics = Metrics(folder, training.logger, training.label, training.model_dump(mode="json"))
@@ -57,7 +63,7 @@ class Run(BaseCallback):
 
     def go(self) -> dict[str, Any]:
         """Learn to the end, going on from the folder's checkpoint where there is one; returns the summary of it."""
-        saved = load_checkpoint(self.folder, self.settings.fingerprint)
+        saved, self.saved = self.saved, None
         learner = self.learner
         if saved is None:
             model = learner.build(self.normalizer, self.settings.seed)
@@ -73,15 +79,13 @@ class Run(BaseCallback):
 
     def _restore(self, saved: dict[str, Any]) -> BaseAlgorithm:
         self.env.reset()
-        model = self.learner.algorithm.load(
-            io.BytesIO(saved["model"]), env=self.normalizer, device="cpu", force_reset=False
-        )
-        for name, value in saved["extra"].items():
-            setattr(model, name, value)
+        model = self.learner.build(self.normalizer, self.settings.seed)
+        _restore_model(model, saved["model"])
         self.env.restore(saved["env"])
-        self.normalizer.obs_rms = saved["normalizer"]
+        vars(self.normalizer.obs_rms).update(saved["normalizer"])
         own = saved["run"]
-        self.best, self.episodes, self.returns = own["best"], own["episodes"], own["returns"]
+        self.best, self.returns = own["best"], own["returns"]
+        self.episodes = [Episode.of(plain) for plain in own["episodes"]]
         self.next_log, self.next_validation = own["next_log"], own["next_validation"]
         self.wall_s, self.prepared, self.logged_at = own["wall_s"], own["prepared"], own["logged_at"]
         self.metrics.resume(own["rows"])
@@ -92,21 +96,17 @@ class Run(BaseCallback):
         return model
 
     def _save(self) -> None:
-        content = io.BytesIO()
-        self.model.save(content)
-        extra = {name: getattr(self.model, name) for name in _SET_ANEW if hasattr(self.model, name)}
         save_checkpoint(
             self.folder,
+            self.settings.fingerprint,
             {
-                "fingerprint": self.settings.fingerprint,
-                "model": content.getvalue(),
-                "extra": extra,
+                "model": _plain_model(self.model),
                 "env": self.env.snapshot(),
-                "normalizer": self.normalizer.obs_rms,
+                "normalizer": vars(self.normalizer.obs_rms),
                 "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),  # noqa: NPY002
                 "run": {
                     "best": self.best,
-                    "episodes": self.episodes,
+                    "episodes": [asdict(episode) for episode in self.episodes],
                     "returns": self.returns,
                     "next_log": self.next_log,
                     "next_validation": self.next_validation,
@@ -230,3 +230,39 @@ class Run(BaseCallback):
         self._save()
         self.metrics.finish(result)
         return result
+
+
+def _plain_model(model: BaseAlgorithm) -> dict[str, Any]:
+    """Return everything that training has changed in a model, as a checkpoint holds it."""
+    plain: dict[str, Any] = {
+        "parameters": model.get_parameters(),
+        # SAC's entropy coefficient is a tensor of its own.
+        "tensors": {name: getattr(model, name).data for name in model._get_torch_save_params()[1]},
+        "progress": {name: getattr(model, name) for name in _PROGRESS if hasattr(model, name)},
+        # The action space draws exploration.
+        "action_space": model.action_space.np_random.bit_generator.state,
+    }
+    states: Any = getattr(model, "_last_lstm_states", None)
+    if states is not None:
+        plain["lstm"] = [tuple(states.pi), tuple(states.vf)]
+    buffer = getattr(model, "replay_buffer", None)
+    if buffer is not None:
+        plain["buffer"] = {name: value for name, value in vars(buffer).items() if isinstance(value, np.ndarray)}
+        plain["buffer_end"] = (buffer.pos, buffer.full)
+    return plain
+
+
+def _restore_model(model: Any, plain: dict[str, Any]) -> None:
+    """Make a new model what `_plain_model` was given."""
+    model.set_parameters(plain["parameters"], device="cpu")
+    for name, value in plain["tensors"].items():
+        getattr(model, name).data = value
+    for name, value in plain["progress"].items():
+        setattr(model, name, value)
+    model.action_space.np_random.bit_generator.state = plain["action_space"]
+    if "lstm" in plain:
+        model._last_lstm_states = RNNStates(*plain["lstm"])
+    if "buffer" in plain:
+        for name, value in plain["buffer"].items():
+            setattr(model.replay_buffer, name, value)
+        model.replay_buffer.pos, model.replay_buffer.full = plain["buffer_end"]

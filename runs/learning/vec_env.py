@@ -7,8 +7,8 @@ continuing task, so a learner bootstraps from their last observation.
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
 
 import numpy as np
 from gymnasium import spaces
@@ -29,6 +29,7 @@ from controllers.learned import (
 )
 from engine.backends.simulator import Simulator
 from engine.compiled import outlined
+from engine.core.state import State
 from engine.core.telemetry import INTERVAL_S, Observation
 from envs.reward import TERMS
 from envs.vector import ServingVectorEnv
@@ -96,6 +97,11 @@ class Episode:
     duration_s: float
     baseline: Charged
 
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Self:
+        """Return the episode of which `dataclasses.asdict` gave `plain`."""
+        return cls(**plain | {"baseline": Charged(**plain["baseline"])})
+
 
 class Group:
     """The environments of one scenario."""
@@ -116,6 +122,7 @@ class Group:
             decision_s=training.decision_s,
             distinct_workloads=training.distinct_workloads,
         )
+        self._sources = [training.source(scenario, stage) for stage in range(len(training.curriculum.stages) + 1)]
         self.plant = training.plant(scenario)
         self.sight: Sight = new_sight(
             self.plant,
@@ -168,23 +175,40 @@ class Group:
         return pairs
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything that the next steps depend on."""
+        """Return everything that the next steps depend on, in plain containers and arrays.
+
+        A workload is given as the curriculum's stage and the seed that it was drawn with.
+        """
+        assert self.observation is not None
+        env = self.env.snapshot()
+        batch = env["batch"]
         return {
-            "env": self.env.snapshot(),
-            "memory": deepcopy((self.sight.memory, self.sight.base.memory)),
+            "origins": [
+                (self._sources.index(source), seed) for source, seed in map(batch["origins"].get, range(self.count))
+            ],
+            "decisions": batch["decisions"],
+            "state": batch["state"]._asdict(),
+            "rngs": env["rngs"],
+            "memory": deepcopy([memory._asdict() for memory in (self.sight.memory, self.sight.base.memory)]),
             "base": self.base.copy(),
-            "observation": self.observation,
+            "observation": self.observation._asdict(),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from a `snapshot`."""
-        self.env.restore(saved["env"])
-        memory, base = saved["memory"]
-        for ours, theirs in ((self.sight.memory, memory), (self.sight.base.memory, base)):
-            for array, copy in zip(ours, theirs, strict=True):
-                array[...] = copy
+        # Compiled code takes aligned records; a file gives them back packed.
+        live = self.env.batch.state._asdict()
+        batch = {
+            "origins": {e: (self._sources[stage], seed) for e, (stage, seed) in enumerate(saved["origins"])},
+            "decisions": saved["decisions"],
+            "state": State(**{name: array.astype(live[name].dtype) for name, array in saved["state"].items()}),
+        }
+        self.env.restore({"batch": batch, "rngs": saved["rngs"]})
+        for memory, arrays in zip((self.sight.memory, self.sight.base.memory), saved["memory"], strict=True):
+            for name, array in arrays.items():
+                getattr(memory, name)[...] = array
         self.base[...] = saved["base"]
-        self.observation = saved["observation"]
+        self.observation = Observation(**saved["observation"])
         self._charge_all()
 
 
@@ -338,12 +362,12 @@ class GovernorVecEnv(VecEnv):
                 group.env.batch.draws_from(self.training.source(group.scenario, stage))
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything that the next steps depend on, to be pickled."""
+        """Return everything that the next steps depend on, as a checkpoint holds it."""
         return {
             "groups": [group.snapshot() for group in self.groups],
             "multiplier": self.multiplier,
             "stage": self.stage,
-            "episodes": list(self._episodes),
+            "episodes": [asdict(episode) for episode in self._episodes],
             "returns": self._returns.copy(),
             "lengths": self._lengths.copy(),
         }
@@ -355,7 +379,7 @@ class GovernorVecEnv(VecEnv):
             group.env.batch.draws_from(self.training.source(group.scenario, self.stage))
             group.restore(state)
         self.multiplier = saved["multiplier"]
-        self._episodes = list(saved["episodes"])
+        self._episodes = [Episode.of(plain) for plain in saved["episodes"]]
         self._returns[:] = saved["returns"]
         self._lengths[:] = saved["lengths"]
 

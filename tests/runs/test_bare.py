@@ -107,8 +107,16 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subproces
         names = refused - {"pyarrow"} if pyarrow else refused
         environment = os.environ | {"PYTHONPATH": str(folder), "REFUSED": ",".join(sorted(names))}
         arguments = [sys.executable, "-m", "runs.profile", *words]
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(arguments, cwd=REPOSITORY, env=environment, text=True, **streams)
+        return subprocess.Popen(
+            arguments,
+            cwd=REPOSITORY,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            # Tests in the background of a shell ignore Ctrl-C, and their processes would with them.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
     return start
 

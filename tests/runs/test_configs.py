@@ -153,8 +153,9 @@ def test_an_engine_of_a_vicuna_shape_leaves_room_on_an_h200(name: str) -> None:
     for source in (engine.target, engine.drafter_model):
         shape = shape_named(source)
         assert shape is not None
+        config = llama_config(shape)
         with torch.device("meta"):
-            weights = AutoModelForCausalLM.from_config(llama_config(shape)).parameters()
+            weights = AutoModelForCausalLM.from_config(config).parameters()
             size += 2 * sum(weight.numel() for weight in weights)
         size += 2 * 2 * shape.layers * shape.hidden * engine.limits.total_blocks * engine.block_size
     assert size < 121e9

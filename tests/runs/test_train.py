@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from runs import distill, train
-from runs.learning.record import CHECKPOINT, METRICS
+from runs.learning.checkpoint import CHECKPOINT, PICKLE
+from runs.learning.record import METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -97,6 +98,32 @@ def test_what_the_user_got_wrong_is_named(
     assert call_app(train.main, "train", *overrides, f"hydra.run.dir={tmp_path}") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "policy.npz").exists()
+
+
+def test_a_checkpoint_that_is_a_pickle_is_refused_before_anything_is_written(
+    call_app: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / PICKLE).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    assert call_app(train.main, "train", *SMALL, "logger=offline", f"hydra.run.dir={tmp_path}") == 2
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "pickle" in line)
+    assert f"{tmp_path / PICKLE} is a pickle of an earlier version" in said
+    assert {path.name for path in tmp_path.iterdir()} <= {PICKLE, "train.log"}
+
+
+def test_the_last_line_says_that_the_policy_before_training_is_kept(
+    call_app: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A residual policy that does not move stays at `analytic`'s choice, so that no step is better than the first."""
+    still = ["learner.steps=448", "learner.learning_rate=1e-30", "learner.final_learning_rate=1e-30"]
+    still += ["env.residual={candidates: 1, budgets: 1}"]
+    assert call_app(train.main, "train", *SMALL, *still, f"hydra.run.dir={tmp_path}") == 0
+    assert json.loads((tmp_path / train.RESULT).read_text())["best_at_step"] == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"written to {tmp_path}: the policy of step 0, as it was before training, since none up to step 448" in last
+
+
+def test_the_last_line_names_the_step_of_the_policy_that_is_kept() -> None:
+    assert train.kept({"best_at_step": 6_272, "steps": 12_096}) == "the policy of step 6,272 of 12,096"
 
 
 def test_a_distilled_table_serves_and_says_what_is_lost(call_app: Callable[..., int], tmp_path: Path) -> None:

@@ -233,6 +233,19 @@ def test_a_stopped_command_says_how_to_go_on_and_then_does(toy_command, tmp_path
     assert json.loads((tmp_path / "heldout.json").read_text())["training"]["steps"] == 3
 
 
+def test_in_the_background_of_a_shell_ctrl_c_stays_ignored_and_a_kill_stops():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with command._asked_to_stop() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop()
+            signal.raise_signal(signal.SIGTERM)
+            assert stop()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_the_command_names_what_it_cannot_use(toy_command, tmp_path, capsys):
     (tmp_path / "checkpoint.pt").write_bytes(b"torn")
     assert toy_command() == 2

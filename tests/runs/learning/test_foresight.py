@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,13 @@ def _iteration(tmp_path: object, horizon_s: float) -> tuple[GovernorVecEnv, list
 
 
 def _assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    for name, array in ours["env"]["batch"]["state"]._asdict().items():
-        other = getattr(theirs["env"]["batch"]["state"], name)
+    for name, array in ours["state"].items():
+        other = theirs["state"][name]
         for field in array.dtype.names or (...,):
             np.testing.assert_array_equal(array[field], other[field], err_msg=f"{name} {field}")
     for one, other in zip(ours["memory"], theirs["memory"], strict=True):
-        for name, array in one._asdict().items():
-            np.testing.assert_array_equal(array, getattr(other, name), err_msg=name)
+        for name, array in one.items():
+            np.testing.assert_array_equal(array, other[name], err_msg=name)
 
 
 @pytest.mark.parametrize("steps", [3, 25])
@@ -45,17 +45,17 @@ def test_a_copy_costs_what_the_engine_itself_costs(tmp_path: object, steps: int)
     for _ in range(steps):
         env.step(stay)
     env.take_episodes()
-    before = pickle.dumps(env.snapshot())
+    before = deepcopy(env.snapshot())
     pairs = np.array([[2, 2], [0, 2], [4, 2], [2, 0], [3, 4]])
     e = 1
     more = copies[0].more(e, pairs)
-    _assert_same(env.groups[0].snapshot(), pickle.loads(before)["groups"][0])
+    _assert_same(env.groups[0].snapshot(), before["groups"][0])
     group = env.groups[0]
     prices = group.scenario.slo.prices
-    baseline = _begun_with(group, before, e)
+    baseline = _begun_with(group, before["groups"][0], e)
     costs = []
     for pair in pairs:
-        env.restore(pickle.loads(before))
+        env.restore(deepcopy(before))
         begun = charged(group.env.batch.simulator.state, e, prices)
         actions = stay.copy()
         actions[e] = pair
@@ -69,11 +69,12 @@ def test_a_copy_costs_what_the_engine_itself_costs(tmp_path: object, steps: int)
     assert np.abs(more).max() > 0.0
 
 
-def _begun_with(group: Group, snapshot: bytes, e: int) -> Charged:
+def _begun_with(group: Group, snapshot: dict[str, Any], e: int) -> Charged:
     """What `analytic` is charged for the workload that environment e was serving."""
-    source, seed = pickle.loads(snapshot)["groups"][0]["env"]["batch"]["origins"][e]
+    stage, seed = snapshot["origins"][e]
+    assert stage == 0
     assert group._baseline is not None
-    return group._baseline.of(source.draw(seed))
+    return group._baseline.of(group.scenario.workload.draw(seed))
 
 
 def test_a_short_horizon_orders_choices_as_a_long_one_mostly(tmp_path: object) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
@@ -48,6 +49,17 @@ def told(folder: Path) -> list[tuple[int, float]]:
     return rows
 
 
+def summed_up(folder: Path) -> dict[str, Any]:
+    """W&B's summary, as its updates add up to."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    summary = {}
+    for record in records(path):
+        if record.WhichOneof("record_type") == "summary":
+            for item in record.summary.update:
+                summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+    return summary
+
+
 def row(step: int) -> Row:
     return {STEP: float(step), "train/return": -0.5 * step, "train/nothing": float("nan")}
 
@@ -72,3 +84,31 @@ def test_a_run_gone_on_with_has_every_row_once_in_the_csv_and_in_wandb(
     assert told(tmp_path) == [(step, -0.5 * step) for step in (0, 10, 20, 30, 40)]
     with (tmp_path / METRICS).open(encoding="utf-8") as file:
         assert [int(line[STEP]) for line in csv.DictReader(file)] == [0, 10, 20, 30, 40]
+
+
+def test_the_summary_in_wandb_is_the_result_and_not_the_last_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    metrics = Metrics(tmp_path, Tracking(mode="offline"), "drill", {"seed": 0})
+    for step, ratio in ((0, 1.443), (10, 1.574)):
+        metrics.add({STEP: float(step), "eval/objective_ratio": ratio, "train/return": -float(step)})
+    result = {"eval/objective_ratio": 1.443, "best_at_step": 0, "steps": 10}
+    metrics.finish(result)
+    wandb.teardown()
+    summary = summed_up(tmp_path)
+    assert {key: summary[key] for key in result} == result
+    assert summary["train/return"] == -10.0
+
+
+def test_the_summary_of_a_served_run_in_wandb_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    arrival, ttft = np.array([0.0, 31.0]), np.array([0.5, 2.0])
+    requests = {"arrival_s": arrival, "first_token_s": arrival + ttft, "ttft_s": ttft, "tpot_s": np.array([0.02, 0.04])}
+    figures = {"tpot_mean_s": 0.03, "ttft_attainment": 0.5}
+    identity = {"label": "fixed", "scenario": "drill", "engine": "small", "seed": 0, "ttft_target_s": 1.0}
+    Tracking(mode="offline").record(tmp_path, {}, figures | {"run": identity}, requests, np.zeros(0))
+    wandb.teardown()
+    summary = summed_up(tmp_path)
+    assert {key: summary[key] for key in figures} == figures
+    assert summary["serving/tpot_s"] == 0.04, "the last window of the curves"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from controllers.analytic import Analytic
 from controllers.policy import Residual
+from runs.learning.checkpoint import load_checkpoint, save_checkpoint
 from runs.learning.scenarios import Curriculum, Reward
 from runs.learning.vec_env import GovernorVecEnv
 from tests.runs.learning.training_settings import GRID, scenario, training_env
@@ -142,23 +143,29 @@ def test_a_learnt_price_scales_violations_only() -> None:
     assert rewards[1] < rewards[0] - 10.0
 
 
+def _saved(folder: Path) -> dict[str, Any]:
+    saved = load_checkpoint(folder, "")
+    assert saved is not None
+    return saved
+
+
 @pytest.mark.parametrize("residual", [None, Residual(candidates=1, budgets=2)])
-def test_a_snapshot_goes_on_bit_for_bit(residual: Residual | None) -> None:
+def test_a_snapshot_goes_on_bit_for_bit(residual: Residual | None, tmp_path: Path) -> None:
     settings = training_env(residual=residual)
     env = GovernorVecEnv(settings, 1)
     env.reset()
     _play(env, 70)
-    saved = pickle.dumps(env.snapshot())
+    save_checkpoint(tmp_path, "", env.snapshot())
     after = _play(env, 120, seed=9)
     other = GovernorVecEnv(settings, 1)
     other.reset()
     _play(other, 11, seed=5)
-    other.restore(pickle.loads(saved))
+    other.restore(_saved(tmp_path))
     _same(after, _play(other, 120, seed=9))
     assert [e.objective for e in other.take_episodes()] == [e.objective for e in env.take_episodes()]
 
 
-def test_a_curriculum_moves_on_and_a_snapshot_remembers_episodes_begun_before() -> None:
+def test_a_curriculum_moves_on_and_a_snapshot_remembers_episodes_begun_before(tmp_path: Path) -> None:
     stages = Curriculum(stages=({"until": 0.5, "workload": {"kinds": {"poisson": 1.0}}},))  # type: ignore[arg-type]
     settings = training_env(curriculum=stages)
     env = GovernorVecEnv(settings, 0)
@@ -167,11 +174,11 @@ def test_a_curriculum_moves_on_and_a_snapshot_remembers_episodes_begun_before() 
     assert env.stage == 0
     env.progress(0.6)
     assert env.stage == 1
-    saved = pickle.dumps(env.snapshot())
+    save_checkpoint(tmp_path, "", env.snapshot())
     after = _play(env, 100, seed=2)
     other = GovernorVecEnv(settings, 0)
     other.reset()
-    other.restore(pickle.loads(saved))
+    other.restore(_saved(tmp_path))
     _same(after, _play(other, 100, seed=2))
 
 
