@@ -168,11 +168,12 @@ def write_title(axes: Axes, engine: str, family: str, above_in: float, width_in:
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """How wide a text is, in points."""
+    """How wide a text is in the written picture, in points."""
     font = get_font(findfont(FontProperties(family=STYLE["font.family"], weight=weight)))
-    font.set_size(size, 72)
+    # Glyphs are hinted to whole pixels, so that a text at another resolution is up to a tenth wider or narrower.
+    font.set_size(size, DPI)
     font.set_text(text, 0.0)
-    return float(font.get_width_height()[0] / 64)
+    return float(font.get_width_height()[0] / 64 * 72 / DPI)
 
 
 def _legend_columns(handles: Sequence[Artist], width_in: float) -> int:

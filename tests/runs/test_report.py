@@ -211,11 +211,11 @@ def test_only_equal_seeds_and_equal_requests_are_paired(tmp_path: Path) -> None:
 
 
 def test_the_best_static_setting_is_the_quickest_of_those_that_let_as_many_meet_both_targets(tmp_path: Path) -> None:
-    write_constant(tmp_path / "0", "sarathi 384 c=3", 0.008, attainment=0.70)
+    write_constant(tmp_path / "0", "sarathi 384 c=3", 0.008, attainment=0.70, count=1000)
     write_constant(tmp_path / "1", "sarathi 768 c=2", 0.010, attainment=0.896, count=1000)
-    write_constant(tmp_path / "2", "fixed c=3 n=512", 0.012, attainment=0.90)
+    write_constant(tmp_path / "2", "fixed c=3 n=512", 0.012, attainment=0.90, count=1000)
     # All in time, and all above the TPOT target.
-    write_constant(tmp_path / "3", "sarathi 2048", 0.060, attainment=1.0)
+    write_constant(tmp_path / "3", "sarathi 2048", 0.060, attainment=1.0, count=1000)
     settings = over_seeds(collate([tmp_path]).runs)
     chosen = best_static(settings)
     assert chosen is not None
@@ -556,9 +556,9 @@ def test_what_cannot_be_reported_ends_with_the_reason_and_writes_nothing(
 
 def test_a_given_baseline_replaces_the_best_static_setting(tmp_path: Path) -> None:
     _write_seeds(tmp_path, "fixed c=3 n=512", [0.010, 0.010])
-    _write_seeds(tmp_path, "sarathi 512", [0.020, 0.024])
+    _write_seeds(tmp_path, "sarathi 512", [0.020, 0.0201])
     built = report.build(collate([tmp_path]), baseline="sarathi 512")
     row = built.comparison.set_index("label").loc["fixed c=3 n=512"]
-    assert row["difference_mean_s"] == pytest.approx(-0.012)
+    assert row["difference_mean_s"] == pytest.approx(-0.01005)
     assert row["paired_seeds"] == 2
     assert row["verdict"] == "lower"
