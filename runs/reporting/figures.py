@@ -63,7 +63,8 @@ def overview(settings: pd.DataFrame) -> Figure:
     with mpl.rc_context(palette.STYLE):
         colours = palette.colours_of(settings)
         head = palette.Head(_overview_legend(bool((settings["role"] == "bound").any())))
-        figure, panels = palette.panels(settings, 3.5, head, beside_in=0.78, parts=(1.2, 1))
+        beside_in = max(palette.beside_width(label) for label in ["", *palette.shown(settings)])
+        figure, panels = palette.panels(settings, 3.5, head, beside_in=beside_in, parts=(1.2, 1))
         for _, _, group, (share, tpot), leftmost in panels:
             group = group.sort_values("request_rate_rps")
             static = group[group["role"] == "static"]
@@ -106,13 +107,11 @@ def _overview_legend(bounded: bool) -> list[Artist]:
             color=palette.ENVELOPE,
             lw=1.2,
             linestyle=ENVELOPE_DASH,
-            label="best static setting of each load (hindsight)",
+            label="best static setting of each load",
         ),
-        Line2D(
-            [], [], color="#5a6068", marker="o", mfc="white", ms=5, ls="none", label="hollow: fewer requests meet both"
-        ),
+        Line2D([], [], color="#5a6068", marker="o", mfc="white", ms=5, ls="none", label="hollow: fewer than that"),
         Line2D([], [], color=palette.FAINT, lw=1.2, label="each static setting"),
-        Patch(color=OVERLOAD, label="static settings: below 90 %"),
+        Patch(color=OVERLOAD, label="all static settings below 90 %"),
         *([bound] if bounded else []),
     ]
 

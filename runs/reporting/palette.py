@@ -23,6 +23,7 @@ from runs.reporting.names import engine_name
 WIDTH_IN = 9.0
 DPI = 200
 TITLE_SIZE = 9.5
+BESIDE_SIZE = 7.8
 SMALLEST_TITLE = 0.84
 STRETCHED_FROM = 90.0
 HANDLE_EM = 2.2
@@ -266,9 +267,14 @@ def label_beside(
             color=colour,
             transform=axes.transAxes,
             va="center_baseline",
-            fontsize=7.8,
+            fontsize=BESIDE_SIZE,
             fontweight="bold" if text in bold else "normal",
         )
+
+
+def beside_width(label: str) -> float:
+    """The room that a label beside a panel takes, in inches."""
+    return 0.2 + text_width(label, BESIDE_SIZE) / 72
 
 
 def apart(places: NDArray[np.float64], gap: float) -> NDArray[np.float64]:

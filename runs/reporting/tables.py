@@ -141,7 +141,6 @@ SUMMARY = (
     Column("said", "verdict", text, number=False),
     Column("slo_attainment", "both\nmet", percent),
     Column("against", "best static\nsetting", text, number=False),
-    Column("against_slo_attainment", "both\nmet", percent),
     Column("points", "difference, points\n[95 % interval]", text, number=False),
     Column("ratio", "TPOT ratio\n[95 % interval]", text, number=False),
 )

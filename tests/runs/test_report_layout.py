@@ -11,12 +11,14 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 import pytest
-from fake_runs import write_sweep
+from fake_runs import write_constant, write_sweep
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from runs import report
-from runs.reporting import page, palette, profiles, scores, tables
+from runs.reporting import figures, page, palette, profiles, scores, tables
+from runs.reporting.collate import collate
+from runs.reporting.statistics import mark_best_static
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ONE_LINE_PX = 36
@@ -130,3 +132,19 @@ def test_every_legend_is_within_its_figure(labels: list[str], columns: int) -> N
         for place in range(columns):
             figure.add_subplot(outer[0, place])
     assert _legend_is_whole(figure)
+
+
+def test_labels_beside_a_panel_stay_clear_of_the_next_panel_and_the_edge(tmp_path: Path) -> None:
+    for family in ("conv", "code"):
+        for place, label in enumerate(("fixed c=1 n=512", "a controller of quite a long name")):
+            folder = tmp_path / f"{family}{place}"
+            write_constant(folder, label, 0.01 * (place + 1), scenario=f"{family} x1", digest=family)
+    figure = figures.overview(mark_best_static(collate([tmp_path]).runs))
+    figure.set_dpi(palette.DPI)
+    FigureCanvasAgg(figure).draw()
+    labels = [text for axes in figure.axes for text in axes.texts if text.get_text().startswith("a controller")]
+    ends = [label.get_window_extent().x1 for label in labels]
+    starts = [axes.get_window_extent().x0 for axes in figure.axes]
+    assert len(ends) == 2
+    assert min(ends) < max(starts)
+    assert max(ends) <= figure.bbox.x1
