@@ -39,6 +39,8 @@ class Controller(ABC):
     """Seconds one decision is charged with `charge_decisions=constant`: a bound on what it takes on one core."""
     peeks: ClassVar[bool] = False
     """Whether it sees what no controller can see; reports label such a one as a bound."""
+    static: ClassVar[bool] = False
+    """Whether it is one line of an engine's configuration that never changes; reports compare others with the best."""
 
     _plant: Plant | None = None
 

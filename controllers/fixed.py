@@ -23,6 +23,8 @@ class Fixed(CompiledController):
     candidates: int = 3
     token_budget: int = 512
 
+    static = True
+
     @model_validator(mode="after")
     def _runnable(self) -> "Fixed":
         check_action(self.candidates, self.token_budget)

@@ -42,6 +42,7 @@ class Sarathi(KernelController):
     total_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] = 512
     candidates: Annotated[int, Field(ge=0, le=MAX_CANDIDATES)] = 0
 
+    static = True
     decide = staticmethod(decide)
 
     @property

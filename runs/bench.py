@@ -17,7 +17,7 @@ from runs.reporting import scores, suite
 from runs.reporting.collate import ReportError, collate
 
 
-def build(roots: Sequence[Path], rival: str = scores.RIVAL) -> tuple[str, str, int]:
+def build(roots: Sequence[Path]) -> tuple[str, str, int]:
     """The table as Markdown and as CSV, and how many runs of other versions of the code were left out.
 
     Raises ReportError when the runs are broken, or hold nothing that scores can be made of.
@@ -29,7 +29,7 @@ def build(roots: Sequence[Path], rival: str = scores.RIVAL) -> tuple[str, str, i
     scored = scores.score(kept)
     if scored is None or scored.frame["score"].isna().all():
         raise ReportError(f"no score can be given: {scores.ZERO!r} must be among the runs, and something better")
-    return suite.markdown(kept, scored, rival), suite.csv(scored, kept), len(runs) - len(kept)
+    return suite.markdown(kept, scored), suite.csv(scored, kept), len(runs) - len(kept)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from engine.workload.source import WorkloadSource
 from runs.code import code_digest
 from runs.evaluation import Evaluation, LookupFit, Targets
 from runs.inputs import file_digests
-from runs.reporting.statistics import bootstrap_interval
+from runs.reporting.statistics import mean_interval
 from runs.simulated import Charge
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Bracket:
 class Found:
     """A finished search: one bracket a seed, and the mean over seeds of the rates that pass, with its interval.
 
-    `rps` and `rate_scale` are (mean, low, high); the bounds, a 95 % bootstrap interval over seeds, are NaN with one.
+    `rps` and `rate_scale` are (mean, low, high); the bounds, a 95 % t interval over seeds, are NaN with one.
     """
 
     label: str
@@ -221,7 +221,7 @@ def _attained(probe: Probe) -> str:
 
 def _over_seeds(brackets: list[Bracket], key: str) -> tuple[float, float, float]:
     values = [float(getattr(bracket.passes, key)) for bracket in brackets]
-    return float(np.mean(values)), *bootstrap_interval(values)
+    return float(np.mean(values)), *mean_interval(values)
 
 
 @contextmanager

@@ -190,10 +190,14 @@ class Evaluation(BaseModel):
         self, workload: Workload | Prompts, engine: str, grid: ActionGrid, request_rate: float
     ) -> dict[str, Any]:
         """What was run: reports pair runs by engine, scenario, seed and digest, and tell them apart by the label."""
-        own = [getattr(self.controller, name, None) for name in ("candidates", "token_budget")]
-        candidates, token_budget = own if own[1] is not None else (None, None)
+        candidates, token_budget, total_budget = (
+            getattr(self.controller, name, None) for name in ("candidates", "token_budget", "total_budget")
+        )
         label = self.controller.label()
-        if own == [None, None]:
+        chooses = (candidates, token_budget, total_budget) == (None, None, None)
+        if token_budget is None and total_budget is None:
+            candidates = None
+        if chooses:
             # It chooses from the grid: where that leaves no choice, the run belongs with the fixed ones of that value.
             if len(grid.candidate_choices) == 1:
                 candidates = grid.candidate_choices[0]
@@ -212,9 +216,11 @@ class Evaluation(BaseModel):
             "controller": type(self.controller).__name__.lower(),
             "label": self.label or label,
             "peeks": self.controller.peeks,
+            "static": self.controller.static,
             "speculation": sharing or "chains",
             "candidates": candidates,
             "token_budget": token_budget,
+            "total_budget": total_budget,
             "seed": self.seed,
             "request_rate_rps": request_rate,
             "rate_scale": self.workload.rate_scale,

@@ -54,36 +54,34 @@ CAPTIONS = {
         "Who gets the candidates: uniform, local and global allocation at equal budget",
         "Above 1 in the upper row: more tokens per iteration than chains of c for every request; below 1 in the lower "
         "row: a lower TPOT, drafting included. Drafting deeper costs every request of the batch a drafter step. Bands "
-        "are 95 % bootstrap intervals over seeds.",
+        "are 95 % t intervals over seeds.",
     ),
     "envelope": (
         "Real runs: TPOT against request rate",
-        "Measured on the engine itself, not simulated. Above, where the lines of fixed c cross: candidates pay while "
-        "few requests run together and cost when many do. Below, the optimizer's TPOT over the best fixed c of each "
-        "load, chosen in hindsight; shaded is 5 % around it, bars are 95 % bootstrap intervals over seeds.",
+        "Measured on the engine itself, not simulated. Above, where the lines of static c cross: candidates pay while "
+        "few requests run together and cost when many do. Below, a controller's TPOT over the best static c of each "
+        "load, chosen in hindsight; shaded is 5 % around it, bars are 95 % t intervals over seeds.",
     ),
     "speculation": (
         "Speculation: TPOT against load, window by window",
-        "Look at where the lines of fixed c cross: many candidates pay while few requests run together, and cost "
-        "when many do. The optimizer should follow the lowest line throughout. Mean over the time windows with "
-        "about that request rate, pooled over loads and seeds; bands are 95 % bootstrap intervals over windows. All "
-        "c run with one n: the one that attains the TTFT target at the most loads.",
+        "Look at where the lines of static c cross: many candidates pay while few requests run together, and cost "
+        "when many do. Mean over the time windows with about that request rate, pooled over loads and seeds; bands are "
+        "95 % bootstrap intervals over windows. All c run with one budget: the one with which some c is as good as the "
+        "best static setting at the most loads. Controllers that move their budget too gain or lose by that as well.",
     ),
     "chunked_prefill": (
         "Chunked prefill: TPOT against TTFT attainment",
-        "Right and down is better. One panel a load; the line joins the fixed budgets n (numbers) at the best fixed "
-        "setting's c, faint dots are the other fixed pairs: a larger n buys attainment with TPOT, and the n that "
-        "suffices moves with the load. The optimizer's point should lie at the right and no higher than the fixed "
-        "points there. The scales are each panel's own. Of more than four loads the lightest, an overloaded one, "
-        "and those between are drawn where settings differ most: the best fixed pair attains 20 to 99.9 %.",
+        "Right and down is better. One panel a load; the line joins the static budgets (numbers) at the best static "
+        "setting's c, faint dots are the other static settings: a larger budget buys attainment with TPOT, and the "
+        "budget that suffices moves with the load. The scales are each panel's own. Of more than four loads the "
+        "lightest, an overloaded one, and those between are drawn where settings differ most: the most that a static "
+        "setting attains is 20 to 99.9 %.",
     ),
     "overview": (
-        "Every load: TPOT above, TTFT attainment below",
-        "Each grey line is one fixed pair (c, n), kept at every load; the dashed line picks the best pair of each "
-        "load in hindsight, at equal attainment. The optimizer should stay at the dashed line or below it in TPOT "
-        "without falling below it in attainment. A hollow mark attains less than the claim allows (1 point below "
-        "the best fixed pair, or 95 %): its TPOT is bought with missed TTFT targets. Shaded: loads at which no fixed "
-        "pair attains 95 %.",
+        "Every load: requests that meet both targets above, TPOT below",
+        "Each grey line is one static setting, kept at every load; the dashed line is the best one of each load, "
+        "chosen in hindsight. A hollow mark has fewer requests that meet both targets than that, by more than half a "
+        "point. Shaded: loads at which no static setting lets 90 % of the requests meet both.",
     ),
 }
 
@@ -162,7 +160,9 @@ def draw(report: Report) -> list[page.Picture]:
         jobs["allocation"] = lambda: allocation.draw(report.allocation)
     over_scenarios = report.across
     if over_scenarios is not None:
-        jobs["profiles"] = lambda: profiles.profiles(over_scenarios.scored.frame, over_scenarios.aggregates)
+        jobs["profiles"] = lambda: profiles.profiles(
+            over_scenarios.scored.frame, over_scenarios.aggregates, over_scenarios.scored.one
+        )
     settings, windows = (_with_loads(frame) for frame in (report.comparison, report.collation.windows))
     if len(settings):
         jobs |= {
@@ -196,15 +196,14 @@ def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
             Table(f"All {len(runs)} runs", tables.RUNS, runs),
         ],
         rules={
-            "Best fixed setting": claims.BEST_FIXED_RULE,
-            "Load windows": claims.RULES["windows"],
-            "Same TTFT target": claims.RULES["budgets"],
+            "Best static setting": claims.BEST_STATIC_RULE,
             "Every load": claims.RULES["loads"],
+            "Equal TTFT attainment": claims.RULES["budgets"],
+            "Load windows": claims.RULES["windows"],
             "Intervals": (
-                "95 % percentile bootstrap of the mean over seeds of the paired differences, or of the paired ratios, "
-                "resampling seeds (9999 draws); only runs with equal engine, scenario, seed and workload digest are "
-                "paired. With one seed no interval is given; with fewer than about five it spans little more than the "
-                "seeds seen, so read it as a range."
+                "95 % t intervals of the mean over seeds of the paired differences, or of the paired ratios; only runs "
+                "with equal engine, scenario, seed and workload digest are paired. With one seed there is none. They "
+                "do not count that the best static setting was picked from the same runs."
             ),
         },
         notes=report.notes,
@@ -226,7 +225,7 @@ def write(report: Report, pictures: Sequence[page.Picture], out: Path) -> None:
     for name, frame in report.published.frames.items():
         frame.to_csv(out / f"{name}.csv", index=False)
     counted = {name: json.loads(frame.to_json(orient="records")) for name, frame in report.claims.items()}
-    content = {"rules": {"best_fixed": claims.BEST_FIXED_RULE, **claims.RULES}, "said": report.sentences, **counted}
+    content = {"rules": {"best_static": claims.BEST_STATIC_RULE, **claims.RULES}, "said": report.sentences, **counted}
     write_whole(out / "claims.json", (json.dumps(content, indent=1) + "\n").encode())
     write_whole(out / "report.html", html.encode())
 
@@ -244,7 +243,7 @@ def describe(runs: pd.DataFrame) -> str:
 def show(report: Report, console: Console, full: bool = False) -> None:
     """Prints the claim at every load in brief and what the claims come to; `full`: all claims, every load's main rows.
 
-    Without a fixed setting or without an optimizer there is no claim, and the main rows are shown.
+    Without a static setting or without an optimizer there is no claim, and the main rows are shown.
     """
     brief = tables.summary_tables(report.claims["loads"])
     loads = report.comparison_tables if len(report.comparison_tables) <= MOST_PRINTED else []
@@ -298,27 +297,27 @@ def _claim_tables(found: dict[str, pd.DataFrame]) -> list[Table]:
         window["aside"] = ~window["headline"]
     budgets, loads = (tables.with_interval(found[name]) for name in ("budgets", "loads"))
     return [
+        Table("Every load: against the best static setting", tables.LOADS, loads, claims.RULES["loads"]),
         Table(
-            "Load windows at the best fixed c, over all loads",
+            "Equal TTFT attainment: against the lowest TPOT of a static setting",
+            tables.BUDGETS,
+            budgets,
+            claims.RULES["budgets"],
+        ),
+        Table(
+            "Load windows at the best static c, over all loads",
             tables.WINDOWS_POOLED,
             pooled,
             claims.RULES["windows"],
             emphasis="decides" if len(pooled) else None,
         ),
         Table(
-            "Load windows by load and budget n (first the n of the best fixed setting)",
+            "Load windows by load and budget (first the budget of the best static setting)",
             tables.WINDOWS,
             window,
             emphasis="headline" if len(window) else None,
             minor="aside" if len(window) else None,
         ),
-        Table(
-            "TPOT against the best fixed n that meets the same TTFT target",
-            tables.BUDGETS,
-            budgets,
-            claims.RULES["budgets"],
-        ),
-        Table("Attainment and TPOT at every load", tables.LOADS, loads, claims.RULES["loads"]),
     ]
 
 
@@ -327,7 +326,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders to search for runs")
     parser.add_argument("--out", type=Path, help="where to write (default: runs/outputs/report/TIME)")
     parser.add_argument(
-        "--baseline", metavar="LABEL", help="compare with this label (default: best fixed at each load)"
+        "--baseline", metavar="LABEL", help="compare with this label (default: best static setting of each load)"
     )
     parser.add_argument("--ttft-target", type=float, metavar="S", help="recount attainment against this target, s")
     parser.add_argument("--window-s", type=float, default=60.0, metavar="S", help="length of a load window, s (60)")

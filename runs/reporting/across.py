@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import pandas as pd
 
 from runs.reporting import scores
-from runs.reporting.scores import BOUNDS, LEVELS, RIVAL, Scored
+from runs.reporting.scores import BOUNDS, LEVELS, Scored, leader_of, rival_of
 from runs.reporting.tables import Column, Table, decimals, milliseconds, percent, text, whole
 
-REGRETS_TOLD = ("optimizer", "sarathi", "bound")
+REGRETS_TOLD = ("optimizer", "bound")
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ def tables(found: Across) -> list[Table]:
     """Aggregates and results by load level."""
     shown = scores.told(found.aggregates)
     places, runs = int(shown["scenarios"].iloc[0]), int(shown["runs"].max())
-    aggregates = with_intervals(shown, "iqm", "better").assign(own=shown["label"] == RIVAL)
-    note = f"{found.scored.rule} {scores.AGGREGATE_RULE.format(rival=RIVAL)}"
+    aggregates = with_intervals(shown, "iqm", "better").assign(own=shown["label"] == leader_of(shown))
+    note = f"{found.scored.rule} {scores.AGGREGATE_RULE.format(rival=rival_of(shown))}"
     return [
         Table(f"Scores over {places} scenarios, {runs} runs each", AGGREGATES, aggregates, note, emphasis="own"),
         level_table(found.levels, shown["label"].tolist()),
@@ -104,7 +104,7 @@ _PLACE = (
 AGGREGATES = (
     Column("label", "controller", text, number=False),
     _written("iqm", "IQM of score"),
-    _written("better", f"P(better than {RIVAL})"),
+    _written("better", "P(better)"),
     Column("mean", "mean score", decimals(2)),
     Column("ttft_attainment", "TTFT attained", percent),
     Column("tpot_mean_s", "TPOT, ms", milliseconds),

@@ -15,7 +15,7 @@ from runs.reporting.tables import Column, Table, decimals, text, whole
 CHAINS = "chains"
 RULE = (
     "Ratios to runs of the same controller with chains of c candidates for every request, paired seed by seed on the "
-    "same requests, with 95 % bootstrap intervals over seeds; B is the mean number of requests in an iteration. "
+    "same requests, with 95 % t intervals over seeds; B is the mean number of requests in an iteration. "
     "Global allocation keeps the candidates with the most expected tokens in every iteration. Where requests differ in "
     "acceptance it serves the predictable ones faster, so that the others are more of the batch: over a run it gains "
     "less than it expects."

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from runs.reporting.statistics import bootstrap_interval
+from runs.reporting.statistics import mean_interval
 
 TIMES = ("ttft_mean_s", "ttft_p99_s", "tpot_mean_s", "tpot_p99_s")
 COUNTS = ("tokens_per_iteration", "iterations", "ttft_attainment")
@@ -50,13 +50,13 @@ def pair(
 def over_repeats(pairs: pd.DataFrame) -> pd.DataFrame:
     """One row a level, label, way and metric: means of both sides, and the ratio real / simulated.
 
-    `ratio` is the mean over repeats of each repeat's ratio, `low` and `high` its 95 % bootstrap bounds (NaN with a
+    `ratio` is the mean over repeats of each repeat's ratio, `low` and `high` its 95 % t bounds (NaN with a
     single repeat). Order of appearance is kept.
     """
     rows = []
     for key, group in pairs.groupby([*IDENTITY, "metric"], sort=False):
         ratios = _ratios(group)
-        low, high = bootstrap_interval(ratios)
+        low, high = mean_interval(ratios)
         rows.append(
             dict(zip([*IDENTITY, "metric"], key, strict=True))
             | {"real": group["real"].mean(), "simulated": group["simulated"].mean()}
@@ -75,7 +75,7 @@ def over_labels(pairs: pd.DataFrame) -> pd.DataFrame:
     for (level, way, metric), group in pairs.groupby(["level", "way", "metric"], sort=False):
         group = group.assign(ratio=_ratios(group))
         each = group.groupby("repeat")["ratio"].mean()
-        low, high = bootstrap_interval(each)
+        low, high = mean_interval(each)
         labels = group.groupby("label", sort=False)["ratio"].mean()
         worst = (labels - 1.0).abs().idxmax()
         rows.append(

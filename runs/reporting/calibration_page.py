@@ -21,7 +21,7 @@ CAPTIONS = {
         "Real over simulated, by load level",
         "At 1 the simulator is right. Filled marks are what it predicted from the profile alone; hollow ones were "
         "simulated with the agreements between drafter and target that the real outputs had, so what is left of them "
-        "is an error in time. Bars are 95 % bootstrap intervals over repeats.",
+        "is an error in time. Bars are 95 % t intervals over repeats.",
     ),
     "iteration_times": (
         "Iteration time, real over predicted, by batch",
@@ -33,8 +33,8 @@ CAPTIONS = {
 RULES = {
     "Level": "A request rate relative to the engine's capacity, the rate at which the simulator finishes requests that "
     "are all there from the start (c = 0).",
-    "Ratio": "Real / simulated, the mean over repeats of each repeat's ratio, in brackets its 95 % percentile "
-    "bootstrap interval over repeats (9999 draws). A repeat is another draw of arrivals and prompts.",
+    "Ratio": "Real / simulated, the mean over repeats of each repeat's ratio, in brackets its 95 % t "
+    "interval over repeats. A repeat is another draw of arrivals and prompts.",
     "Predicted": "Simulated with the profile's tables and with agreements drawn from the model fitted to the profile's "
     "acceptance log, on prompts other than those served. Arrivals, prompt and output lengths are the workload's.",
     "Own agreements": "Simulated with the profile's tables and with the agreements of drafter and target along the "

@@ -22,10 +22,10 @@ _HEIGHT_IN = 1.75
 
 
 def chunked_prefill(settings: pd.DataFrame) -> Figure:
-    """TPOT against TTFT attainment, one panel a load: the fixed n joined by a line, and the controllers.
+    """TPOT against TTFT attainment, one panel a load: static budgets joined by a line, and the controllers.
 
-    `settings` as from `mark_best_fixed`. The line's fixed settings have the best fixed setting's c; the other fixed
-    pairs are faint dots. One row per engine and workload family, at most four loads (`telling_loads`).
+    `settings` as from `mark_best_static`. The line's static settings have the best one's c and its kind of budget; the
+    other static settings are faint dots. One row per engine and workload family, at most four loads (`telling_loads`).
     """
     with mpl.rc_context(palette.STYLE):
         groups = list(settings.groupby(["engine", "family"], sort=False))
@@ -50,14 +50,14 @@ def chunked_prefill(settings: pd.DataFrame) -> Figure:
 def telling_loads(settings: pd.DataFrame) -> pd.Series:
     """Request rate by scenario of the loads worth a panel each, at most four: lightest first.
 
-    Always the lightest and, if there is any, one overloaded load (no fixed setting attains 95 %), preferably the
-    heaviest at which some still attains 20 %. The rest are spread evenly over the loads at which the most that a fixed
+    Always the lightest and, if there is any, one overloaded load (no static setting attains 95 %), preferably the
+    heaviest at which some still attains 20 %. The rest are spread evenly over the loads at which the most that a static
     setting attains is between 20 and 99.9 %, and only then over the others.
     """
     rates = settings.groupby("scenario")["request_rate_rps"].mean().sort_values()
     if len(rates) <= MOST_LOADS:
         return rates
-    compared = settings[settings["role"] == "fixed"] if (settings["role"] == "fixed").any() else settings
+    compared = settings[settings["role"] == "static"] if (settings["role"] == "static").any() else settings
     most = compared.groupby("scenario")["ttft_attainment"].max().reindex(rates.index)
     telling = most.between(*TELLING)
     overloaded = rates.index[most < ATTAINMENT_ENOUGH]
@@ -74,8 +74,8 @@ def telling_loads(settings: pd.DataFrame) -> pd.Series:
 
 def _legend(settings: pd.DataFrame, colours: Mapping[str, str]) -> list[Line2D]:
     handles = [palette.handle(label, colours[label], ls="none") for label in palette.shown(settings)]
-    handles.append(Line2D([], [], color=FIXED_LINE, marker="o", ms=3.5, lw=1.1, label="fixed n at the best c"))
-    handles.append(Line2D([], [], color=palette.FAINT, marker="o", ms=3.5, ls="none", label="other fixed (c, n)"))
+    handles.append(Line2D([], [], color=FIXED_LINE, marker="o", ms=3.5, lw=1.1, label="static budgets at the best c"))
+    handles.append(Line2D([], [], color=palette.FAINT, marker="o", ms=3.5, ls="none", label="other static settings"))
     if (settings["role"] == "bound").any():
         look: dict[str, Any] = {"marker": "*", "ms": 7, "mfc": "white", "ls": "none"}
         handles.append(Line2D([], [], color=palette.BOUND, label="bound: sees the future", **look))
@@ -83,7 +83,7 @@ def _legend(settings: pd.DataFrame, colours: Mapping[str, str]) -> list[Line2D]:
 
 
 def _load_title(rate_rps: float, settings: pd.DataFrame) -> str:
-    best = settings.loc[settings["best_fixed"], "candidates"]
+    best = settings.loc[settings["best_static"], "candidates"]
     rate = f"{rate_rps:.1f}" if rate_rps >= 1 else f"{rate_rps:.2g}"
     return f"{rate} requests/s" + (f", best c = {best.iloc[0]}" if len(best) else "")
 
@@ -92,42 +92,41 @@ def _draw_load(axes: Axes, settings: pd.DataFrame, colours: Mapping[str, str]) -
     drawn = settings.assign(x=100 * settings["ttft_attainment"], y=1e3 * settings["tpot_mean_s"]).dropna(subset="y")
     palette.attainment_axis(axes, drawn["x"])
     palette.scale_axis(axes, drawn["y"], "y", ratio=1.0)
-    fixed = drawn[drawn["role"] == "fixed"]
-    best = drawn[drawn["best_fixed"]]
+    static = drawn[drawn["role"] == "static"]
+    best = drawn[drawn["best_static"]]
     if len(best):
-        same_c = fixed["candidates"] == best["candidates"].iloc[0]
-        others, line = fixed[~same_c], fixed[same_c].sort_values("token_budget")
+        kind = "token_budget" if pd.notna(best["token_budget"].iloc[0]) else "total_budget"
+        joined = (static["candidates"] == best["candidates"].iloc[0]) & static[kind].notna()
+        others, line = static[~joined], static[joined].sort_values(kind)
         axes.plot(others["x"], others["y"], color=palette.FAINT, marker="o", ms=2.5, ls="none", zorder=1)
         axes.plot(line["x"], line["y"], color=FIXED_LINE, marker="o", ms=3.5, lw=1.1, zorder=2)
-        _name_points(axes, line, drawn[drawn["role"] != "fixed"])
+        _name_points(axes, line, kind, drawn[drawn["role"] != "static"])
     bounds = drawn[drawn["role"] == "bound"]
     axes.plot(bounds["x"], bounds["y"], color=palette.BOUND, marker="*", ms=7, mfc="white", ls="none", zorder=4)
     for label in palette.shown(drawn):
         own = drawn[drawn["label"] == label]
-        controller = own["controller"].iloc[0]
-        strong = controller == "analytic"
         axes.plot(
             own["x"],
             own["y"],
             color=colours[label],
-            marker=palette.MARKERS.get(controller, "o"),
-            ms=8 if strong else 5.5,
+            marker=palette.MARKERS[colours[label]],
+            ms=6.5,
             mec="white",
             mew=0.8,
             ls="none",
             clip_on=False,
-            zorder=6 if strong else 5,
+            zorder=5,
         )
 
 
-def _name_points(axes: Axes, line: pd.DataFrame, marks: pd.DataFrame) -> None:
-    """Writes n left of the line's points, or right where a controller's mark or the axis is there, if there is room."""
+def _name_points(axes: Axes, line: pd.DataFrame, kind: str, marks: pd.DataFrame) -> None:
+    """Writes the budget left of the line's points, or right of a mark or axis that is there, if there is room."""
     points = 72 / axes.figure.dpi
     places = axes.transData.transform(line[["x", "y"]].to_numpy(float)) * points
     taken = list(axes.transData.transform(marks[["x", "y"]].to_numpy(float)) * points)
     edge = float(axes.transAxes.transform((0.0, 0.0))[0]) * points
     for place, row in zip(places, line.itertuples(), strict=True):
-        name = str(row.token_budget)
+        name = str(getattr(row, kind))
         width = palette.text_width(name, 6.8)
         for side in (-1, 1):
             middle = place + np.array([side * (5 + width / 2), 0.0])

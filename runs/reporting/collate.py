@@ -22,7 +22,7 @@ LOG = "evaluate.log"
 
 IDENTITY_TEXT = ("engine", "workload", "scenario", "workload_digest", "controller", "label")
 IDENTITY_NUMBERS = ("seed", "request_rate_rps", "ttft_target_s", "tpot_target_s")
-IDENTITY_OPTIONAL = ("candidates", "token_budget", "rate_scale")
+IDENTITY_OPTIONAL = ("candidates", "token_budget", "total_budget", "rate_scale")
 METRICS = (
     "tpot_mean_s",
     "tpot_p50_s",
@@ -31,6 +31,8 @@ METRICS = (
     "ttft_mean_s",
     "ttft_p99_s",
     "ttft_attainment",
+    "tpot_attainment",
+    "slo_attainment",
     "objective",
     "goodput_rps",
     "token_goodput_tps",
@@ -49,7 +51,7 @@ WINDOW_IDENTITY = (
     "controller",
     "role",
     "candidates",
-    "token_budget",
+    "budget",
     "seed",
     "workload_digest",
 )
@@ -67,7 +69,8 @@ class Collation:
     """The runs of one report.
 
     `runs` has one row a run: what was run (`engine`, `family`, `scenario`, `label`, `controller`, `role`, `candidates`,
-    `token_budget`, `seed`, `workload_digest`, `config_digest`, `code`, `speculation`, targets, `request_rate_rps`,
+    `token_budget`, `total_budget`, `budget`, `seed`, `workload_digest`, `config_digest`, `code`, `speculation`,
+    targets, `request_rate_rps`,
     whether the engine was `real`) and every number of its summary. `windows` has one row a run and time window:
     `window`, `start_s`, `request_rate_rps`, `arrivals`, `measured` (finished requests with a TPOT), `tpot_s` (their
     mean), `ttft_attainment`. `skipped` says which folders were left out, and why.
@@ -83,14 +86,19 @@ def family_of(scenario: str) -> str:
     return _LOAD_SUFFIX.sub("", scenario)
 
 
-def role_of(controller: str, peeks: bool = False) -> str:
-    """What a controller is in the comparison: `fixed`, `sarathi`, or `optimizer` for everything that decides.
+def role_of(static: bool, peeks: bool) -> str:
+    """What a controller is in the comparison: a `static` setting, or an `optimizer`, which is everything that decides.
 
     One that sees what no controller can see is none: a `bound`.
     """
-    if peeks:
-        return "bound"
-    return controller if controller in ("fixed", "sarathi") else "optimizer"
+    return "bound" if peeks else "static" if static else "optimizer"
+
+
+def budget_of(token_budget: float | None, total_budget: float | None) -> str | None:
+    """A run's budget for people: `n=512` beside the decodes, `total=768` with them; None where it is no constant."""
+    if token_budget is not None:
+        return f"n={token_budget:g}"
+    return None if total_budget is None else f"total={total_budget:g}"
 
 
 def find_run_folders(roots: Sequence[Path]) -> tuple[list[Path], list[tuple[Path, str]]]:
@@ -153,10 +161,10 @@ def collate(
         raise ReportError("\n".join([*broken, "Run these again, or leave them out with --skip-broken."]))
     if not rows:
         raise ReportError("\n".join([*broken, "No complete run is left to report."]))
-    types = {"candidates": "Int64", "token_budget": "Int64", "seed": "int64"}
+    types = {"candidates": "Int64", "token_budget": "Int64", "total_budget": "Int64", "seed": "int64"}
     # Plain objects: picking rows, which is most of a report's work, is slow in Arrow's strings.
     types |= dict.fromkeys(
-        (*IDENTITY_TEXT, "family", "role", "config_digest", "code", "speculation", "folder"), "object"
+        (*IDENTITY_TEXT, "family", "role", "budget", "config_digest", "code", "speculation", "folder"), "object"
     )
     runs = pd.DataFrame(rows).astype(types)
     runs = _without_duplicates(runs, latest)
@@ -244,15 +252,22 @@ def _read_summary(path: Path) -> dict[str, Any]:
         if not _is_number(value) and not (value is None and key in IDENTITY_OPTIONAL):
             raise ReportError(f"{path}: key 'run.{key}' should be a number, found {value!r}")
         row[key] = value
-    if row["controller"] == "fixed" and (row["candidates"] is None or row["token_budget"] is None):
-        raise ReportError(f"{path}: keys 'run.candidates' and 'run.token_budget' must be set for a fixed controller")
+    row["budget"] = budget_of(row["token_budget"], row["total_budget"])
     # A run of a real engine says on what it ran.
     row["real"] = isinstance(run.get("backend"), dict)
     row["family"] = family_of(row["scenario"])
-    peeks = run.get("peeks", False)
-    if not isinstance(peeks, bool):
-        raise ReportError(f"{path}: key 'run.peeks' should be true or false, found {peeks!r}")
-    row["role"] = role_of(row["controller"], peeks)
+    # Runs from before the keys were written: nothing peeked, and what was static was called `fixed`.
+    said = {"peeks": run.get("peeks", False), "static": run.get("static", row["controller"] == "fixed")}
+    for key, value in said.items():
+        if not isinstance(value, bool):
+            raise ReportError(f"{path}: key 'run.{key}' should be true or false, found {value!r}")
+    peeks = said["peeks"]
+    row["role"] = role_of(said["static"], peeks)
+    if row["role"] == "static" and (row["candidates"] is None or row["budget"] is None):
+        raise ReportError(
+            f"{path}: keys 'run.candidates' and 'run.token_budget' or 'run.total_budget' must be set for a static "
+            "setting"
+        )
     if peeks:
         row["label"] += BOUND_SUFFIX
     row["code"] = str(run.get("code") or "")
@@ -340,11 +355,14 @@ def _check_equal_requests(runs: pd.DataFrame) -> None:
 
 def _check_equal_targets(runs: pd.DataFrame) -> None:
     for (engine, scenario), group in runs.groupby(["engine", "scenario"]):
-        if group["ttft_target_s"].nunique() > 1:
-            one = group.iloc[0]
-            other = group[group["ttft_target_s"] != one["ttft_target_s"]].iloc[0]
-            raise ReportError(
-                f"{one['folder']} and {other['folder']} ({engine}, {scenario}) count attainment against different "
-                f"TTFT targets ({one['ttft_target_s']:g} s and {other['ttft_target_s']:g} s): "
-                "recount all of them with --ttft-target S"
-            )
+        for key, name, mend in (
+            ("ttft_target_s", "TTFT", "recount all of them with --ttft-target S"),
+            ("tpot_target_s", "TPOT", "run one of them again with the other's slo.tpot_target"),
+        ):
+            if group[key].nunique() > 1:
+                one = group.iloc[0]
+                other = group[group[key] != one[key]].iloc[0]
+                raise ReportError(
+                    f"{one['folder']} and {other['folder']} ({engine}, {scenario}) count attainment against different "
+                    f"{name} targets ({one[key]:g} s and {other[key]:g} s): {mend}"
+                )

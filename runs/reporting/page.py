@@ -8,13 +8,16 @@ from typing import Any
 
 import pandas as pd
 
-from runs.reporting.tables import Column, Table
+from runs.reporting.claims import BETTER, WORSE
+from runs.reporting.tables import Column, Table, heading
 
 MOST_OPEN_ROWS = 40
+LONGEST_LINE = 60
+_KINDS = {"holds": "good", "fails": "bad", BETTER: "good", WORSE: "bad"}
 _STYLE = """
 :root { --ink: #222; --quiet: #667; --line: #e3e6ea; --soft: #f6f7f9; --strong: #D55E00; --good: #0b7a55; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1260px; padding: 28px 24px 80px; color: var(--ink); background: #fff;
+body { margin: 0 auto; max-width: 1400px; padding: 28px 24px 80px; color: var(--ink); background: #fff;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 44px 0 8px; }
 h3 { font-size: 15px; margin: 24px 0 4px; }
@@ -25,14 +28,14 @@ ul.verdicts { padding-left: 20px; } ul.verdicts li { margin: 4px 0; }
 figure { margin: 18px 0 30px; } figure img { width: 100%; max-width: 900px; height: auto; display: block; }
 figcaption { color: var(--quiet); font-size: 14px; max-width: 85ch; margin-top: 6px; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums; width: 100%; }
+table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; border-bottom: 1.5px solid #b9bfc7; padding: 5px 8px; vertical-align: bottom;
   cursor: pointer; user-select: none; }
 th[aria-sort=ascending]::after { content: " ▴"; } th[aria-sort=descending]::after { content: " ▾"; }
 td { border-bottom: 1px solid var(--line); padding: 4px 8px; }
-.number { text-align: right; } td.number, td.tight { white-space: nowrap; }
+td { white-space: nowrap; } td.long { white-space: normal; min-width: 60ch; } .number { text-align: right; }
 tr.emphasis td { background: #fff4ec; font-weight: 600; } tbody tr:hover td { background: var(--soft); }
-.holds { color: var(--good); } .fails { color: #b3261e; font-weight: 600; }
+.good { color: var(--good); } .bad { color: #b3261e; font-weight: 600; }
 .toggle { font-size: 13px; color: var(--quiet); } #every:not(:checked) ~ .tables tr.minor { display: none; }
 details { margin: 10px 0; } summary { cursor: pointer; color: #0b5394; }
 .note { font-size: 13.5px; color: var(--quiet); }
@@ -87,7 +90,7 @@ def render(
     body.append("<h2 id='claims'>The claims, counted</h2>")
     body += [noted(table) for table in claims]
     body.append("<h2 id='loads'>Every load</h2>" + _LOADS_NOTE)
-    body.append("<input type='checkbox' id='every'> <label class='toggle' for='every'>every fixed setting</label>")
+    body.append("<input type='checkbox' id='every'> <label class='toggle' for='every'>every static setting</label>")
     body.append("<div class='tables'>" + "".join(_section(table) for table in comparisons) + "</div>")
     body.append("<h2 id='rules'>Rules</h2>" + definitions(rules))
     body.append("<h2 id='ran'>What was run</h2>")
@@ -128,9 +131,9 @@ def document(
 
 
 _LOADS_NOTE = (
-    "<p class='note'>Means over seeds; a percentile is the mean of the seeds' percentiles. The marked row is the "
-    "baseline; ratio and difference are in mean TPOT, paired seed by seed on the same requests, in brackets the 95 "
-    "% interval. Click a heading to sort.</p>"
+    "<p class='note'>Means over seeds; a percentile is the mean of the seeds' percentiles. Both met: the share of "
+    "requests that meet both targets. The marked row is the baseline; ratio and difference are in mean TPOT, paired "
+    "seed by seed on the same requests, in brackets the 95 % interval. Click a heading to sort.</p>"
 )
 
 
@@ -145,16 +148,17 @@ def figure(picture: Picture) -> str:
 
 def noted(table: Table) -> str:
     """A table under its title and note; folded away when it is long."""
-    body = _table(table)
+    title, body = _table(table)
     if len(table.frame) > MOST_OPEN_ROWS:
         body = f"<details><summary>{len(table.frame)} rows</summary>{body}</details>"
     note = f"<p class='note'>{escape(table.note)}</p>" if table.note else ""
-    return f"<h3>{escape(table.title)}</h3>{note}{body}"
+    return f"<h3>{escape(title)}</h3>{note}{body}"
 
 
 def folded(table: Table) -> str:
     """A table behind its title."""
-    return f"<details><summary>{escape(table.title)}</summary>{_table(table)}</details>"
+    title, body = _table(table)
+    return f"<details><summary>{escape(title)}</summary>{body}</details>"
 
 
 def definitions(rules: Mapping[str, str]) -> str:
@@ -166,31 +170,32 @@ def definitions(rules: Mapping[str, str]) -> str:
 
 def _section(table: Table) -> str:
     facts = f"<p class='facts'>{escape(' · '.join(table.facts))}</p>" if table.facts else ""
-    return f"<h3>{escape(table.title)}</h3>{facts}{_table(table)}"
+    title, body = _table(table)
+    return f"<h3>{escape(title)}</h3>{facts}{body}"
 
 
-def _table(table: Table) -> str:
+def _table(table: Table) -> tuple[str, str]:
+    """The table's title and its HTML."""
     frame = table.frame
     if frame.empty:
-        return "<p class='quiet'>Nothing to count: no run of this kind.</p>"
-    head = "".join(
-        f"<th{' class=number' if column.number else ''}>{escape(column.title)}</th>" for column in table.columns
-    )
+        return table.title, "<p class='quiet'>Nothing to count: no run of this kind.</p>"
+    title, columns = heading(table)
+    head = "".join(f"<th{' class=number' if column.number else ''}>{escape(column.title)}</th>" for column in columns)
     kinds = [(name, frame[key]) for name, key in (("emphasis", table.emphasis), ("minor", table.minor)) if key]
-    cells = zip(*(_cells(column, frame) for column in table.columns), strict=True)
+    cells = zip(*(_cells(column, frame) for column in columns), strict=True)
     rows = "".join(
         f"<tr class='{' '.join(name for name, marked in kinds if marked.iloc[place])}'>{''.join(row)}</tr>"
         for place, row in enumerate(cells)
     )
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    return title, f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
 def _cells(column: Column, frame: pd.DataFrame) -> list[str]:
     cells = []
     for value, sorted_by in zip(frame[column.key], frame[column.sort_key or column.key], strict=True):
         written = column.write(value)
-        classes = ["number"] if column.number else ["tight"] if len(written) < 28 else []
-        classes += [word for word in ("holds", "fails") if written.startswith(word)]
+        classes = ["number"] if column.number else ["long"] if len(written) > LONGEST_LINE else []
+        classes += [kind for word, kind in _KINDS.items() if written.startswith(word)]
         sortable = escape(_sortable(sorted_by), quote=True)
         cells.append(f"<td class='{' '.join(classes)}' data-value='{sortable}'>{escape(written)}</td>")
     return cells

@@ -1,6 +1,7 @@
 """How the report's figures look: colours, type, panel grids, and labels that stand beside their lines."""
 
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from runs.reporting.names import engine_name
 WIDTH_IN = 9.0
 DPI = 200
 TITLE_SIZE = 9.5
+BESIDE_SIZE = 7.8
 SMALLEST_TITLE = 0.84
 STRETCHED_FROM = 90.0
 HANDLE_EM = 2.2
@@ -30,13 +32,12 @@ INK = "#222222"
 QUIET = "#8a8f98"
 FAINT = "#cfd3d8"
 ENVELOPE = "#222222"
-# Okabe & Ito's colours, which people with any common colour vision deficiency tell apart.
-OPTIMIZER_COLOURS = {"analytic": "#D55E00", "poster": "#0072B2"}
-SARATHI_COLOUR = "#009E73"
 BOUND = "#555a61"
 BOUND_LINE = (0, (1, 1.5))
-_SPARE_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
-MARKERS = {"analytic": "o", "poster": "D", "sarathi": "s"}
+# Okabe & Ito's colours, which people with any common colour vision deficiency tell apart, and two more.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C6D31")
+MARKERS = dict(zip(COLOURS, "oDs^vPXp", strict=True))
+"""The marker that goes with each colour, so that lines differ without colour as well."""
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
@@ -63,20 +64,9 @@ STYLE: Any = {
 
 
 def colours_of(settings: pd.DataFrame) -> dict[str, str]:
-    """A colour for each label that is no fixed setting; `analytic`, `poster` and bounds always have their own."""
-    chosen: dict[str, str] = {}
-    spare = list(_SPARE_COLOURS)
-    rest = settings[~settings["role"].isin(["fixed", "bound"])].drop_duplicates("label")
-    chosen |= dict.fromkeys(settings.loc[settings["role"] == "bound", "label"], BOUND)
-    for label, controller in sorted(zip(rest["label"], rest["controller"], strict=True)):
-        if controller in OPTIMIZER_COLOURS and OPTIMIZER_COLOURS[controller] not in chosen.values():
-            chosen[label] = OPTIMIZER_COLOURS[controller]
-        elif controller == "sarathi" and SARATHI_COLOUR not in chosen.values():
-            chosen[label] = SARATHI_COLOUR
-        else:
-            chosen[label] = spare[0]
-            spare.append(spare.pop(0))
-    return chosen
+    """A colour for each label that is no static setting, by name; bounds have one of their own."""
+    bounds = dict.fromkeys(settings.loc[settings["role"] == "bound", "label"], BOUND)
+    return dict(zip(shown(settings), itertools.cycle(COLOURS), strict=False)) | bounds
 
 
 def ramp(count: int) -> list[str]:
@@ -179,11 +169,12 @@ def write_title(axes: Axes, engine: str, family: str, above_in: float, width_in:
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """How wide a text is, in points."""
+    """How wide a text is in the written picture, in points."""
     font = get_font(findfont(FontProperties(family=STYLE["font.family"], weight=weight)))
-    font.set_size(size, 72)
+    # Glyphs are hinted to whole pixels, so that a text at another resolution is up to a tenth wider or narrower.
+    font.set_size(size, DPI)
     font.set_text(text, 0.0)
-    return float(font.get_width_height()[0] / 64)
+    return float(font.get_width_height()[0] / 64 * 72 / DPI)
 
 
 def _legend_columns(handles: Sequence[Artist], width_in: float) -> int:
@@ -191,26 +182,20 @@ def _legend_columns(handles: Sequence[Artist], width_in: float) -> int:
     size = float(STYLE["legend.fontsize"])
     widths = [text_width(str(handle.get_label()), size) + (HANDLE_EM + 0.8) * size for handle in handles]
     for columns in range(len(widths), 1, -1):
-        rows = -(-len(widths) // columns)
-        taken = [max(widths[place : place + rows]) for place in range(0, len(widths), rows)]
+        taken = [max(part) for part in np.array_split(widths, columns)]
         if sum(taken) + COLUMN_EM * size * (len(taken) - 1) <= 72 * width_in:
             return columns
     return 1
 
 
-def shown(frame: pd.DataFrame, roles: tuple[str, ...] = ("optimizer", "sarathi")) -> list[str]:
-    """Labels to draw, `analytic` and `poster` first."""
-    labels = frame[frame["role"].isin(roles)].drop_duplicates("label")
-    order = {"analytic": 0, "poster": 1}
-    rank = [(order.get(row.controller, 2 if row.role == "optimizer" else 3), row.label) for row in labels.itertuples()]
-    return [label for _, label in sorted(rank)]
+def shown(frame: pd.DataFrame) -> list[str]:
+    """Labels of the controllers to draw, sorted."""
+    return sorted(frame.loc[frame["role"] == "optimizer", "label"].unique())
 
 
 def handle(label: str, colour: str, **given: Any) -> Line2D:
     """The legend's entry of a controller."""
-    marker = next((shape for name, shape in MARKERS.items() if label.startswith(name)), "o")
-    strong = label.startswith("analytic")
-    look: dict[str, Any] = {"marker": marker, "lw": 2.4 if strong else 1.7, "ms": 6 if strong else 4.5} | given
+    look: dict[str, Any] = {"marker": MARKERS.get(colour, "o"), "lw": 1.9, "ms": 5} | given
     return Line2D([], [], color=colour, label=label, **look)
 
 
@@ -282,9 +267,14 @@ def label_beside(
             color=colour,
             transform=axes.transAxes,
             va="center_baseline",
-            fontsize=7.8,
+            fontsize=BESIDE_SIZE,
             fontweight="bold" if text in bold else "normal",
         )
+
+
+def beside_width(label: str) -> float:
+    """The room that a label beside a panel takes, in inches."""
+    return 0.2 + text_width(label, BESIDE_SIZE) / 72
 
 
 def apart(places: NDArray[np.float64], gap: float) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from runs.reporting import palette
 from runs.reporting.aggregate import interval, performance_profile
-from runs.reporting.scores import scored_runs
+from runs.reporting.scores import ZERO, scored_runs
 
 MOST_COLOURED = 7
 THRESHOLDS = 201
@@ -21,33 +21,32 @@ WORST_SHOWN = -1.0
 _HEIGHT_IN = 3.4
 
 
-def profiles(runs: pd.DataFrame, aggregates: pd.DataFrame) -> Figure:
+def profiles(runs: pd.DataFrame, aggregates: pd.DataFrame, one: str) -> Figure:
     """Share of runs, over all scenarios and seeds, whose score is at least tau, against tau.
 
-    `runs` as in `scores.Scored`, `aggregates` as from `scores.aggregates`, whose best controllers have colours and
-    95 % stratified-bootstrap bands; the rest are grey. The dashed line is the best single fixed setting, dotted ones
-    are bounds.
+    `runs` and `one` as in `scores.Scored`, `aggregates` as from `scores.aggregates`, whose best controllers have
+    colours and 95 % stratified-bootstrap bands, the best a thicker line; the rest are grey. The dashed line is the
+    best single static setting, dotted ones are bounds.
     """
     frame = scored_runs(runs)
-    fixed = aggregates.loc[aggregates["role"] == "fixed", "label"].head(1).tolist()
+    static = aggregates.loc[aggregates["role"] == "static", "label"].head(1).tolist()
     bounds = aggregates.loc[aggregates["role"] == "bound", "label"].tolist()
-    deciding = aggregates.loc[~aggregates["role"].isin(["fixed", "bound"]), "label"].tolist()
-    named = [label for label in palette.shown(aggregates) if label.split()[0] in palette.OPTIMIZER_COLOURS]
-    coloured = [*named, *(label for label in deciding if label not in named)][:MOST_COLOURED]
+    deciding = aggregates.loc[aggregates["role"] == "optimizer", "label"].tolist()
+    coloured = deciding[:MOST_COLOURED]
     colours = palette.colours_of(aggregates[aggregates["label"].isin(coloured)])
     looks: dict[str, dict[str, Any]] = {
         label: {"color": palette.FAINT, "lw": 1.0, "zorder": 1} for label in deciding if label not in coloured
     }
-    looks |= {label: {"color": palette.ENVELOPE, "lw": 1.2, "ls": (0, (4, 2)), "zorder": 4} for label in fixed}
+    looks |= {label: {"color": palette.ENVELOPE, "lw": 1.2, "ls": (0, (4, 2)), "zorder": 4} for label in static}
     looks |= {label: {"color": palette.BOUND, "lw": 1.4, "ls": palette.BOUND_LINE, "zorder": 3} for label in bounds}
     for label in coloured:
-        strong = label.startswith("analytic")
+        strong = label == coloured[0]
         looks[label] = {"color": colours[label], "lw": 2.4 if strong else 1.6, "zorder": 6 if strong else 5}
     with mpl.rc_context(palette.STYLE):
-        figure, outer = palette.grid(1, 1, _HEIGHT_IN, palette.Head(_legend(looks, coloured, fixed, bounds)))
+        figure, outer = palette.grid(1, 1, _HEIGHT_IN, palette.Head(_legend(looks, coloured, static, bounds)))
         axes = figure.add_subplot(outer[0, 0])
         _draw(axes, frame, looks, coloured)
-        axes.set_xlabel("score tau (0: no speculation, n = 512; 1: the bound)")
+        axes.set_xlabel(f"score tau (0: {ZERO}; 1: {one})")
         axes.set_ylabel("runs with score at least tau, %")
         return figure
 
@@ -70,10 +69,10 @@ def _draw(axes: Axes, frame: pd.DataFrame, looks: Mapping[str, Mapping[str, Any]
 
 
 def _legend(
-    looks: Mapping[str, Mapping[str, Any]], coloured: list[str], fixed: list[str], bounds: list[str]
+    looks: Mapping[str, Mapping[str, Any]], coloured: list[str], static: list[str], bounds: list[str]
 ) -> list[Line2D]:
     named = {label: label for label in coloured}
-    named |= {label: f"{label} (best single fixed pair)" for label in fixed} | {label: label for label in bounds}
+    named |= {label: f"{label} (best single static setting)" for label in static} | {label: label for label in bounds}
     handles = [Line2D([], [], label=text, **looks[label]) for label, text in named.items()]
     if len(looks) > len(named):
         handles.append(Line2D([], [], color=palette.FAINT, lw=1.0, label="other controllers"))

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from runs.reporting import published_figures
-from runs.reporting.statistics import ONE_SEED, PairedDifference, bootstrap_interval, paired_difference
+from runs.reporting.statistics import ONE_SEED, PairedDifference, mean_interval, paired_difference
 from runs.reporting.tables import Column, Table, decimals, milliseconds, text, whole
 
 SCHEDULERS = {
@@ -63,7 +63,7 @@ ABLATION = (
 ABLATION_RULE = (
     "Median TTFT and 99th percentile of TBT (time between tokens, the ITL of the other tables) of one scheduler over "
     "another's, paired seed by seed on the same requests: the mean over seeds of the ratios of the runs' percentiles, "
-    "and its 95 % bootstrap interval. 'holds' and 'fails' are said where the interval lies on one side of 1. In "
+    "and its 95 % t interval. 'holds' and 'fails' are said where the interval lies on one side of 1. In "
     "parentheses the ratio in Sarathi-Serve's Table 4 (Yi-34B, two A100s)."
 )
 GOODPUT_RULE = (
@@ -89,12 +89,12 @@ CAPTIONS = {
         "Whole prompts beside decodes (hybrid) give the first token early and stall decodes; chunks in turns with "
         "decodes do the reverse; chunks beside decodes are between in TTFT and lowest in TBT. At light load fewer than "
         "one token in a hundred meets a prompt, and the 99th percentile does not see the stalls. Bars are 95 % "
-        "bootstrap intervals over seeds.",
+        "t intervals over seeds.",
     ),
     "smartspec_claims": (
         "SmartSpec's claim: mean latency without speculation over with it",
         "Below the line at 1 speculation costs. Each grey line is one fixed candidate count k; the controller should "
-        "never be below 1. Bars are 95 % bootstrap intervals over seeds, on the same requests.",
+        "never be below 1. Bars are 95 % t intervals over seeds, on the same requests.",
     ),
 }
 
@@ -121,13 +121,12 @@ def find(runs: pd.DataFrame) -> Published:
 def by_scheduler(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs without speculation with `engine` cut to what all schedulers share, `prefill`, and `budget` (tokens).
 
-    The budget of Sarathi-Serve's controller is its total, of a fixed setting its n; whole prompts have none (0).
+    The budget of Sarathi-Serve's controller is its total, of another its n; whole prompts have none (0).
     """
     parts = runs["engine"].str.partition(_PREFILL)
-    total = runs["label"].str.extract(r"^sarathi (\d+)$")[0]
-    budget = total.where(runs["controller"] == "sarathi", runs["token_budget"].astype("object"))
-    cut = runs.assign(engine=parts[0], prefill=parts[2].where(parts[1] != "", "chunked"), budget=pd.to_numeric(budget))
-    kept = cut[(cut["candidates"].eq(0).fillna(False) | total.notna()) & cut["budget"].notna()].copy()
+    budget = runs["total_budget"].fillna(runs["token_budget"])
+    cut = runs.assign(engine=parts[0], prefill=parts[2].where(parts[1] != "", "chunked"), budget=budget)
+    kept = cut[cut["candidates"].eq(0).fillna(False) & cut["budget"].notna()].copy()
     kept.loc[kept["prefill"].isin(("first", "whole")), "budget"] = 0
     return kept.astype({"budget": int})
 
@@ -139,7 +138,7 @@ def scheduler_values(runs: pd.DataFrame) -> pd.DataFrame:
     for place, group in by_scheduler(runs).groupby(keys, sort=False):
         row = dict(zip(keys, place, strict=True)) | {"request_rate_rps": group["request_rate_rps"].mean()}
         for name, metric in (("ttft", "ttft_p50_s"), ("tbt", "itl_p99_s")):
-            low, high = bootstrap_interval(group[metric])
+            low, high = mean_interval(group[metric])
             row |= {f"{name}_s": group[metric].mean(), f"{name}_low_s": low, f"{name}_high_s": high}
         rows.append(row | {"seeds": group["seed"].nunique()})
     frame = pd.DataFrame(rows)
@@ -201,7 +200,7 @@ def smartspec_speedups(runs: pd.DataFrame) -> pd.DataFrame:
     for (engine, family, scenario), group in mine.groupby(["engine", "family", "scenario"], sort=False):
         for _, part in group.groupby("token_budget"):
             settings = dict(list(part.groupby("label")))
-            fixed = part[part["role"] == "fixed"].drop_duplicates("label").set_index("label")["candidates"]
+            fixed = part[part["role"] == "static"].drop_duplicates("label").set_index("label")["candidates"]
             none = [label for label, candidates in fixed.items() if candidates == 0]
             if not none or len(fixed) < 2 or "goodput" not in set(part["controller"]):
                 continue
@@ -286,7 +285,7 @@ def _speedup_sentences(frame: pd.DataFrame) -> list[str]:
             + f"; largest speed-up {_written(top['ratio'], top['low'], top['high'])} at {top['scenario']}; between "
             f"{mine['over_best'].min():.2f} and {mine['over_best'].max():.2f} times as fast as the best fixed k."
         )
-    fixed = frame[(frame["role"] == "fixed") & (frame["candidates"] > 0)]
+    fixed = frame[(frame["role"] == "static") & (frame["candidates"] > 0)]
     for family, group in fixed.groupby("family", sort=False):
         parts = []
         for candidates, mine in group.groupby("candidates"):

@@ -13,9 +13,9 @@ SCHEDULERS = {
     "first": ("prompts first (vLLM of its time)", "#8a8f98"),
     "whole": ("hybrid batching only", "#0072B2"),
     "turns": ("chunked prefills only", "#E69F00"),
-    "chunked": ("both (Sarathi-Serve)", palette.SARATHI_COLOUR),
+    "chunked": ("both (Sarathi-Serve)", palette.COLOURS[2]),
 }
-CONTROLLER_COLOUR = palette.OPTIMIZER_COLOURS["analytic"]
+CONTROLLER_COLOUR = palette.COLOURS[0]
 _DASHES = ("-", "--", ":", "-.")
 _PANEL_IN = 3.3
 
@@ -61,7 +61,7 @@ def smartspec(frame: pd.DataFrame) -> Figure:
         figure, panels = palette.panels(frame, 2.9, palette.Head(handles), beside_in=0.42)
         for _, _, group, (axes,), leftmost in panels:
             axes.axhline(1.0, color=palette.ENVELOPE, lw=0.9, zorder=1)
-            fixed = group[(group["role"] == "fixed") & (group["candidates"] > 0)]
+            fixed = group[(group["role"] == "static") & (group["candidates"] > 0)]
             choices = sorted(fixed["candidates"].unique())
             beside = []
             for choice, shade in zip(choices, palette.ramp(len(choices)), strict=True):

@@ -1,4 +1,4 @@
-"""Scores between doing nothing and the best possible, regret to the bounds, and what both come to over scenarios."""
+"""Scores from no speculation to a bound or the best static setting, and regret, over scenarios."""
 
 import math
 from collections.abc import Sequence
@@ -10,26 +10,26 @@ import pandas as pd
 
 from runs.reporting.aggregate import interval, iqm, probability_of_improvement
 from runs.reporting.collate import BOUND_SUFFIX
-from runs.reporting.statistics import ATTAINMENT_ENOUGH, ROUNDING, bootstrap_interval, over_seeds, paired_difference
+from runs.reporting.statistics import ATTAINMENT_ENOUGH, ROUNDING, mean_interval, over_seeds, paired_difference
 
 ZERO = "fixed c=0 n=512"
-"""The label of what scores 0: no speculation, and Sarathi-Serve's strict budget."""
+"""The label of what scores 0: no speculation, and a small budget."""
 ONE = "oracle" + BOUND_SUFFIX
-BEST_SEEN = "the best of all runs"
+BEST_STATIC = "the best static setting of each scenario"
 BOUNDS = {"oracle_grid": "oracle_grid" + BOUND_SUFFIX, "oracle": ONE}
-RIVAL = "analytic"
 LEAST_ROOM = 0.01
 LEVELS = ("light", "contended", "overload")
 PLACE = ["engine", "scenario", "seed"]
 SCORE_RULE = (
     "Score of a run: (J0 - J) / (J0 - J1), J the objective (mean over requests of TPOT / target, plus the prices of "
-    f"late first tokens), J0 that of `{ZERO}` and J1 that of {{one}}, both on the same requests: 0 is doing nothing, "
-    f"1 the bound. Where J1 is not at least {100 * LEAST_ROOM:.0f} % below J0 there is nothing to win, and no score."
+    f"late first tokens), J0 that of `{ZERO}` and J1 that of {{one}}, both on the same requests. "
+    f"Where J1 is not at least {100 * LEAST_ROOM:.0f} % below J0 there is nothing to win, and no score."
 )
 AGGREGATE_RULE = (
     "IQM: mean of the scores without the lowest and highest quarter, over all scenarios and seeds. P(better): how "
-    "likely a run scores higher than one of {rival} in the same scenario. In brackets 95 % stratified-bootstrap "
-    "intervals (seeds resampled within scenarios). Only settings run in every scored scenario are listed."
+    "likely a run scores higher than one of {rival}, the best single static setting, in the same scenario. In brackets "
+    "95 % stratified-bootstrap intervals (seeds resampled within scenarios). Only settings run in every scored "
+    "scenario are listed."
 )
 LEVEL_RULE = (
     f"light: `{ZERO}` attains 95 % of its TTFT targets; contended: it does not, and some setting does; overload: none "
@@ -45,7 +45,7 @@ REGRET_RULE = (
 class Scored:
     """Scores of runs: `frame` is the runs with `zero` (J0), `one` (J1) and `score`, NaN where there is none.
 
-    `one` names what 1 is; `notes` says where no score could be given.
+    `one` names what scores 1; `notes` says where no score could be given.
     """
 
     frame: pd.DataFrame
@@ -55,13 +55,13 @@ class Scored:
     @property
     def rule(self) -> str:
         """What the score is, in words."""
-        return SCORE_RULE.format(one=f"`{self.one}`" if self.one != BEST_SEEN else self.one)
+        return SCORE_RULE.format(one=f"`{self.one}`" if self.one == ONE else f"{self.one}, chosen in hindsight")
 
 
 def score(runs: pd.DataFrame) -> Scored | None:
     """Every run's score; None where no run of `ZERO` is there to start from.
 
-    1 is the oracle where it ran on all requests, else the best of all runs on the same requests.
+    1 is the oracle where it ran on all requests, else the static setting of the lowest mean objective in each scenario.
     """
     by_place = runs.set_index(PLACE)
     zero = by_place.loc[by_place["label"] == ZERO, "objective"]
@@ -69,17 +69,27 @@ def score(runs: pd.DataFrame) -> Scored | None:
         return None
     oracle = by_place.loc[by_place["label"] == ONE, "objective"]
     complete = zero.index.isin(oracle.index).all()
-    one = oracle if complete else by_place["objective"].groupby(level=PLACE).min()
+    one = oracle if complete else _best_static(runs)
     ends = pd.DataFrame({"zero": zero, "one": one.reindex(zero.index)})
     frame = runs.join(ends, on=PLACE)
+    called = ONE if complete else BEST_STATIC
     room = frame["zero"] - frame["one"]
     open_ = room > LEAST_ROOM * frame["zero"]
     frame["score"] = ((frame["zero"] - frame["objective"]) / room.where(open_)).astype(float)
     notes = []
     for (engine, scenario), group in frame[~open_ & frame["zero"].notna()].groupby(["engine", "scenario"], sort=False):
         seeds = ", ".join(str(seed) for seed in sorted(group["seed"].unique()))
-        notes.append(f"{engine}, {scenario}: no score for seed {seeds}: the bound is no better than {ZERO}.")
-    return Scored(frame, ONE if complete else BEST_SEEN, tuple(notes))
+        notes.append(f"{engine}, {scenario}: no score for seed {seeds}: {called} is no better than {ZERO}.")
+    return Scored(frame, called, tuple(notes))
+
+
+def _best_static(runs: pd.DataFrame) -> pd.Series:
+    """Objective, by `PLACE`, of the static setting whose mean over the seeds of its scenario is the lowest."""
+    static = runs[runs["role"] == "static"]
+    settings = static.groupby(["engine", "scenario", "label"])["objective"].agg(["mean", "size"]).reset_index()
+    full = settings[settings["size"] == settings.groupby(["engine", "scenario"])["size"].transform("max")]
+    best = full.sort_values(["mean", "label"]).drop_duplicates(["engine", "scenario"])
+    return static.merge(best[["engine", "scenario", "label"]]).set_index(PLACE)["objective"]
 
 
 def scored_runs(frame: pd.DataFrame) -> pd.DataFrame:
@@ -89,15 +99,26 @@ def scored_runs(frame: pd.DataFrame) -> pd.DataFrame:
     return kept
 
 
-def aggregates(scored: Scored, rival: str = RIVAL) -> tuple[pd.DataFrame, list[str]]:
+def rival_of(table: pd.DataFrame) -> str:
+    """The best single static setting of `aggregates`, which others are compared with; empty where there is none."""
+    static = table.loc[table["role"] == "static", "label"]
+    return str(static.iloc[0]) if len(static) else ""
+
+
+def leader_of(table: pd.DataFrame) -> str:
+    """The controller of the highest score of `aggregates` that decides; empty where there is none."""
+    deciding = table.loc[table["role"] == "optimizer", "label"]
+    return str(deciding.iloc[0]) if len(deciding) else ""
+
+
+def aggregates(scored: Scored) -> tuple[pd.DataFrame, list[str]]:
     """One row a setting that ran on all the requests that have a score, the best first, bounds last; and who did not.
 
     Columns: `label`, `role`, `controller`, `scenarios`, `runs`, `iqm`, `better` (probability of improvement over
-    `rival`), each with `_low` and `_high`, `mean`, `ttft_attainment` and `tpot_mean_s` (means over scenarios).
+    `rival_of` them), each with `_low` and `_high`, `mean`, `ttft_attainment` and `tpot_mean_s` (means over scenarios).
     """
     frame = scored_runs(scored.frame)
     places = len(frame.drop_duplicates(["stratum", "seed"]))
-    theirs = frame[frame["label"] == rival].set_index(["stratum", "seed"])["score"]
     rows: list[dict[str, Any]] = []
     short: list[str] = []
     for label, group in frame.groupby("label", sort=False):
@@ -108,12 +129,16 @@ def aggregates(scored: Scored, rival: str = RIVAL) -> tuple[pd.DataFrame, list[s
         row = mine.iloc[0][["label", "role", "controller"]].to_dict()
         means = mine.groupby(level="stratum")[["score", "ttft_attainment", "tpot_mean_s"]].mean().mean()
         row |= {"scenarios": group["stratum"].nunique(), "runs": places}
-        row |= {**iqm_with_interval(group), **_better(mine["score"], theirs), **means.to_dict()}
+        row |= {**iqm_with_interval(group), **means.to_dict()}
         rows.append(row)
     table = pd.DataFrame(rows).rename(columns={"score": "mean"})
     if len(table):
         table["bound"] = table["role"] == "bound"
         table = table.sort_values(["bound", "iqm", "label"], ascending=[True, False, True]).reset_index(drop=True)
+        by_label = {label: group.set_index(["stratum", "seed"])["score"] for label, group in frame.groupby("label")}
+        theirs = by_label.get(rival_of(table), frame["score"].iloc[:0])
+        better = pd.DataFrame([_better(by_label[label], theirs) for label in table["label"]])
+        table = pd.concat([table, better], axis=1)
     return table, [f"Not aggregated, for want of runs in every scored scenario: {', '.join(short)}."] if short else []
 
 
@@ -156,7 +181,7 @@ def by_scenario(scored: Scored) -> pd.DataFrame:
     rows = []
     for _, group in frame.groupby(["engine", "scenario", "label"], sort=False):
         scores = group["score"].dropna().to_numpy(float)
-        low, high = bootstrap_interval(scores)
+        low, high = mean_interval(scores)
         row = group.iloc[0][["engine", "scenario", "label", "role", "controller"]].to_dict()
         row |= {"seeds": len(group), "score": float(scores.mean()) if scores.size else math.nan}
         row |= {"score_low": low, "score_high": high}
@@ -190,10 +215,10 @@ def regrets(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def told(table: pd.DataFrame, named: Sequence[str] = (ZERO,)) -> pd.DataFrame:
-    """The rows of `aggregates` worth showing: of the fixed settings only those named and the best."""
-    fixed = table["role"] == "fixed"
-    best = table.index == (fixed[fixed].index[0] if fixed.any() else -1)
-    return table[~fixed | best | table["label"].isin(named)].reset_index(drop=True)
+    """The rows of `aggregates` worth showing: of the static settings only those named and the best."""
+    static = table["role"] == "static"
+    best = table.index == (static[static].index[0] if static.any() else -1)
+    return table[~static | best | table["label"].isin(named)].reset_index(drop=True)
 
 
 def regret_columns(bound: str) -> Sequence[str]:

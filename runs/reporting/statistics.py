@@ -1,22 +1,32 @@
-"""Means over seeds, paired differences with bootstrap intervals, and the best fixed setting of a load."""
+"""Means over seeds, paired differences with t intervals, and the best static setting of a load."""
 
-import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+from scipy import stats
 
 from runs.reporting.collate import METRICS, ReportError
 
 CONFIDENCE = 0.95
-RESAMPLES = 9999
-ATTAINMENT_MARGIN = 0.01
+ATTAINMENT_MARGIN = 0.005
 ATTAINMENT_SHARE = 0.1
 ATTAINMENT_ENOUGH = 0.95
 ROUNDING = 1e-12
-SETTING = ["engine", "family", "scenario", "label", "controller", "role", "candidates", "token_budget"]
+SETTING = [
+    "engine",
+    "family",
+    "scenario",
+    "label",
+    "controller",
+    "role",
+    "candidates",
+    "token_budget",
+    "total_budget",
+    "budget",
+]
 ONE_SEED = "one seed: no interval"
 
 
@@ -47,23 +57,14 @@ class PairedDifference:
         return "higher" if self.low > 0 else "not separable"
 
 
-def bootstrap_interval(values: ArrayLike, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of the mean of `values`.
-
-    One value a seed of the workload: the seed is what is resampled (Efron & Tibshirani 1993, chapter 13). Deterministic
-    for a given `seed`. (NaN, NaN) for fewer than two values.
-    """
+def mean_interval(values: ArrayLike) -> tuple[float, float]:
+    """95 % t interval of the mean of `values`, one value a seed of the workload; (NaN, NaN) for fewer than two."""
     sample = np.asarray(values, dtype=np.float64)
     if sample.size < 2:
         return math.nan, math.nan
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(sample[_draws(sample.size, seed)].mean(axis=1), [tail, 1 - tail])
-    return float(low), float(high)
-
-
-@functools.cache
-def _draws(size: int, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(0, size, (RESAMPLES, size))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, sample.size - 1) * stats.sem(sample))
+    mean = float(sample.mean())
+    return mean - half, mean + half
 
 
 def paired_difference(one: pd.DataFrame, other: pd.DataFrame, metric: str) -> PairedDifference | None:
@@ -89,9 +90,9 @@ def paired_difference(one: pd.DataFrame, other: pd.DataFrame, metric: str) -> Pa
     if not pairs:
         return None
     values, reference = (np.array([pair[place] for pair in pairs]) for place in (1, 2))
-    low, high = bootstrap_interval(values - reference)
+    low, high = mean_interval(values - reference)
     ratios = values / reference if (reference > 0).all() else np.full(len(pairs), math.nan)
-    ratio_low, ratio_high = bootstrap_interval(ratios)
+    ratio_low, ratio_high = mean_interval(ratios)
     return PairedDifference(
         seeds=tuple(pair[0] for pair in pairs),
         difference=float((values - reference).mean()),
@@ -126,40 +127,44 @@ def comparable_settings(runs: pd.DataFrame, label: str) -> pd.DataFrame:
     return settings[settings["seeds"] == len(seeds)].reset_index(drop=True)
 
 
-def best_fixed(settings: pd.DataFrame, attainment: float | None = None) -> pd.Series | None:
-    """The best fixed setting of one engine and scenario at equal TTFT attainment, in hindsight; None if there is none.
+def best_static(settings: pd.DataFrame, ttft_attainment: float | None = None) -> pd.Series | None:
+    """The best static setting of one engine and scenario, chosen in hindsight; None where none was run.
 
-    The lowest mean TPOT among the fixed settings that attain at least `attainment`, or at least 95 %. Without
-    `attainment`: among those close to the highest that any fixed setting attains (`close_to`), or at least 95 %.
+    Of the static settings whose share of requests that meet both targets is close to the highest (`close_to`), that
+    with the lowest mean TPOT. With `ttft_attainment`: of those whose TTFT attainment is close to it, or to the highest
+    that any static setting reaches where that is lower.
     """
-    fixed = settings[(settings["role"] == "fixed") & settings["tpot_mean_s"].notna()]
-    if fixed.empty:
+    static = settings[(settings["role"] == "static") & settings["tpot_mean_s"].notna()]
+    if static.empty:
         return None
-    wanted = close_to(float(fixed["ttft_attainment"].max())) if attainment is None else attainment
-    eligible = fixed[fixed["ttft_attainment"] >= min(wanted, ATTAINMENT_ENOUGH) - ROUNDING]
-    if eligible.empty:
-        return None
+    metric = "slo_attainment" if ttft_attainment is None else "ttft_attainment"
+    wanted = float(static[metric].max())
+    if ttft_attainment is not None:
+        wanted = min(wanted, ttft_attainment)
+    eligible = static[static[metric] >= close_to(wanted) - ROUNDING]
     return eligible.sort_values(["tpot_mean_s", "label"]).iloc[0]
 
 
 def close_to(attainment: float) -> float:
-    """The least attainment that counts as close to the given one: 1 point less, and no more than a tenth of it less.
-
-    At twice the capacity the best setting may attain 2 %: another that attains 1 % is not as good there.
-    """
-    return max(attainment - ATTAINMENT_MARGIN, (1 - ATTAINMENT_SHARE) * attainment)
+    """The least attainment that counts as equal to the given one: `margin` less."""
+    return attainment - margin(attainment)
 
 
-def mark_best_fixed(runs: pd.DataFrame) -> pd.DataFrame:
-    """Settings of every engine and scenario, with `best_fixed` true on the one that the rule picks at each load.
+def margin(attainment: float) -> float:
+    """Half a point, and no more than a tenth of the attainment: at twice the capacity the best may attain 2 %."""
+    return min(ATTAINMENT_MARGIN, ATTAINMENT_SHARE * attainment)
 
-    Only fixed settings with the most seeds of their scenario can be picked, so that a lucky single seed is not.
+
+def mark_best_static(runs: pd.DataFrame) -> pd.DataFrame:
+    """Settings of every engine and scenario, with `best_static` true on the one that the rule picks at each load.
+
+    Only static settings with the most seeds of their scenario can be picked, so that a lucky single seed is not.
     """
     settings = over_seeds(runs)
-    settings["best_fixed"] = False
+    settings["best_static"] = False
     for _, group in settings.groupby(["engine", "scenario"]):
-        fixed = group[group["role"] == "fixed"]
-        best = best_fixed(fixed[fixed["seeds"] == fixed["seeds"].max()]) if len(fixed) else None
+        static = group[group["role"] == "static"]
+        best = best_static(static[static["seeds"] == static["seeds"].max()]) if len(static) else None
         if best is not None:
-            settings.loc[best.name, "best_fixed"] = True
+            settings.loc[best.name, "best_static"] = True
     return settings

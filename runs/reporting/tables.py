@@ -9,9 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from runs.reporting.claims import NONE_ATTAINS, written_ratio
+from runs.reporting.claims import UNDECIDED, WORSE, written_points, written_ratio
 from runs.reporting.names import engine_name
-from runs.reporting.statistics import ONE_SEED, SETTING, mark_best_fixed, over_seeds, paired_difference
+from runs.reporting.statistics import ONE_SEED, SETTING, mark_best_static, over_seeds, paired_difference
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ def text(value: Any) -> str:
 WRAPPED_BEYOND = 28
 COMPARISON = (
     Column("label", "controller", text, number=False),
+    Column("verdict", "TPOT is", text, number=False),
+    Column("slo_attainment", "both met", percent),
     Column("tpot_mean_s", "TPOT mean, ms", milliseconds),
     Column("tpot_p50_s", "p50", milliseconds, detail=True),
     Column("tpot_p90_s", "p90", milliseconds, detail=True),
@@ -77,11 +79,11 @@ COMPARISON = (
     Column("ttft_mean_s", "TTFT mean, s", seconds),
     Column("ttft_p99_s", "p99", seconds),
     Column("ttft_attainment", "TTFT attained", percent),
+    Column("tpot_attainment", "TPOT attained", percent),
     Column("goodput_rps", "goodput, req/s", decimals(2)),
     Column("token_goodput_tps", "tokens/s", decimals(0), detail=True),
     Column("ratio", "TPOT / baseline", decimals(3)),
     Column("difference_s", "difference, ms", text, sort_key="difference_mean_s"),
-    Column("verdict", "TPOT is", text, number=False),
 )
 _LOAD = (
     Column("engine", "engine", text, number=False),
@@ -98,60 +100,66 @@ WINDOWS_POOLED = (
 )
 WINDOWS = (
     *_LOAD,
-    Column("token_budget", "n", whole),
+    Column("budget", "budget", text, number=False),
     Column("windows", "windows", whole),
     Column("within", "within 1 %", whole),
     Column("share", "share", percent),
     Column("ratio_median", "TPOT / best c, median", decimals(3)),
     Column("ratio_worst", "worst", decimals(3)),
 )
-_AGAINST = (
+_VERDICT = (
     *_LOAD,
+    Column("said", "verdict", text, number=False),
     Column("request_rate_rps", "req/s", decimals(2)),
+)
+_RATIO = Column("ratio", "TPOT ratio [95 %]", text, sort_key="tpot_ratio")
+BUDGETS = (
+    *_VERDICT,
     Column("ttft_attainment", "TTFT attained", percent),
     Column("tpot_mean_s", "TPOT, ms", milliseconds),
-)
-_RIVAL = (
-    Column("against", "against", text, number=False),
-    Column("against_attainment", "its attainment", percent),
+    Column("against", "lowest static", text, number=False),
+    Column("against_ttft_attainment", "its TTFT attained", percent),
     Column("against_tpot_mean_s", "its TPOT, ms", milliseconds, detail=True),
-    Column("ratio", "TPOT ratio [95 % interval]", text, sort_key="tpot_ratio"),
+    _RATIO,
     Column("interval_says", "interval says", text, number=False, detail=True),
 )
-BUDGETS = (*_AGAINST, *_RIVAL, Column("holds", "claim", text, number=False))
 LOADS = (
-    *_AGAINST,
-    Column("attainment_difference", "minus best fixed's", lambda value: f"{100 * value:+.1f}\N{NO-BREAK SPACE}pt"),
-    Column("attainment_holds", "attainment", text, number=False),
-    *_RIVAL,
-    Column("tpot_holds", "TPOT", text, number=False),
+    *_VERDICT,
+    Column("slo_attainment", "both met", percent),
+    Column("ttft_attainment", "TTFT", percent, detail=True),
+    Column("tpot_attainment", "TPOT", percent, detail=True),
+    Column("against", "best static", text, number=False),
+    Column("against_slo_attainment", "both met", percent),
+    Column("against_ttft_attainment", "TTFT", percent, detail=True),
+    Column("against_tpot_attainment", "TPOT", percent, detail=True),
+    Column("points", "difference, points [95 %]", text, sort_key="slo_difference"),
+    _RATIO,
 )
 SUMMARY = (
     Column("rate", "load,\nreq/s", text),
     Column("label", "controller", text, number=False),
-    Column("ttft_attainment", "TTFT\nattained", percent),
-    Column("tpot_mean_s", "TPOT,\nms", milliseconds),
-    Column("rival", "best fixed pair\nthat attains as much", text, number=False),
-    Column("against_attainment", "it\nattains", percent),
+    Column("said", "verdict", text, number=False),
+    Column("slo_attainment", "both\nmet", percent),
+    Column("against", "best static\nsetting", text, number=False),
+    Column("points", "difference, points\n[95 % interval]", text, number=False),
     Column("ratio", "TPOT ratio\n[95 % interval]", text, number=False),
-    Column("verdict", "verdict", text, number=False),
 )
 SUMMARY_RULE = (
-    "holds: TTFT attainment at most 1 point below the best fixed pair's, or 95 %, and TPOT at most 2 % above that\n"
-    "of the best fixed pair that attains as much (* none does: shown is the one that attains the most, and TPOT\n"
-    "holds). ? the interval over seeds does not decide it."
+    "both met: requests that meet the TTFT and the TPOT target. Best static setting: of each load, in hindsight.\n"
+    "better, worse: more than half a point apart, or as many requests and mean TPOT more than 2 % apart.\n"
+    "? the interval over seeds leaves the verdict open."
 )
 
 
 def comparison(runs: pd.DataFrame, baseline: str | None = None) -> tuple[pd.DataFrame, list[str]]:
     """Every setting of every engine and load beside its baseline, and what could not be compared.
 
-    The baseline is the best fixed setting of the load, or the setting labelled `baseline`. Adds to `mark_best_fixed`:
+    The baseline is the best static setting of the load, or the setting labelled `baseline`. Adds to `mark_best_static`:
     `is_baseline`, `ratio`, `difference_mean_s`, `difference_low_s`, `difference_high_s`, `paired_seeds`, `verdict`,
-    and `minor` (a fixed setting that is neither baseline nor best).
+    and `minor` (a static setting that is neither baseline nor best).
     """
-    settings = mark_best_fixed(runs)
-    settings["is_baseline"] = settings["label"] == baseline if baseline else settings["best_fixed"]
+    settings = mark_best_static(runs)
+    settings["is_baseline"] = settings["label"] == baseline if baseline else settings["best_static"]
     notes: list[str] = []
     added = []
     needed = [*SETTING, "seed", "workload_digest", "folder", "tpot_mean_s"]
@@ -160,7 +168,7 @@ def comparison(runs: pd.DataFrame, baseline: str | None = None) -> tuple[pd.Data
         chosen = group.loc[group["is_baseline"], "label"]
         if chosen.empty:
             notes.append(
-                f"{engine}, {scenario}: no {baseline or 'fixed setting'} was run, so there is nothing to pair with."
+                f"{engine}, {scenario}: no {baseline or 'static setting'} was run, so there is nothing to pair with."
             )
         for index, row in group.iterrows():
             cells: dict[str, Any] = {"index": index, "paired_seeds": 0, "verdict": "not paired"}
@@ -190,13 +198,13 @@ def comparison(runs: pd.DataFrame, baseline: str | None = None) -> tuple[pd.Data
     for key in ("ratio", "difference_mean_s", "difference_low_s", "difference_high_s"):
         if key not in frame:
             frame[key] = float("nan")
-    frame["minor"] = (frame["role"] == "fixed") & ~frame["is_baseline"] & ~frame["best_fixed"]
+    frame["minor"] = (frame["role"] == "static") & ~frame["is_baseline"] & ~frame["best_static"]
     return frame, notes
 
 
 def comparison_tables(frame: pd.DataFrame, runs: pd.DataFrame) -> list[Table]:
-    """One table per engine and load, lightest load first: controllers that decide, fixed settings, then bounds."""
-    order = {"optimizer": 0, "sarathi": 1, "fixed": 2, "bound": 3}
+    """One table per engine and load, lightest load first: controllers that decide, static settings, then bounds."""
+    order = {"optimizer": 0, "static": 1, "bound": 2}
     tables = []
     for (engine, scenario), group in frame.groupby(["engine", "scenario"], sort=False):
         rank = pd.DataFrame({"role": group["role"].map(order), "minor": group["minor"], "tpot": group["tpot_mean_s"]})
@@ -208,7 +216,7 @@ def comparison_tables(frame: pd.DataFrame, runs: pd.DataFrame) -> list[Table]:
         facts = (
             f"{rate:.2f} requests/s",
             f"{int(mine['requests_total'].mean()):,} requests",
-            f"TTFT target {target:g} s",
+            f"targets: TTFT {target:g} s, TPOT {1e3 * mine['tpot_target_s'].iloc[0]:g} ms",
             f"seed {seeds[0]}: {ONE_SEED}" if len(seeds) == 1 else f"{len(seeds)} seeds",
         )
         tables.append(
@@ -218,21 +226,24 @@ def comparison_tables(frame: pd.DataFrame, runs: pd.DataFrame) -> list[Table]:
 
 
 def with_interval(claim: pd.DataFrame) -> pd.DataFrame:
-    """A claim's frame with the ratio and its interval written out, for tables."""
-    return claim.assign(ratio=[written_ratio(row) for row in claim.itertuples()])
+    """A claim's frame with verdict, difference, and ratio with its interval written out, for tables."""
+    if claim.empty:
+        return claim
+    decided = claim["decided"] if "decided" in claim else pd.Series(True, claim.index)
+    return claim.assign(
+        said=claim["verdict"] + decided.map({True: "", False: UNDECIDED}),
+        points=[written_points(row) for row in claim.itertuples()],
+        ratio=[written_ratio(row) for row in claim.itertuples()],
+    )
 
 
 def summary_tables(loads: pd.DataFrame) -> list[Table]:
     """The claim at every load in brief, one narrow table per engine and workload, for the terminal."""
     tables = []
     for (engine, family), group in loads.groupby(["engine", "family"], sort=False) if len(loads) else ():
-        brief = group.copy()
+        brief = with_interval(group)
         brief["rate"] = [f"{rate:.2f}" for rate in brief["request_rate_rps"]]
         brief.loc[brief.duplicated("scenario"), "rate"] = ""
-        none = brief["tpot_holds"] == NONE_ATTAINS
-        brief["rival"] = brief["against"].str.removeprefix("fixed ") + none.map({True: " *", False: ""})
-        brief["ratio"] = [written_ratio(row) for row in brief.itertuples()]
-        brief["verdict"] = [_brief_verdict(row) for row in brief.itertuples()]
         seeds = sorted(brief["seeds"].unique())
         facts = (
             f"TTFT target {brief['ttft_target_s'].iloc[0]:g} s",
@@ -240,6 +251,13 @@ def summary_tables(loads: pd.DataFrame) -> list[Table]:
         )
         tables.append(Table(f"{engine_name(engine)} · {family}", SUMMARY, brief, facts=facts))
     return tables
+
+
+def heading(table: Table) -> tuple[str, tuple[Column, ...]]:
+    """The title and the columns to show: an engine or workload that is the same in every row is in the title."""
+    said = [c for c in table.columns if c.key in ("engine", "family") and table.frame[c.key].nunique() == 1]
+    title = " · ".join([table.title, *(str(table.frame[column.key].iloc[0]) for column in said)])
+    return title, tuple(column for column in table.columns if column not in said)
 
 
 def to_rich(table: Table, wrap: bool = True) -> RichTable:
@@ -251,10 +269,9 @@ def to_rich(table: Table, wrap: bool = True) -> RichTable:
         frame = frame[~frame[table.minor]]
         if hidden:
             caption = f"{hidden} more in report.html. {caption}".strip()
-    # What is the same in every row is said once, above: a terminal is narrow.
-    said = [c for c in table.columns if c.key in ("engine", "family") and frame[c.key].nunique() == 1]
-    columns = [column for column in table.columns if column not in said and not column.detail]
-    title = " · ".join([table.title, *(str(frame[column.key].iloc[0]) for column in said), *table.facts])
+    title, columns = heading(table)
+    columns = tuple(column for column in columns if not column.detail)
+    title = " · ".join([title, *table.facts])
     rich_table = RichTable(
         title=title,
         caption=caption or None,
@@ -291,8 +308,8 @@ def identity(runs: pd.DataFrame) -> pd.DataFrame:
                 "engine": engine,
                 "scenario": scenario,
                 "request_rate_rps": group["request_rate_rps"].mean(),
-                "fixed": int((settings["role"] == "fixed").sum()),
-                "others": ", ".join(settings.loc[settings["role"] != "fixed", "label"]),
+                "static": int((settings["role"] == "static").sum()),
+                "others": ", ".join(settings.loc[settings["role"] != "static", "label"]),
                 "seeds": ", ".join(str(seed) for seed in digests["seed"]),
                 "requests": int(digests["requests_total"].sum()),
                 "digests": " ".join(digest[:10] for digest in digests["workload_digest"].unique()),
@@ -305,7 +322,7 @@ IDENTITY = (
     Column("engine", "engine", text, number=False),
     Column("scenario", "scenario", text, number=False),
     Column("request_rate_rps", "req/s", decimals(2)),
-    Column("fixed", "fixed settings", whole),
+    Column("static", "static settings", whole),
     Column("others", "other controllers", text, number=False),
     Column("seeds", "seeds", text, number=False),
     Column("requests", "requests", whole),
@@ -323,15 +340,6 @@ RUNS = (
 )
 
 
-def _brief_verdict(row: Any) -> str:
-    # The point decides, as the rule says; where the interval reaches over the limit, a question mark says so.
-    doubt = "?" if row.interval_says == "undecided" else ""
-    wrong = [] if row.attainment_holds == "holds" else ["TTFT"]
-    if row.tpot_holds == "fails":
-        return f"fails: {', '.join([*wrong, 'TPOT' + doubt])}"
-    return f"fails: {', '.join(wrong)}" if wrong else "holds" + doubt
-
-
 def _difference(row: pd.Series) -> str:
     if pd.isna(row["difference_mean_s"]):
         return "–"
@@ -342,5 +350,5 @@ def _difference(row: pd.Series) -> str:
 
 
 def _colour(row: pd.Series) -> str:
-    words = [str(row.get(key, "")) for key in ("holds", "attainment_holds", "tpot_holds")]
-    return "red" if "fails" in words else ""
+    words = {str(row.get(key, "")) for key in ("holds", "verdict")}
+    return "red" if words & {"fails", WORSE} else ""

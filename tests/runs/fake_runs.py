@@ -42,6 +42,8 @@ def write_run(
     """
     controller = label.split()[0]
     setting = dict(part.split("=") for part in label.split()[1:] if "=" in part)
+    total = next((int(part) for part in label.split()[1:] if part.isdigit()), None)
+    candidates = int(setting["c"]) if "c" in setting else 0 if controller == "sarathi" else None
     finish = arrival_s + ttft_s + np.nan_to_num(tpot_s) * (output_tokens - 1)
     count = len(arrival_s)
     folder.mkdir(parents=True)
@@ -64,6 +66,8 @@ def write_run(
         **_percentiles("tpot", tpot_s[~np.isnan(tpot_s)]),
         **_percentiles("ttft", ttft_s),
         "ttft_attainment": float(attained.mean()),
+        "tpot_attainment": float((~(tpot_s > TPOT_TARGET_S)).mean()),
+        "slo_attainment": float(good.mean()),
         "objective": float(
             np.nansum(tpot_s / TPOT_TARGET_S + 2.0 * ~attained + np.maximum(ttft_s / ttft_target_s - 1.0, 0.0)) / count
         ),
@@ -79,8 +83,10 @@ def write_run(
             "workload_digest": digest or hashlib.sha256(arrival_s.tobytes() + bytes([seed])).hexdigest(),
             "controller": controller,
             "label": label,
-            "candidates": int(setting["c"]) if "c" in setting else None,
+            "static": controller in ("fixed", "sarathi"),
+            "candidates": candidates,
             "token_budget": int(setting["n"]) if "n" in setting else None,
+            "total_budget": total,
             "seed": seed,
             "request_rate_rps": count / float(arrival_s.max()) if arrival_s.max() > 0 else float(count),
             "rate_scale": None,

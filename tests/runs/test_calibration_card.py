@@ -51,8 +51,8 @@ def test_the_ratio_is_the_mean_of_the_repeats_ratios_not_the_ratio_of_their_mean
     (row,) = compared.to_dict("records")
     assert row["ratio"] == pytest.approx((0.5 + 1.5) / 2)
     assert (row["real"], row["simulated"], row["repeats"]) == (15.5, 11.0, 2)
-    # Two repeats: a resampled mean is .5, 1 or 1.5, the outer two with a quarter of the draws each.
-    assert (row["low"], row["high"]) == (0.5, 1.5)
+    # Two repeats one apart, and t at 97.5 % with one degree of freedom is 12.706.
+    assert (row["low"], row["high"]) == pytest.approx((1 - 12.7062 / 2, 1 + 12.7062 / 2), abs=1e-4)
 
 
 def test_one_repeat_has_no_interval_and_a_nil_attainment_on_both_sides_is_agreement() -> None:

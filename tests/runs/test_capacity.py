@@ -23,6 +23,7 @@ from engine.workload.source import SyntheticSource
 from runs import capacity, capacity_search
 from runs.capacity_search import CAPACITY, PROBES, Capacity, CapacityError, Probe
 from runs.evaluation import Evaluation, Targets
+from runs.reporting.statistics import mean_interval
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 TTFT_TARGET_S = 0.2
@@ -83,7 +84,7 @@ def test_the_capacity_of_a_single_server_queue_is_found(tmp_path: Path) -> None:
     mean, low, high = found.rps
     rates = [bracket.passes.request_rate_rps for bracket in found.brackets]
     assert mean == pytest.approx(np.mean(rates))
-    assert min(rates) - 1e-9 <= low <= mean <= high <= max(rates) + 1e-9
+    assert (low, high) == pytest.approx(mean_interval(rates))
 
 
 def test_many_requests_come_to_the_load_that_queueing_theory_gives(tmp_path: Path) -> None:
@@ -133,12 +134,12 @@ def test_the_bracket_closes_on_the_threshold_within_the_probes_foreseen(
     assert len(asked) == len(set(asked)) == search.most_probes
 
 
-def test_the_interval_resamples_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interval_is_students_t_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Capacity, "_probe", _stepped(1.0, []))
     found = queue(seeds=(0, 5), tolerance=0.001).run(tmp_path / "two", unseen)
-    # Of the four equally likely draws of two seeds one is the first twice, one the second twice.
-    assert found.rate_scale == pytest.approx((1.25, 1.0, 1.5), rel=2e-3)
-    assert found.rps == pytest.approx((2.5, 2.0, 3.0), rel=2e-3)
+    # Two seeds half a unit apart, and t at 97.5 % with one degree of freedom is 12.706: 1.25 +- 12.706 / 4.
+    assert found.rate_scale == pytest.approx((1.25, 1.25 - 12.706 / 4, 1.25 + 12.706 / 4), rel=5e-3)
+    assert found.rps == pytest.approx((2.5, 2.5 - 12.706 / 2, 2.5 + 12.706 / 2), rel=5e-3)
     alone = queue(seeds=(0,)).run(tmp_path / "one", unseen)
     assert np.isnan(alone.rps[1:]).all()
     assert json.loads((tmp_path / "one" / CAPACITY).read_text())["capacity_rps_low"] is None

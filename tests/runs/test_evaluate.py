@@ -418,7 +418,7 @@ def test_a_run_says_which_scenario_and_code_it_is_of_and_whether_its_controller_
     monkeypatch.setattr(Fixed, "peeks", True)
     assert run(*TINY, "controller=fixed", f"hydra.run.dir={tmp_path / 'b'}") == 0
     assert summary_of(tmp_path / "b")["run"]["peeks"] is True
-    assert collate([tmp_path]).runs["role"].tolist() == ["fixed", "bound"]
+    assert collate([tmp_path]).runs["role"].tolist() == ["static", "bound"]
 
 
 def test_offline_logging_stays_in_the_run_folder(

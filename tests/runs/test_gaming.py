@@ -107,7 +107,7 @@ def served(scenario: str) -> pd.DataFrame:
     for label, controller in {**STEADY, **PROBES, **EXTREMES}.items():
         for seed in SEEDS:
             summary = base.model_copy(update={"controller": controller, "seed": seed}).run().summary
-            run = {**summary["run"], "label": label, "role": "fixed", "folder": f"{label}-{seed}"}
+            run = {**summary["run"], "label": label, "role": "static", "folder": f"{label}-{seed}"}
             assert summary["requests_finished"] == SCENARIOS[scenario]
             rows.append(run | {name: summary[name] for name in ("objective", "ttft_attainment", "tpot_mean_s")})
     scored = score(pd.DataFrame(rows))

@@ -19,7 +19,7 @@ from runs import report
 from runs.reporting import chunked, claims, figures, palette
 from runs.reporting.collate import ReportError, collate, family_of
 from runs.reporting.names import engine_name
-from runs.reporting.statistics import best_fixed, bootstrap_interval, mark_best_fixed, over_seeds, paired_difference
+from runs.reporting.statistics import best_static, mark_best_static, mean_interval, over_seeds, paired_difference
 
 
 def _labelled(runs: pd.DataFrame, label: str) -> pd.DataFrame:
@@ -39,7 +39,7 @@ def test_runs_are_found_at_any_depth_and_read_into_one_row_each(tmp_path: Path) 
     write_constant(tmp_path / "b", "analytic", 0.009)
     runs = collate([tmp_path]).runs
     assert list(runs["label"]) == ["analytic", "fixed c=3 n=512"]
-    assert list(runs["role"]) == ["optimizer", "fixed"]
+    assert list(runs["role"]) == ["optimizer", "static"]
     assert runs["candidates"].isna().tolist() == [True, False]
     assert runs["tpot_mean_s"].tolist() == pytest.approx([0.009, 0.010])
 
@@ -172,16 +172,17 @@ def test_a_paired_difference_is_the_mean_of_the_differences_by_seed(tmp_path: Pa
     # The ratio is the mean of the seeds' own, as its interval is.
     assert paired.ratios == pytest.approx((10 / 11, 12 / 14, 14 / 17))
     assert paired.ratio == pytest.approx((10 / 11 + 12 / 14 + 14 / 17) / 3)
-    # Of the 27 equally likely draws of three seeds one is all the lowest, so the 2.5 % point is that extreme.
-    assert (paired.low, paired.high) == pytest.approx((-0.003, -0.001))
-    assert (paired.ratio_low, paired.ratio_high) == pytest.approx((14 / 17, 10 / 11))
-    assert paired.verdict == "lower"
+    # Differences of -1, -2 and -3 ms: standard error 1 / sqrt(3) ms, and t at 97.5 % with two degrees of freedom 4.303.
+    half = 4.302653 * 0.001 / math.sqrt(3)
+    assert (paired.low, paired.high) == pytest.approx((-0.002 - half, -0.002 + half))
+    assert paired.verdict == "not separable"
 
 
-def test_the_bootstrap_gives_the_binomial_quantiles_of_a_coin() -> None:
-    # The mean of ten draws from five zeros and five ones is Binomial(10, 1/2) / 10, with 2.5 and 97.5 % points 2 and 8.
-    assert bootstrap_interval([0.0, 1.0] * 5) == pytest.approx((0.2, 0.8))
-    assert bootstrap_interval([3.0, 3.0, 3.0]) == (3.0, 3.0)
+def test_an_interval_over_seeds_is_students_t_and_wider_than_the_seeds_seen() -> None:
+    # Mean 2, standard deviation 1: 2 +- 4.303 / sqrt(3), where resampling three values can give no more than [1, 3].
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((-0.48414, 4.48414), abs=1e-5)
+    assert mean_interval([3.0, 3.0, 3.0]) == (3.0, 3.0)
+    assert all(math.isnan(bound) for bound in mean_interval([3.0]))
 
 
 def test_one_seed_has_no_interval_and_no_verdict(tmp_path: Path) -> None:
@@ -209,34 +210,35 @@ def test_only_equal_seeds_and_equal_requests_are_paired(tmp_path: Path) -> None:
         paired_difference(mine, other.assign(workload_digest="else"), "tpot_mean_s")
 
 
-def test_the_best_fixed_setting_is_the_quickest_of_those_that_attain_as_much(tmp_path: Path) -> None:
-    write_constant(tmp_path / "0", "fixed c=3 n=64", 0.008, attainment=0.70)
-    write_constant(tmp_path / "1", "fixed c=3 n=256", 0.010, attainment=0.89)
-    write_constant(tmp_path / "2", "fixed c=3 n=512", 0.012, attainment=0.90)
+def test_the_best_static_setting_is_the_quickest_of_those_that_let_as_many_meet_both_targets(tmp_path: Path) -> None:
+    write_constant(tmp_path / "0", "sarathi 384 c=3", 0.008, attainment=0.70, count=1000)
+    write_constant(tmp_path / "1", "sarathi 768 c=2", 0.010, attainment=0.896, count=1000)
+    write_constant(tmp_path / "2", "fixed c=3 n=512", 0.012, attainment=0.90, count=1000)
+    # All in time, and all above the TPOT target.
+    write_constant(tmp_path / "3", "sarathi 2048", 0.060, attainment=1.0, count=1000)
     settings = over_seeds(collate([tmp_path]).runs)
-    chosen = best_fixed(settings)
+    chosen = best_static(settings)
     assert chosen is not None
-    assert chosen["label"] == "fixed c=3 n=256"
-    for wanted, label in ((0.70, "fixed c=3 n=64"), (0.701, "fixed c=3 n=256"), (0.89, "fixed c=3 n=256")):
-        least = best_fixed(settings, attainment=wanted)
+    assert chosen["label"] == "sarathi 768 c=2"
+    for wanted, label in ((0.705, "sarathi 384 c=3"), (0.71, "sarathi 768 c=2"), (1.0, "sarathi 2048")):
+        least = best_static(settings, ttft_attainment=wanted)
         assert least is not None
         assert least["label"] == label
-    assert best_fixed(settings, attainment=0.92) is None
 
 
 def test_where_all_attain_little_a_setting_that_attains_half_is_not_the_best(tmp_path: Path) -> None:
-    write_constant(tmp_path / "half", "fixed c=3 n=64", 0.008, attainment=0.01)
-    write_constant(tmp_path / "most", "fixed c=3 n=256", 0.080, attainment=0.02)
-    chosen = best_fixed(over_seeds(collate([tmp_path]).runs))
+    write_constant(tmp_path / "half", "fixed c=3 n=64", 0.008, attainment=0.002, count=1000)
+    write_constant(tmp_path / "most", "fixed c=3 n=256", 0.040, attainment=0.004, count=1000)
+    chosen = best_static(over_seeds(collate([tmp_path]).runs))
     assert chosen is not None
     assert chosen["label"] == "fixed c=3 n=256"
 
 
-def test_a_setting_with_fewer_seeds_is_never_the_best_fixed(tmp_path: Path) -> None:
+def test_a_setting_with_fewer_seeds_is_never_the_best_static(tmp_path: Path) -> None:
     _write_seeds(tmp_path, "fixed c=1 n=512", [0.012, 0.012])
     _write_seeds(tmp_path, "fixed c=3 n=512", [0.008])
-    settings = mark_best_fixed(collate([tmp_path]).runs)
-    assert settings.loc[settings["best_fixed"], "label"].tolist() == ["fixed c=1 n=512"]
+    settings = mark_best_static(collate([tmp_path]).runs)
+    assert settings.loc[settings["best_static"], "label"].tolist() == ["fixed c=1 n=512"]
 
 
 # Claims
@@ -260,9 +262,9 @@ def test_window_wins_are_counted_against_the_best_c_of_each_window(tmp_path: Pat
         arrival, tpot = _stepped(levels)
         write_run(tmp_path / str(place), arrival_s=arrival, tpot_s=tpot, ttft_s=np.full(120, 0.1), label=label)
     collation = collate([tmp_path], window_s=10.0)
-    claim = claims.window_claim(collation.windows, {("vicuna_7b_a100", "azure2023_conv x0.5"): 512})
+    claim = claims.window_claim(collation.windows, {("vicuna_7b_a100", "azure2023_conv x0.5"): "n=512"})
     counted = claim.set_index("label")
-    assert set(counted["token_budget"]) == {512}
+    assert set(counted["budget"]) == {"n=512"}
     assert counted["windows"].tolist() == [4, 4, 4]
     # Ratios to the best c are 1.01, 1.02, 0.95 and 1.
     assert counted.loc["analytic", "within"] == 3
@@ -271,7 +273,7 @@ def test_window_wins_are_counted_against_the_best_c_of_each_window(tmp_path: Pat
     assert counted.loc["fixed c=3 n=512", "within"] == 3
     pooled = claims.pool_windows(claim).set_index("label")
     assert pooled.loc["analytic", "share"] == 0.75
-    assert pooled.loc["fixed c=3", "share"] == 0.75
+    assert pooled.loc["static c=3", "share"] == 0.75
 
 
 def test_windows_with_too_few_requests_are_not_counted(tmp_path: Path) -> None:
@@ -285,78 +287,85 @@ def test_windows_with_too_few_requests_are_not_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attainment", "tpot_s", "attains", "quick"),
+    ("attainment", "tpot_s", "verdict"),
     [
-        (0.91, 0.0120, "holds", "holds"),
-        (0.91, 0.0122, "holds", "holds"),
-        (0.91, 0.0123, "holds", "fails"),
-        (0.90, 0.0120, "fails", "holds"),
-        (0.81, 0.0100, "fails", "holds"),
-        # The quick pair attains 80 %, one point less: not as much.
-        (0.81, 0.0120, "fails", "holds"),
-        (0.80, 0.0110, "fails", "fails"),
-        (0.93, 0.0300, "holds", claims.NONE_ATTAINS),
-        (0.97, 0.0300, "holds", claims.NONE_ATTAINS),
+        (0.920, 0.0120, "level"),
+        # As many requests meet both targets: TPOT decides, by more than 2 % either way.
+        (0.916, 0.0122, "level"),
+        (0.920, 0.0123, "worse"),
+        (0.924, 0.0123, "worse"),
+        (0.920, 0.0117, "better"),
+        (0.916, 0.0117, "better"),
+        # More or fewer do, by more than half a point: these decide, whatever the TPOT.
+        (0.926, 0.0300, "better"),
+        (0.914, 0.0100, "worse"),
+        # In time, and above the TPOT target of 50 ms.
+        (1.0, 0.0600, "worse"),
     ],
 )
-def test_the_claim_at_every_load_is_decided_by_its_two_thresholds(
-    tmp_path: Path, attainment: float, tpot_s: float, attains: str, quick: str
+def test_the_verdict_at_a_load_is_symmetric_about_the_best_static_setting(
+    tmp_path: Path, attainment: float, tpot_s: float, verdict: str
 ) -> None:
-    write_constant(tmp_path / "slow", "fixed c=3 n=512", 0.012, attainment=0.92)
-    write_constant(tmp_path / "quick", "fixed c=3 n=64", 0.010, attainment=0.80)
-    write_constant(tmp_path / "own", "analytic", tpot_s, attainment=attainment)
+    write_constant(tmp_path / "most", "sarathi 768 c=2", 0.012, attainment=0.92, count=1000)
+    write_constant(tmp_path / "quick", "sarathi 384 c=2", 0.008, attainment=0.80, count=1000)
+    write_constant(tmp_path / "own", "analytic", tpot_s, attainment=attainment, count=1000)
     (row,) = claims.load_claim(collate([tmp_path]).runs).to_dict("records")
-    assert row["attainment_difference"] == pytest.approx(attainment - 0.92)
-    assert (row["attainment_holds"], row["tpot_holds"]) == (attains, quick)
-    assert row["holds"] == ("holds" if attains == "holds" and quick != "fails" else "fails")
-    # Where none attains as much, the ratio is to the pair that attains the most.
-    rival_tpot_s = 0.012 if attainment > 0.80 else 0.010
-    assert row["tpot_ratio"] == pytest.approx(tpot_s / rival_tpot_s)
+    assert row["against"] == "sarathi 768 c=2"
+    assert row["tpot_ratio"] == pytest.approx(tpot_s / 0.012)
+    assert row["slo_difference"] == pytest.approx((attainment if tpot_s <= 0.05 else 0.0) - 0.92)
+    assert row["verdict"] == verdict
+
+
+def test_a_static_setting_compared_as_if_it_decided_is_worse_where_the_other_is_better(tmp_path: Path) -> None:
+    for place, (own, rival) in enumerate((("analytic", "sarathi 512"), ("sarathi 512", "analytic"))):
+        root = tmp_path / str(place)
+        for name, label, tpot_s in (("a", own, 0.010), ("b", rival, 0.013)):
+            write_constant(root / name, label, tpot_s, attainment=0.9)
+        (row,) = claims.load_claim(collate([root]).runs).to_dict("records")
+        assert row["verdict"] == ("better", "worse")[place]
 
 
 @pytest.mark.parametrize(
-    ("tpots", "says"),
+    ("tpots", "verdict", "decided"),
     [
-        ([0.0100, 0.0101, 0.0102], "holds"),
-        ([0.0100, 0.0102, 0.0103], "undecided"),
-        ([0.0103, 0.0104, 0.0105], "fails"),
-        ([0.0100], "–"),
+        ([0.0099, 0.0100, 0.0101], "level", False),
+        ([0.00999, 0.0100, 0.01001], "level", True),
+        ([0.0103, 0.0104, 0.0105], "worse", False),
+        ([0.01039, 0.0104, 0.01041], "worse", True),
+        ([0.0096], "better", False),
     ],
 )
-def test_a_claim_says_what_the_whole_interval_over_seeds_says(tmp_path: Path, tpots: list[float], says: str) -> None:
+def test_a_verdict_is_decided_where_the_whole_interval_over_seeds_gives_it(
+    tmp_path: Path, tpots: list[float], verdict: str, decided: bool
+) -> None:
     _write_seeds(tmp_path, "analytic", tpots)
     _write_seeds(tmp_path, "fixed c=3 n=512", [0.010] * len(tpots))
     loads = claims.load_claim(collate([tmp_path]).runs)
     (row,) = loads.to_dict("records")
-    assert row["interval_says"] == says
+    assert (row["verdict"], row["decided"]) == (verdict, decided)
     assert row["tpot_ratio_by_seed"] == pytest.approx({str(seed): tpot / 0.010 for seed, tpot in enumerate(tpots)})
-    if len(tpots) > 1:
-        assert (row["tpot_ratio_low"], row["tpot_ratio_high"]) == pytest.approx((100 * min(tpots), 100 * max(tpots)))
     (sentence,) = claims.sentences(pd.DataFrame(), pd.DataFrame(), loads)
+    assert f"{verdict} at 1" in sentence
     assert ("no finding" in sentence) == (len(tpots) == 1)
-    assert ("undecided" in sentence) == (says == "undecided")
+    assert ("leaves 1 of these open" in sentence) == (len(tpots) > 1 and not decided)
 
 
-def test_above_95_percent_is_enough_whatever_the_best_fixed_attains(tmp_path: Path) -> None:
-    write_constant(tmp_path / "full", "fixed c=3 n=512", 0.012, attainment=1.0)
-    write_constant(tmp_path / "enough", "fixed c=3 n=128", 0.010, attainment=0.95)
-    write_constant(tmp_path / "own", "analytic", 0.0103, attainment=0.99)
-    (row,) = claims.load_claim(collate([tmp_path]).runs).to_dict("records")
-    assert row["attainment_holds"] == "holds"
-    assert row["against"] == "fixed c=3 n=128"
-    assert row["tpot_ratio"] == pytest.approx(1.03)
-    assert row["tpot_holds"] == "fails"
-
-
-def test_the_budget_claim_is_against_fixed_settings_that_meet_the_target(tmp_path: Path) -> None:
+def test_at_equal_ttft_attainment_tpot_is_compared_with_the_lowest_of_a_static_setting(tmp_path: Path) -> None:
     write_constant(tmp_path / "starved", "fixed c=3 n=64", 0.008, attainment=0.5)
-    write_constant(tmp_path / "meets", "fixed c=3 n=256", 0.010, attainment=0.96)
-    write_constant(tmp_path / "own", "analytic", 0.0099, attainment=0.99)
-    write_constant(tmp_path / "late", "poster", 0.0090, attainment=0.90)
+    write_constant(tmp_path / "meets", "sarathi 512 c=3", 0.010, attainment=0.96)
+    write_constant(tmp_path / "own", "analytic", 0.0099, attainment=0.96)
+    write_constant(tmp_path / "late", "poster", 0.0090, attainment=0.50)
+    # It attains more than any static setting does: the ratio is to the one that attains the most, and counts.
+    write_constant(tmp_path / "most", "mpc", 0.0200, attainment=0.99)
     claim = claims.budget_claim(collate([tmp_path]).runs).set_index("label")
-    assert set(claim["against"]) == {"fixed c=3 n=256"}
+    assert claim["against"].to_dict() == {
+        "analytic": "sarathi 512 c=3", "poster": "fixed c=3 n=64", "mpc": "sarathi 512 c=3"
+    }  # fmt: skip
     assert claim.loc["analytic", "tpot_ratio"] == pytest.approx(0.99)
-    assert claim["holds"].to_dict() == {"analytic": "holds", "poster": "fails"}
+    assert claim["verdict"].to_dict() == {"analytic": "level", "poster": "higher", "mpc": "higher"}
+    said = " ".join(claims.sentences(pd.DataFrame(), claim.reset_index(), pd.DataFrame()))
+    assert "mpc's mean TPOT is 2.000 times the lowest of a static setting; more than 2 % higher at 1 of 1 loads" in said
+    assert "at 1 no static setting attains as much" in said
 
 
 def test_an_optimizer_held_to_one_c_is_compared_with_that_c_only(tmp_path: Path) -> None:
@@ -365,7 +374,7 @@ def test_an_optimizer_held_to_one_c_is_compared_with_that_c_only(tmp_path: Path)
     write_constant(tmp_path / "own", "analytic c=0", 0.019)
     (row,) = claims.budget_claim(collate([tmp_path]).runs).to_dict("records")
     assert row["against"] == "fixed c=0 n=256"
-    assert row["holds"] == "holds"
+    assert row["verdict"] == "lower"
 
 
 # The page and its figures
@@ -402,7 +411,7 @@ def test_the_terminal_shows_one_narrow_table_a_workload_and_all_of_them_on_reque
 ) -> None:
     assert report.main([str(swept), "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    table = lines[: next(place for place, line in enumerate(lines) if line.startswith("holds:"))]
+    table = lines[: next(place for place, line in enumerate(lines) if line.startswith("both met:"))]
     assert max(map(len, table)) <= 110
     assert not any("…" in line for line in table)
     # Two loads with two optimizers each, and each in one line.
@@ -414,7 +423,7 @@ def test_the_terminal_shows_one_narrow_table_a_workload_and_all_of_them_on_reque
 
 def test_the_figures_are_twice_readme_width_and_hold_ink(swept: Path) -> None:
     collation = collate([swept])
-    settings = mark_best_fixed(collation.runs)
+    settings = mark_best_static(collation.runs)
     drawn = (
         figures.speculation(collation.windows, claims.panel_budgets(settings)),
         chunked.chunked_prefill(settings),
@@ -463,7 +472,7 @@ def test_every_optimizer_and_every_fixed_pair_is_within_its_panel(tmp_path: Path
     write_constant(tmp_path / "high", "fixed c=3 n=512", 0.300, attainment=0.08)
     write_constant(tmp_path / "own", "analytic", 0.250, attainment=0.09)
     write_constant(tmp_path / "letter", "poster", 0.004, attainment=0.0)
-    settings = mark_best_fixed(collate([tmp_path]).runs)
+    settings = mark_best_static(collate([tmp_path]).runs)
     (axes,) = chunked.chunked_prefill(settings).axes
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     assert axes.get_yscale() == "log"
@@ -485,7 +494,7 @@ def test_titles_stay_over_their_own_panels(tmp_path: Path, count: int) -> None:
     for place in range(count):
         name = "a_workload_with_quite_a_long_name_indeed" + "_again" * place
         write_constant(tmp_path / str(place), "analytic", 0.01, scenario=f"{name} x0.5")
-    figure = figures.overview(mark_best_fixed(collate([tmp_path]).runs))
+    figure = figures.overview(mark_best_static(collate([tmp_path]).runs))
     FigureCanvasAgg(figure).draw()
     titles = [text.get_window_extent() for axes in figure.axes for text in axes.texts if "Vicuna" in text.get_text()]
     assert len(titles) == count
@@ -501,12 +510,12 @@ def test_labels_beside_a_panel_are_moved_apart_and_no_further() -> None:
 
 def test_every_c_and_every_optimizer_has_its_line(swept: Path) -> None:
     collation = collate([swept])
-    figure = figures.speculation(collation.windows, claims.panel_budgets(mark_best_fixed(collation.runs)))
+    figure = figures.speculation(collation.windows, claims.panel_budgets(mark_best_static(collation.runs)))
     (axes,) = figure.axes
     assert len(axes.lines) == 4
     assert {text.get_text() for text in axes.texts} >= {"c = 0", "c = 3"}
     colours = palette.colours_of(collation.runs)
-    assert colours["analytic"] == palette.OPTIMIZER_COLOURS["analytic"]
+    assert colours["analytic"] == palette.COLOURS[0]
     assert len(set(colours.values())) == len(colours)
 
 
@@ -545,11 +554,11 @@ def test_what_cannot_be_reported_ends_with_the_reason_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_given_baseline_replaces_the_best_fixed_setting(tmp_path: Path) -> None:
+def test_a_given_baseline_replaces_the_best_static_setting(tmp_path: Path) -> None:
     _write_seeds(tmp_path, "fixed c=3 n=512", [0.010, 0.010])
-    _write_seeds(tmp_path, "sarathi 512", [0.020, 0.024])
+    _write_seeds(tmp_path, "sarathi 512", [0.020, 0.0201])
     built = report.build(collate([tmp_path]), baseline="sarathi 512")
     row = built.comparison.set_index("label").loc["fixed c=3 n=512"]
-    assert row["difference_mean_s"] == pytest.approx(-0.012)
+    assert row["difference_mean_s"] == pytest.approx(-0.01005)
     assert row["paired_seeds"] == 2
     assert row["verdict"] == "lower"
