@@ -16,7 +16,7 @@ from engine.plant import Plant
 from engine.speculation.allocation import Speculation
 
 
-class Rules(NamedTuple):
+class Params(NamedTuple):
     """candidates: (K,) choices of c, rising · verified_tokens, token_budget: as in `AdaServe`."""
 
     candidates: NDArray[np.int64]
@@ -25,14 +25,14 @@ class Rules(NamedTuple):
 
 
 @kernel
-def decide(observation, e, rules):
+def decide(observation, i, params, memory):
     """(the largest c whose tokens fit the verification budget, n as configured)."""
-    num_decodes = max(float(observation.load[e, NUM_DECODES]), 1.0)
-    chosen = rules.candidates[0]
-    for i in range(rules.candidates.shape[0]):
-        if num_decodes * (1 + rules.candidates[i]) <= rules.verified_tokens:
-            chosen = rules.candidates[i]
-    return chosen, rules.token_budget
+    num_decodes = max(float(observation.load[i, NUM_DECODES]), 1.0)
+    chosen = params.candidates[0]
+    for k in range(params.candidates.shape[0]):
+        if num_decodes * (1 + params.candidates[k]) <= params.verified_tokens:
+            chosen = params.candidates[k]
+    return chosen, params.token_budget
 
 
 def cheap_tokens(grid: LookupGrid, slowdown: float) -> float:
@@ -72,20 +72,14 @@ class AdaServe(KernelController):
     slowdown: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] = 1.5
     token_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] = 512
 
-    def reset(self, plant: Plant) -> None:
-        """Find the verification budget."""
-        super().reset(plant)
+    def params(self, plant: Plant) -> Params:
+        """The choices and the budgets."""
         tokens = self.verified_tokens
-        self._rules = Rules(
+        return Params(
             candidates=np.sort(plant.grid.candidates),
             verified_tokens=float(tokens) if tokens is not None else cheap_tokens(plant.lookup.grid, self.slowdown),
             token_budget=self.token_budget,
         )
-
-    @property
-    def rules(self) -> Rules:
-        """The choices and the budgets."""
-        return self._rules
 
     @property
     def speculation(self) -> Speculation:

@@ -34,6 +34,7 @@ from engine.core.telemetry import (
 )
 from engine.latency.lookup import LookupGrid, lookup_slice
 from engine.plant import Plant
+from engine.policy import stacked
 
 UNBOUNDED_S = 1e9
 ESTIMATES = ("depths", "requests", "choices")
@@ -59,10 +60,10 @@ class Settings(NamedTuple):
 class Memory(NamedTuple):
     """What the optimizer keeps between decisions, and its scratch space.
 
-    acceptance: (2, C) counts · choices: (2, C + 2) tokens accepted by c chosen · tokens: (C + 1,) G by candidate count
-    · arriving: (1,) moving average of requests that arrive per second · finished: (2,) fading sums of finished requests
-    and their output tokens · seconds, later: (nC, nN + 1) predicted T of the next iteration and of the one after ·
-    most_seconds: (nN + 1,) longest T that keeps the deadlines, by budget.
+    acceptance: (N, 2, C) counts · choices: (N, 2, C + 2) tokens accepted by c chosen · tokens: (N, C + 1) G by
+    candidate count · arriving: (N, 1) moving average of requests that arrive per second · finished: (N, 2) fading sums
+    of finished requests and their output tokens · seconds, later: (N, nC, nN + 1) predicted T of the next iteration and
+    of the one after · most_seconds: (N, nN + 1) longest T that keeps the deadlines, by budget.
     """
 
     acceptance: NDArray[np.float64]
@@ -75,10 +76,10 @@ class Memory(NamedTuple):
     most_seconds: NDArray[np.float64]
 
 
-def new_analytic_memory(grid: LookupGrid) -> Memory:
-    """Nothing remembered yet, sized for a table."""
+def new_analytic_memory(grid: LookupGrid, instances: int) -> Memory:
+    """Nothing remembered yet of so many instances, sized for a table."""
     acceptance = new_memory(int(grid.candidates.max()))
-    return Memory(
+    one = Memory(
         acceptance=acceptance,
         choices=new_choice_memory(acceptance.shape[1]),
         tokens=np.ones(acceptance.shape[1] + 1),
@@ -88,14 +89,29 @@ def new_analytic_memory(grid: LookupGrid) -> Memory:
         later=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
         most_seconds=np.zeros(len(grid.prefill_tokens)),
     )
+    return stacked(one, instances)
 
 
-class Rules(NamedTuple):
-    """What a decision reads: predicted times, settings and memory."""
+class Params(NamedTuple):
+    """What a decision reads: predicted times and settings."""
 
     grid: LookupGrid
     settings: Settings
-    memory: Memory
+
+
+@kernel
+def row_of(memory, i):
+    """Return what is kept of instance `i`."""
+    return Memory(
+        memory.acceptance[i],
+        memory.choices[i],
+        memory.tokens[i],
+        memory.arriving[i],
+        memory.finished[i],
+        memory.seconds[i],
+        memory.later[i],
+        memory.most_seconds[i],
+    )
 
 
 @kernel
@@ -258,10 +274,10 @@ def _choose_budget(num_decodes, kv_tokens, queue, work, last, lost, token_value,
 
 
 @kernel
-def decide(observation, e, rules):
-    """(c, n) in tokens of the next action for engine `e`."""
-    c, n = choose_pair(observation, e, rules.grid, rules.settings, rules.memory)
-    return rules.grid.candidates[c], rules.grid.prefill_tokens[n]
+def decide(observation, i, params, memory):
+    """(c, n) in tokens of the next action for instance `i`."""
+    c, n = choose_pair(observation, i, params.grid, params.settings, row_of(memory, i))
+    return params.grid.candidates[c], params.grid.prefill_tokens[n]
 
 
 @kernel
@@ -376,19 +392,16 @@ class Analytic(KernelController):
     estimate: Literal["depths", "requests", "choices"] = "depths"
     look_ahead: bool = False
 
-    def reset(self, plant: Plant) -> None:
-        """Forget the measured acceptance and begin on `plant`."""
-        super().reset(plant)
-        grid = plant.lookup.grid
-        self._rules = Rules(grid, self.settings, new_analytic_memory(grid))
-
     @property
     def settings(self) -> Settings:
         """The configuration as the kernels read it."""
         plain = {name: float(getattr(self, name)) for name in Settings._fields if name != "estimate"}
         return Settings(estimate=float(ESTIMATES.index(self.estimate)), **plain)
 
-    @property
-    def rules(self) -> Rules:
-        """The table, the settings and what is remembered."""
-        return self._rules
+    def params(self, plant: Plant) -> Params:
+        """The table and the settings."""
+        return Params(plant.lookup.grid, self.settings)
+
+    def memory(self, plant: Plant, instances: int) -> Memory:
+        """Nothing remembered."""
+        return new_analytic_memory(plant.lookup.grid, instances)

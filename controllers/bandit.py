@@ -12,21 +12,31 @@ from controllers.controller import configured
 from engine.compiled import kernel
 from engine.core.telemetry import INTERVAL_S, LAST_NUM_DECODES, NUM_DECODES, NUM_WAITING, OVERDUE
 from engine.plant import Plant
+from engine.policy import stacked
 
 UCB, EXP3 = 0, 1
 
 
-class Rules(NamedTuple):
-    """Arms, settings and memory.
-
-    arms: (A, 2) c and n · pulls, sums: (X, A) plays and rewards per context · losses: (X, A) estimated losses over
-    which EXP3 weighs · best_rate: (X,) highest token rate a request has had, by which rewards are scaled · chance:
-    (A,) scratch · random: (1,) uint64 state · current: (4,) context, arm, its probability, iterations left · gained:
-    (2,) request-seconds of decoding and tokens since the arm was chosen; late: (1,) whether a TTFT deadline
-    was past meanwhile.
-    """
+class Params(NamedTuple):
+    """arms: (A, 2) c and n · the rest as in `Bandit`."""
 
     arms: NDArray[np.int64]
+    rule: int
+    exploration: float
+    every: int
+    forgetting: float
+
+
+class Memory(NamedTuple):
+    """What the arms have yielded, for N instances.
+
+    pulls, sums: (N, X, A) plays and rewards per context · losses: (N, X, A) estimated losses over which EXP3 weighs ·
+    best_rate: (N, X) highest token rate a request has had, by which rewards are scaled · chance: (N, A) scratch ·
+    random: (N, 1) uint64 state · current: (N, 4) context, arm, its probability, iterations left · gained: (N, 2)
+    request-seconds of decoding and tokens since the arm was chosen; late: (N, 1) whether a TTFT deadline was past
+    meanwhile.
+    """
+
     pulls: NDArray[np.float64]
     sums: NDArray[np.float64]
     losses: NDArray[np.float64]
@@ -36,10 +46,22 @@ class Rules(NamedTuple):
     current: NDArray[np.float64]
     gained: NDArray[np.float64]
     late: NDArray[np.float64]
-    rule: int
-    exploration: float
-    every: int
-    forgetting: float
+
+
+@kernel
+def _row(memory, i):
+    """Return what is kept of instance `i`."""
+    return Memory(
+        memory.pulls[i],
+        memory.sums[i],
+        memory.losses[i],
+        memory.best_rate[i],
+        memory.chance[i],
+        memory.random[i],
+        memory.current[i],
+        memory.gained[i],
+        memory.late[i],
+    )
 
 
 @kernel
@@ -65,36 +87,36 @@ def _context(observation, e, contexts):
 
 
 @kernel
-def _settle(rules):
+def _settle(params, mine):
     """Turn what the current arm has gained into a reward in [0, 1] and remember it."""
-    x, arm = int(rules.current[0]), int(rules.current[1])
-    if rules.gained[0] <= 0.0:
+    x, arm = int(mine.current[0]), int(mine.current[1])
+    if mine.gained[0] <= 0.0:
         return
-    rate = rules.gained[1] / rules.gained[0]
-    rules.best_rate[x] = max(rules.best_rate[x], rate)
-    reward = 0.0 if rules.late[0] > 0.0 else rate / rules.best_rate[x]
-    for a in range(rules.arms.shape[0]):
-        rules.pulls[x, a] *= rules.forgetting
-        rules.sums[x, a] *= rules.forgetting
-        rules.losses[x, a] *= rules.forgetting
-    rules.pulls[x, arm] += 1.0
-    rules.sums[x, arm] += reward
-    rules.losses[x, arm] += (1.0 - reward) / rules.current[2]
+    rate = mine.gained[1] / mine.gained[0]
+    mine.best_rate[x] = max(mine.best_rate[x], rate)
+    reward = 0.0 if mine.late[0] > 0.0 else rate / mine.best_rate[x]
+    for a in range(params.arms.shape[0]):
+        mine.pulls[x, a] *= params.forgetting
+        mine.sums[x, a] *= params.forgetting
+        mine.losses[x, a] *= params.forgetting
+    mine.pulls[x, arm] += 1.0
+    mine.sums[x, arm] += reward
+    mine.losses[x, arm] += (1.0 - reward) / mine.current[2]
 
 
 @kernel
-def _pull_ucb(rules, x):
+def _pull_ucb(params, mine, x):
     """The arm of the highest upper confidence bound; one that was hardly ever played comes first."""
     total = 0.0
-    for a in range(rules.arms.shape[0]):
-        total += rules.pulls[x, a]
+    for a in range(params.arms.shape[0]):
+        total += mine.pulls[x, a]
     best = -1.0
     chosen = 0
-    for a in range(rules.arms.shape[0]):
-        pulls = rules.pulls[x, a]
+    for a in range(params.arms.shape[0]):
+        pulls = mine.pulls[x, a]
         if pulls < 0.5:
             return a
-        bound = rules.sums[x, a] / pulls + rules.exploration * math.sqrt(2.0 * math.log(max(total, 2.0)) / pulls)
+        bound = mine.sums[x, a] / pulls + params.exploration * math.sqrt(2.0 * math.log(max(total, 2.0)) / pulls)
         if bound > best:
             best = bound
             chosen = a
@@ -102,55 +124,56 @@ def _pull_ucb(rules, x):
 
 
 @kernel
-def _pull_exp3(rules, x):
+def _pull_exp3(params, mine, x):
     """An arm drawn with exponential weights on its estimated loss, mixed with uniform exploration."""
-    count = rules.arms.shape[0]
-    least = rules.losses[x, 0]
+    count = params.arms.shape[0]
+    least = mine.losses[x, 0]
     for a in range(1, count):
-        least = min(least, rules.losses[x, a])
-    learning = rules.exploration / count
+        least = min(least, mine.losses[x, a])
+    learning = params.exploration / count
     total = 0.0
     for a in range(count):
-        rules.chance[a] = math.exp(-learning * (rules.losses[x, a] - least))
-        total += rules.chance[a]
-    left = _uniform(rules.random)
+        mine.chance[a] = math.exp(-learning * (mine.losses[x, a] - least))
+        total += mine.chance[a]
+    left = _uniform(mine.random)
     chosen = count - 1
     for a in range(count):
-        rules.chance[a] = (1.0 - rules.exploration) * rules.chance[a] / total + rules.exploration / count
-        if left < rules.chance[a]:
+        mine.chance[a] = (1.0 - params.exploration) * mine.chance[a] / total + params.exploration / count
+        if left < mine.chance[a]:
             chosen = a
             break
-        left -= rules.chance[a]
-    rules.current[2] = rules.chance[chosen]
+        left -= mine.chance[a]
+    mine.current[2] = mine.chance[chosen]
     return chosen
 
 
 @kernel
-def decide(observation, e, rules):
+def decide(observation, i, params, memory):
     """(c, n) of the arm that is being played."""
+    mine = _row(memory, i)
     load = observation.load
-    emitted = load[e, LAST_NUM_DECODES]
+    emitted = load[i, LAST_NUM_DECODES]
     for depth in range(observation.accepted.shape[1]):
-        emitted += observation.accepted[e, depth]
-    if load[e, LAST_NUM_DECODES] > 0.0:
-        rules.gained[0] += load[e, INTERVAL_S] * load[e, LAST_NUM_DECODES]
-        rules.gained[1] += emitted
-    if load[e, OVERDUE] > 0.0:
-        rules.late[0] = 1.0
-    if rules.current[3] <= 0.0:
-        _settle(rules)
-        x = _context(observation, e, rules.pulls.shape[0])
-        rules.current[2] = 1.0
-        arm = _pull_ucb(rules, x) if rules.rule == UCB else _pull_exp3(rules, x)
-        rules.current[0] = x
-        rules.current[1] = arm
-        rules.current[3] = rules.every
-        rules.gained[0] = 0.0
-        rules.gained[1] = 0.0
-        rules.late[0] = 0.0
-    rules.current[3] -= 1.0
-    arm = int(rules.current[1])
-    return rules.arms[arm, 0], rules.arms[arm, 1]
+        emitted += observation.accepted[i, depth]
+    if load[i, LAST_NUM_DECODES] > 0.0:
+        mine.gained[0] += load[i, INTERVAL_S] * load[i, LAST_NUM_DECODES]
+        mine.gained[1] += emitted
+    if load[i, OVERDUE] > 0.0:
+        mine.late[0] = 1.0
+    if mine.current[3] <= 0.0:
+        _settle(params, mine)
+        x = _context(observation, i, mine.pulls.shape[0])
+        mine.current[2] = 1.0
+        arm = _pull_ucb(params, mine, x) if params.rule == UCB else _pull_exp3(params, mine, x)
+        mine.current[0] = x
+        mine.current[1] = arm
+        mine.current[3] = params.every
+        mine.gained[0] = 0.0
+        mine.gained[1] = 0.0
+        mine.late[0] = 0.0
+    mine.current[3] -= 1.0
+    arm = int(mine.current[1])
+    return params.arms[arm, 0], params.arms[arm, 1]
 
 
 @configured
@@ -187,36 +210,37 @@ class Bandit(KernelController):
     forgetting: Annotated[float, Field(gt=0.0, le=1.0)] = 0.999
     seed: Annotated[int, Field(ge=0)] = 0
 
-    def reset(self, plant: Plant) -> None:
-        """Forget every reward. Raises ActionError when an arm is not on the plant's grid."""
-        super().reset(plant)
+    def params(self, plant: Plant) -> Params:
+        """The arms. Raises ActionError when one is not on the grid of actions."""
         for candidates in self.candidates:
             for token_budget in self.token_budgets:
                 plant.grid.action(candidates, token_budget)
-        arms = np.array([(c, n) for c in self.candidates for n in self.token_budgets], dtype=np.int64)
-        contexts = 28 if self.contextual else 1
-        shape = (contexts, len(arms))
-        self._rules = Rules(
-            arms=arms,
-            pulls=np.zeros(shape),
-            sums=np.zeros(shape),
-            losses=np.zeros(shape),
-            best_rate=np.zeros(contexts),
-            chance=np.zeros(len(arms)),
-            random=np.random.SeedSequence(self.seed).generate_state(1, np.uint64) | np.uint64(1),
-            current=np.array([0.0, 0.0, 1.0, 0.0]),
-            gained=np.zeros(2),
-            late=np.zeros(1),
+        return Params(
+            arms=np.array([(c, n) for c in self.candidates for n in self.token_budgets], dtype=np.int64),
             rule=UCB if self.kind == "ucb" else EXP3,
             exploration=self.exploration,
             every=self.every,
             forgetting=self.forgetting,
         )
 
-    @property
-    def rules(self) -> Rules:
-        """The arms and what they have yielded."""
-        return self._rules
+    def memory(self, plant: Plant, instances: int) -> Memory:
+        """No rewards. Every instance draws numbers of its own."""
+        arms = len(self.candidates) * len(self.token_budgets)
+        contexts = 28 if self.contextual else 1
+        shape = (contexts, arms)
+        one = Memory(
+            pulls=np.zeros(shape),
+            sums=np.zeros(shape),
+            losses=np.zeros(shape),
+            best_rate=np.zeros(contexts),
+            chance=np.zeros(arms),
+            random=np.zeros(1, dtype=np.uint64),
+            current=np.array([0.0, 0.0, 1.0, 0.0]),
+            gained=np.zeros(2),
+            late=np.zeros(1),
+        )
+        states = np.random.SeedSequence(self.seed).generate_state(instances, np.uint64) | np.uint64(1)
+        return stacked(one, instances)._replace(random=states[:, None])
 
     def label(self) -> str:
         """For example `bandit ucb by load`."""

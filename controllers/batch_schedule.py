@@ -32,7 +32,7 @@ LARGEST_BATCH = 4096
 """Batches above count as this many requests."""
 
 
-class Rules(NamedTuple):
+class Params(NamedTuple):
     """candidates: (LARGEST_BATCH + 1,) c by number of decoding requests · total_budget: tokens per iteration ·
     draft_slots: tokens of it that every request takes beside its own."""
 
@@ -60,13 +60,13 @@ def _beside_slots(observation, e, left, draft_slots):
 
 
 @kernel
-def decide(observation, e, rules):
+def decide(observation, i, params, memory):
     """(c of this batch size, what the decoding requests leave of the total)."""
-    num_decodes = int(observation.load[e, NUM_DECODES])
-    candidates = rules.candidates[min(num_decodes, rules.candidates.shape[0] - 1)]
-    left = left_for_prompts(rules.total_budget, num_decodes, candidates + rules.draft_slots)
-    if rules.draft_slots > 0:
-        left = max(_beside_slots(observation, e, left, rules.draft_slots), 0 if num_decodes > 0 else 1)
+    num_decodes = int(observation.load[i, NUM_DECODES])
+    candidates = params.candidates[min(num_decodes, params.candidates.shape[0] - 1)]
+    left = left_for_prompts(params.total_budget, num_decodes, candidates + params.draft_slots)
+    if params.draft_slots > 0:
+        left = max(_beside_slots(observation, i, left, params.draft_slots), 0 if num_decodes > 0 else 1)
     return candidates, left
 
 
@@ -83,17 +83,9 @@ class BatchSchedule(KernelController):
     total_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] = 2048
     draft_slots = 0
 
-    def reset(self, plant: Plant) -> None:
-        """Expand the schedule over all batch sizes."""
-        super().reset(plant)
-        self._rules = Rules(
-            np.array(self.by_batch_size(LARGEST_BATCH), dtype=np.int64), self.total_budget, self.draft_slots
-        )
-
-    @property
-    def rules(self) -> Rules:
-        """The expanded schedule and the total."""
-        return self._rules
+    def params(self, plant: Plant) -> Params:
+        """The schedule expanded over all batch sizes, and the total."""
+        return Params(np.array(self.by_batch_size(LARGEST_BATCH), dtype=np.int64), self.total_budget, self.draft_slots)
 
     @abstractmethod
     def by_batch_size(self, largest: int) -> Sequence[int]:

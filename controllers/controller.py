@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from engine.backends.simulator import CompiledLoop, Simulator
 from engine.core.telemetry import Observation
 from engine.plant import Plant
 from engine.speculation.allocation import Speculation
@@ -71,14 +70,6 @@ class Controller(ABC):
     def label(self) -> str:
         """How tables and figures call this controller with these settings."""
         return type(self).__name__.lower()
-
-
-class CompiledController(Controller):
-    """A controller that also runs inside the simulator's compiled loop."""
-
-    @abstractmethod
-    def loop(self, simulator: Simulator, decision_s: float) -> CompiledLoop:
-        """A loop for `Simulator.run_to_end` that decides before every iteration and charges `decision_s` each time."""
 
 
 def batched(observation: Mapping[str, NDArray[np.float32]]) -> Observation:

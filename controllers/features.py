@@ -109,7 +109,7 @@ class FeatureMemory(NamedTuple):
     acceptance: (N, 2, C) and tokens: (N, C + 1), see `controllers.acceptance` · arriving: (N, 4) moving averages of
     requests/s, fast and slow, and of prompt tokens/s · finished: (N, 2) fading sums of finished requests and their
     output tokens · timing: (N,) moving average of log(measured / predicted) · preempted: (N,) fading count · seconds:
-    (nC, nN + 1) predicted T.
+    (N, nC, nN + 1) predicted T.
     """
 
     acceptance: NDArray[np.float64]
@@ -143,17 +143,17 @@ def unpredicted(grid: ActionGrid) -> LookupGrid:
     )
 
 
-def new_feature_memory(engines: int, grid: ActionGrid) -> FeatureMemory:
+def new_feature_memory(instances: int, grid: ActionGrid) -> FeatureMemory:
     """Nothing remembered, for so many engines."""
     depths = max(1, grid.candidate_choices[-1])
     return FeatureMemory(
-        acceptance=np.zeros((engines, 2, depths)),
-        tokens=np.ones((engines, depths + 1)),
-        arriving=np.zeros((engines, 4)),
-        finished=np.zeros((engines, 2)),
-        timing=np.zeros(engines),
-        preempted=np.zeros(engines),
-        seconds=np.zeros((len(grid.candidate_choices), len(grid.budget_choices) + 1)),
+        acceptance=np.zeros((instances, 2, depths)),
+        tokens=np.ones((instances, depths + 1)),
+        arriving=np.zeros((instances, 4)),
+        finished=np.zeros((instances, 2)),
+        timing=np.zeros(instances),
+        preempted=np.zeros(instances),
+        seconds=np.zeros((instances, len(grid.candidate_choices), len(grid.budget_choices) + 1)),
     )
 
 
@@ -217,14 +217,15 @@ def show(observation, e, view, memory, m, out):
     decodes = load[e, NUM_DECODES]
     kv_tokens = load[e, DECODE_KV_TOKENS]
     tokens = memory.tokens[m]
+    seconds = memory.seconds[m]
     length = (memory.finished[m, 1] + PRIOR_OUTPUT_TOKENS) / (memory.finished[m, 0] + 1.0)
     token_s = view.tpot_target
     prompt_token_s = 0.0
     if view.predictions:
-        lookup_slice(view.grid, decodes, kv_tokens, memory.seconds)
+        lookup_slice(view.grid, decodes, kv_tokens, seconds)
         token_s = math.inf
         for c in range(view.grid.candidates.shape[0]):
-            token_s = min(token_s, memory.seconds[c, 0] / tokens[view.grid.candidates[c]])
+            token_s = min(token_s, seconds[c, 0] / tokens[view.grid.candidates[c]])
         widest = view.grid.prefill_tokens.shape[0] - 1
         prompt_token_s = view.grid.seconds[0, 0, 0, widest] / view.grid.prefill_tokens[widest]
     least = NO_DEADLINE_S
@@ -295,7 +296,6 @@ def show(observation, e, view, memory, m, out):
         out[f + 2] = _log(required, 0.25)
         out[f + 3] = 4.0 * memory.timing[m]
         f += len(PREDICTED)
-        seconds = memory.seconds
         for c in range(seconds.shape[0]):
             out[f] = math.log(seconds[c, 0] / (tokens[view.grid.candidates[c]] * token_s))
             f += 1

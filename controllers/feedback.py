@@ -16,8 +16,8 @@ from engine.core.telemetry import INTERVAL_S, NO_DEADLINE_S, OVERDUE, TTFT_TARGE
 from engine.plant import Plant
 
 
-class Rules(NamedTuple):
-    """`Feedback`'s fields, and memory: (2,) the budget in tokens and the integral of the error in s."""
+class Params(NamedTuple):
+    """`Feedback`'s fields, for the kernel."""
 
     aimd: bool
     candidates: int
@@ -29,40 +29,46 @@ class Rules(NamedTuple):
     backoff: float
     proportional: float
     integral_per_s: float
-    memory: NDArray[np.float64]
+
+
+class Memory(NamedTuple):
+    """budget: (N,) n in tokens · integral: (N,) of the error, in s."""
+
+    budget: NDArray[np.float64]
+    integral: NDArray[np.float64]
 
 
 @kernel
-def _shortage(observation, e, rules):
+def _shortage(observation, i, params):
     """By how much the most urgent prompt lacks the wanted slack, as a share of l: 1 and above past its deadline."""
     load = observation.load
-    extra = rules.ttft_target - load[e, TTFT_TARGET_S]
-    least = rules.ttft_target
+    extra = params.ttft_target - load[i, TTFT_TARGET_S]
+    least = params.ttft_target
     for row in range(observation.queue.shape[1]):
-        slack = observation.queue[e, row, 1] + extra
-        if observation.queue[e, row, 0] > 0.0 and slack < 0.5 * NO_DEADLINE_S:
+        slack = observation.queue[i, row, 1] + extra
+        if observation.queue[i, row, 0] > 0.0 and slack < 0.5 * NO_DEADLINE_S:
             least = min(least, slack)
-    if load[e, OVERDUE] > 0.0:
+    if load[i, OVERDUE] > 0.0:
         least = min(least, 0.0)
-    return rules.wanted_slack - max(least, -rules.ttft_target) / rules.ttft_target
+    return params.wanted_slack - max(least, -params.ttft_target) / params.ttft_target
 
 
 @kernel
-def decide(observation, e, rules):
+def decide(observation, i, params, memory):
     """(c as configured, n moved by the latest shortage)."""
-    shortage = _shortage(observation, e, rules)
-    budget, memory = rules.memory[0], rules.memory
-    if rules.aimd:
-        budget = budget / rules.backoff if shortage > 0.0 else budget - rules.step_tokens
+    shortage = _shortage(observation, i, params)
+    budget = memory.budget[i]
+    if params.aimd:
+        budget = budget / params.backoff if shortage > 0.0 else budget - params.step_tokens
     else:
-        elapsed = min(float(observation.load[e, INTERVAL_S]), 1.0)
-        span = math.log(rules.highest_budget / rules.lowest_budget)
-        total = memory[1] + rules.integral_per_s * shortage * elapsed
-        memory[1] = min(max(total, 0.0), 1.0)
-        share = memory[1] + rules.proportional * shortage
-        budget = rules.lowest_budget * math.exp(span * min(max(share, 0.0), 1.0))
-    memory[0] = min(max(budget, rules.lowest_budget), rules.highest_budget)
-    return rules.candidates, round(memory[0])
+        elapsed = min(float(observation.load[i, INTERVAL_S]), 1.0)
+        span = math.log(params.highest_budget / params.lowest_budget)
+        total = memory.integral[i] + params.integral_per_s * shortage * elapsed
+        memory.integral[i] = min(max(total, 0.0), 1.0)
+        share = memory.integral[i] + params.proportional * shortage
+        budget = params.lowest_budget * math.exp(span * min(max(share, 0.0), 1.0))
+    memory.budget[i] = min(max(budget, params.lowest_budget), params.highest_budget)
+    return params.candidates, round(memory.budget[i])
 
 
 @configured
@@ -108,10 +114,9 @@ class Feedback(KernelController):
             )
         return self
 
-    def reset(self, plant: Plant) -> None:
-        """Begin at the lowest budget with no integral."""
-        super().reset(plant)
-        self._rules = Rules(
+    def params(self, plant: Plant) -> Params:
+        """The configured settings."""
+        return Params(
             self.kind == "aimd",
             self.candidates,
             self.ttft_target,
@@ -122,13 +127,11 @@ class Feedback(KernelController):
             self.backoff,
             self.proportional,
             self.integral_per_s,
-            np.array([float(self.lowest_budget), 0.0]),
         )
 
-    @property
-    def rules(self) -> Rules:
-        """The settings and the budget so far."""
-        return self._rules
+    def memory(self, plant: Plant, instances: int) -> Memory:
+        """The lowest budget, and no integral."""
+        return Memory(np.full(instances, float(self.lowest_budget)), np.zeros(instances))
 
     def label(self) -> str:
         """For example `feedback pi c=3`."""

@@ -1,24 +1,50 @@
 """The same c and n in every iteration: what every engine does out of the box."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import model_validator
 
-from controllers.controller import CompiledController, configured
-from engine.backends.simulator import CompiledLoop, Simulator
+from controllers.compiled import KernelController
+from controllers.controller import configured
+from engine.compiled import kernel
 from engine.core.choices import check_action
+from engine.core.telemetry import look_away
+from engine.plant import Plant
+from engine.policy import Policy
+
+
+class Params(NamedTuple):
+    """`Fixed`'s fields, for the kernel."""
+
+    candidates: int
+    token_budget: int
+
+
+@kernel
+def decide(observation, i, params, memory):
+    """Return the configured pair, whatever the load."""
+    return params.candidates, params.token_budget
+
+
+def constant(candidates: int, token_budget: int) -> Policy:
+    """The policy of one pair (c, n)."""
+    return Policy(decide, Params(candidates, token_budget), look=look_away)
 
 
 @configured
-class Fixed(CompiledController):
+class Fixed(KernelController):
     """Always the same candidate count and token budget.
 
     Args:
         candidates: c, candidate tokens per decoding request.
         token_budget: n, prompt tokens per iteration.
     """
+
+    decide = staticmethod(decide)
+    look = staticmethod(look_away)
 
     candidates: int = 3
     token_budget: int = 512
@@ -30,17 +56,13 @@ class Fixed(CompiledController):
         check_action(self.candidates, self.token_budget)
         return self
 
-    def choose(self, observation: Mapping[str, NDArray[np.float32]]) -> tuple[int, int]:
-        """The configured pair, whatever the load."""
-        return self.candidates, self.token_budget
+    def params(self, plant: Plant) -> Params:
+        """The configured pair."""
+        return Params(self.candidates, self.token_budget)
 
     def act(self, observation: Mapping[str, NDArray[np.float32]]) -> NDArray[np.int64]:
         """The configured pair as indices; ActionError when it is off the environment's grid."""
         return self.plant.grid.action(self.candidates, self.token_budget)
-
-    def loop(self, simulator: Simulator, decision_s: float) -> CompiledLoop:
-        """The simulator's constant-action fast path."""
-        return simulator.constant_loop(self.candidates, self.token_budget, decision_s)
 
     def label(self) -> str:
         """For example `fixed c=3 n=512`."""

@@ -41,12 +41,12 @@ class Line(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What is learnt, and scratch space.
+    """What is learnt, and scratch space, for N instances.
 
-    acceptance: (2, C) counts · tokens: (C + 1,) G · finished: (2,) fading sums of finished requests and their tokens ·
-    arrived: (2,) of arrivals and their tokens · rate: (2,) of arrivals and seconds, fading faster · usual_batch: (1,)
-    moving average of B over time · seconds: (nC, nN + 1) predicted T · cheapest: (nN + 1,) index of c by budget, 0 for
-    an iteration without prefill · line: see `Line`.
+    acceptance: (N, 2, C) counts · tokens: (N, C + 1) G · finished: (N, 2) fading sums of finished requests and their
+    tokens · arrived: (N, 2) of arrivals and their tokens · rate: (N, 2) of arrivals and seconds, fading faster ·
+    usual_batch: (N, 1) moving average of B over time · seconds: (N, nC, nN + 1) predicted T · cheapest: (N, nN + 1)
+    index of c by budget, 0 for an iteration without prefill · line: (N, 4, Q) the arrays of a `Line`.
     """
 
     acceptance: NDArray[np.float64]
@@ -57,7 +57,38 @@ class Memory(NamedTuple):
     usual_batch: NDArray[np.float64]
     seconds: NDArray[np.float64]
     cheapest: NDArray[np.int64]
+    line: NDArray[np.float64]
+
+
+class Kept(NamedTuple):
+    """A row of `Memory`: what is kept of one instance."""
+
+    acceptance: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    finished: NDArray[np.float64]
+    arrived: NDArray[np.float64]
+    rate: NDArray[np.float64]
+    usual_batch: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    cheapest: NDArray[np.int64]
     line: Line
+
+
+@kernel
+def row_of(memory, i):
+    """Return what is kept of instance `i`."""
+    line = memory.line[i]
+    return Kept(
+        memory.acceptance[i],
+        memory.tokens[i],
+        memory.finished[i],
+        memory.arrived[i],
+        memory.rate[i],
+        memory.usual_batch[i],
+        memory.seconds[i],
+        memory.cheapest[i],
+        Line(line[0], line[1], line[2], line[3]),
+    )
 
 
 class Now(NamedTuple):

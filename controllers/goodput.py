@@ -23,7 +23,9 @@ from engine.core.telemetry import (
     NUM_DECODES,
     RATE_BANDS,
 )
+from engine.latency.lookup import LookupGrid
 from engine.plant import Plant
+from engine.policy import stacked
 from engine.speculation.allocation import Speculation
 
 FEATURES = 4
@@ -31,24 +33,11 @@ PRIOR_VARIANCE = 1.0
 """Of the offline coefficients, relative to the noise of one measured time: a few iterations weigh as much."""
 
 
-class Rules(NamedTuple):
-    """candidates: (K,) choices of c · acceptance: (1,) a · verified: (2,) fading counts of candidates verified and of
-    those accepted · weights: (4,) T per scaled feature · covariance: (4, 4) · features, gain: (4,) scratch · tokens:
-    (C + 1,) l by k · scratch: (2, bands) · scale: (4,) what features are divided by · current: (2,) index of c,
-    iterations until the next choice · the rest as in `Goodput`.
-    """
+class Params(NamedTuple):
+    """candidates: (K,) choices of c · scale: (4,) what features are divided by · the rest as in `Goodput`."""
 
     candidates: NDArray[np.int64]
-    acceptance: NDArray[np.float64]
-    verified: NDArray[np.float64]
-    weights: NDArray[np.float64]
-    covariance: NDArray[np.float64]
-    features: NDArray[np.float64]
-    gain: NDArray[np.float64]
     scale: NDArray[np.float64]
-    current: NDArray[np.float64]
-    tokens: NDArray[np.float64]
-    scratch: NDArray[np.float64]
     token_budget: int
     initial_acceptance: float
     weight: float
@@ -57,6 +46,39 @@ class Rules(NamedTuple):
     stop_at_decrease: bool
     zero_bonus: float
     per_request: bool
+
+
+class Memory(NamedTuple):
+    """acceptance: (N, 1) a · verified: (N, 2) fading counts of candidates verified and of those accepted · weights:
+    (N, 4) T per scaled feature · covariance: (N, 4, 4) · features, gain: (N, 4) scratch · current: (N, 2) index of c,
+    iterations until the next choice · tokens: (N, C + 1) l by k · scratch: (N, 2, bands).
+    """
+
+    acceptance: NDArray[np.float64]
+    verified: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    features: NDArray[np.float64]
+    gain: NDArray[np.float64]
+    current: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    scratch: NDArray[np.float64]
+
+
+@kernel
+def _row(memory, i):
+    """Return what is kept of instance `i`."""
+    return Memory(
+        memory.acceptance[i],
+        memory.verified[i],
+        memory.weights[i],
+        memory.covariance[i],
+        memory.features[i],
+        memory.gain[i],
+        memory.current[i],
+        memory.tokens[i],
+        memory.scratch[i],
+    )
 
 
 @kernel
@@ -69,41 +91,41 @@ def _set_features(features, scale, num_decodes, kv_tokens, prefill_tokens, candi
 
 
 @kernel
-def _fit(rules, seconds):
+def _fit(params, mine, seconds):
     """One step of recursive least squares with forgetting on the features that are set."""
-    x, p, gain = rules.features, rules.covariance, rules.gain
-    spread = rules.forgetting
+    x, p, gain = mine.features, mine.covariance, mine.gain
+    spread = params.forgetting
     error = seconds
     for i in range(FEATURES):
         gain[i] = 0.0
         for j in range(FEATURES):
             gain[i] += p[i, j] * x[j]
-        error -= rules.weights[i] * x[i]
+        error -= mine.weights[i] * x[i]
         spread += x[i] * gain[i]
     for i in range(FEATURES):
-        rules.weights[i] += gain[i] / spread * error
+        mine.weights[i] += gain[i] / spread * error
     for i in range(FEATURES):
         for j in range(FEATURES):
-            p[i, j] = (p[i, j] - gain[i] * gain[j] / spread) / rules.forgetting
+            p[i, j] = (p[i, j] - gain[i] * gain[j] / spread) / params.forgetting
 
 
 @kernel
-def _learn(observation, e, rules):
+def _learn(observation, e, params, mine):
     """Take in how long the latest iteration took and how many of its candidates were accepted."""
     load = observation.load
     if load[e, ITERATIONS] <= 0.0:
         return
-    verified = rules.verified
-    verified[0] *= rules.forgetting
-    verified[1] *= rules.forgetting
+    verified = mine.verified
+    verified[0] *= params.forgetting
+    verified[1] *= params.forgetting
     for depth in range(observation.drafted.shape[1]):
         verified[0] += observation.drafted[e, depth]
         verified[1] += observation.accepted[e, depth]
-    rate = (verified[1] + PRIOR_COUNT * rules.initial_acceptance) / (verified[0] + PRIOR_COUNT)
-    rules.acceptance[0] += rules.weight * (rate - rules.acceptance[0])
+    rate = (verified[1] + PRIOR_COUNT * params.initial_acceptance) / (verified[0] + PRIOR_COUNT)
+    mine.acceptance[0] += params.weight * (rate - mine.acceptance[0])
     _set_features(
-        rules.features,
-        rules.scale,
+        mine.features,
+        params.scale,
         load[e, LAST_NUM_DECODES],
         load[e, LAST_DECODE_KV_TOKENS],
         load[e, LAST_PREFILL_TOKENS],
@@ -111,50 +133,51 @@ def _learn(observation, e, rules):
     )
     trace = 0.0
     for i in range(FEATURES):
-        trace += rules.covariance[i, i]
+        trace += mine.covariance[i, i]
     # Without new directions forgetting would let the covariance grow without bound.
     if trace < 1e3 * FEATURES * PRIOR_VARIANCE:
-        _fit(rules, float(load[e, LAST_ITERATION_S]))
+        _fit(params, mine, float(load[e, LAST_ITERATION_S]))
 
 
 @kernel
-def _choose(observation, e, rules):
+def _choose(observation, e, params, mine):
     """Index of the c of the highest goodput."""
     load = observation.load
     num_decodes = load[e, NUM_DECODES]
-    prefill = min(admissible_tokens(observation, e), rules.token_budget)
-    for k in range(rules.tokens.shape[0]):
-        rules.tokens[k] = expected_tokens(rules.acceptance[0], k)
-    if rules.per_request:
-        tokens_by_marginal_gain(observation.rates[e], rules.tokens, rules.scratch)
+    prefill = min(admissible_tokens(observation, e), params.token_budget)
+    for k in range(mine.tokens.shape[0]):
+        mine.tokens[k] = expected_tokens(mine.acceptance[0], k)
+    if params.per_request:
+        tokens_by_marginal_gain(observation.rates[e], mine.tokens, mine.scratch)
     best = -1.0
     chosen = 0
-    for i in range(rules.candidates.shape[0]):
-        k = rules.candidates[i]
-        _set_features(rules.features, rules.scale, num_decodes, load[e, DECODE_KV_TOKENS], prefill, k)
+    for i in range(params.candidates.shape[0]):
+        k = params.candidates[i]
+        _set_features(mine.features, params.scale, num_decodes, load[e, DECODE_KV_TOKENS], prefill, k)
         seconds = 0.0
         for j in range(FEATURES):
-            seconds += rules.weights[j] * rules.features[j]
-        goodput = num_decodes * rules.tokens[k] / max(seconds, 1e-6)
+            seconds += mine.weights[j] * mine.features[j]
+        goodput = num_decodes * mine.tokens[k] / max(seconds, 1e-6)
         if k == 0:
-            goodput *= rules.zero_bonus
+            goodput *= params.zero_bonus
         if goodput > best:
             best = goodput
             chosen = i
-        elif rules.stop_at_decrease:
+        elif params.stop_at_decrease:
             break
     return chosen
 
 
 @kernel
-def decide(observation, e, rules):
+def decide(observation, i, params, memory):
     """(the c of the highest goodput, chosen every so many iterations, n as configured)."""
-    _learn(observation, e, rules)
-    if rules.current[1] <= 0.0:
-        rules.current[0] = _choose(observation, e, rules)
-        rules.current[1] = rules.every
-    rules.current[1] -= 1.0
-    return rules.candidates[int(rules.current[0])], rules.token_budget
+    mine = _row(memory, i)
+    _learn(observation, i, params, mine)
+    if mine.current[1] <= 0.0:
+        mine.current[0] = _choose(observation, i, params, mine)
+        mine.current[1] = params.every
+    mine.current[1] -= 1.0
+    return params.candidates[int(mine.current[0])], params.token_budget
 
 
 @configured
@@ -203,10 +226,8 @@ class Goodput(KernelController):
         """Candidates by marginal gain, of each request's own acceptance rate, when lengths are per request."""
         return Speculation("global", score="acceptance") if self.per_request else None
 
-    def reset(self, plant: Plant) -> None:
-        """Fit the coefficients to the plant's predictions and forget the acceptance."""
-        super().reset(plant)
-        grid = plant.lookup.grid
+    def _fitted(self, grid: LookupGrid) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(4,) scales of the features and (4,) coefficients, fitted to predicted times."""
         batch, kv, candidates, prefill = np.meshgrid(*grid[:4], indexing="ij")
         usual = (batch > 0) & (batch <= 64) & (prefill <= self.token_budget)
         columns = [kv, batch * (1 + candidates) + prefill, candidates, np.ones_like(batch)]
@@ -215,18 +236,13 @@ class Goodput(KernelController):
         seconds = grid.seconds[usual]
         relative = features / scale / seconds[:, None]
         weights, *_ = np.linalg.lstsq(relative, np.ones(len(seconds)), rcond=None)
-        self._rules = Rules(
+        return scale, weights
+
+    def params(self, plant: Plant) -> Params:
+        """The choices, the scales of the features and the settings."""
+        return Params(
             candidates=plant.grid.candidates,
-            acceptance=np.array([self.initial_acceptance]),
-            verified=np.zeros(2),
-            weights=weights,
-            covariance=np.eye(FEATURES) * PRIOR_VARIANCE,
-            features=np.zeros(FEATURES),
-            gain=np.zeros(FEATURES),
-            scale=scale,
-            current=np.zeros(2),
-            tokens=np.ones(int(plant.grid.candidates.max()) + 1),
-            scratch=np.zeros((2, RATE_BANDS)),
+            scale=self._fitted(plant.lookup.grid)[0],
             token_budget=self.token_budget,
             initial_acceptance=self.initial_acceptance,
             weight=self.weight,
@@ -237,10 +253,20 @@ class Goodput(KernelController):
             per_request=self.per_request,
         )
 
-    @property
-    def rules(self) -> Rules:
-        """The choices, the fit and the acceptance."""
-        return self._rules
+    def memory(self, plant: Plant, instances: int) -> Memory:
+        """Coefficients fitted to predicted times, and the acceptance believed at first."""
+        one = Memory(
+            acceptance=np.array([self.initial_acceptance]),
+            verified=np.zeros(2),
+            weights=self._fitted(plant.lookup.grid)[1],
+            covariance=np.eye(FEATURES) * PRIOR_VARIANCE,
+            features=np.zeros(FEATURES),
+            gain=np.zeros(FEATURES),
+            current=np.zeros(2),
+            tokens=np.ones(int(plant.grid.candidates.max()) + 1),
+            scratch=np.zeros((2, RATE_BANDS)),
+        )
+        return stacked(one, instances)
 
     def label(self) -> str:
         """For example `goodput n=512`."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from controllers.admission import admissible_tokens
-from controllers.analytic import Memory, Settings, choose_pair, new_analytic_memory
+from controllers.analytic import Memory, Settings, choose_pair, new_analytic_memory, row_of
 from controllers.compiled import KernelController
 from controllers.controller import configured
 from controllers.features import (
@@ -22,77 +22,91 @@ from controllers.features import (
     show,
     unpredicted,
 )
-from controllers.network import Network, NetworkMemory, forward, new_network_memory
+from controllers.network import Network, NetworkMemory, forward, network_row, new_network_memory
 from controllers.policy import HEADS, Policy, Residual, refuse_other_choices
 from engine.compiled import kernel
 from engine.core.telemetry import NUM_DECODES
+from engine.latency.lookup import LookupGrid
 from engine.plant import Plant
 
 PAIR, JOINT, BOX = range(len(HEADS))
 
 
-class Base(NamedTuple):
-    """The controller that a residual policy shifts: its settings and memories, one row per engine."""
-
-    settings: Settings
-    memory: Memory
-
-
 class Sight(NamedTuple):
-    """What a policy is shown, of N engines: in service N is 1, in training as many as are stepped together.
+    """What a policy is shown.
 
-    residual: 1 if the base's choice is shown, and shifted · reach: most steps of c and of n that it is shifted.
+    residual: 1 if the base's choice is shown, and shifted · settings: of the base, the controller that is shifted ·
+    reach: most steps of c and of n that it is shifted.
     """
 
     shown: View
-    memory: FeatureMemory
     residual: int
-    base: Base
+    settings: Settings
     reach: tuple[int, int]
     candidates: NDArray[np.int64]
     budgets: NDArray[np.int64]
 
 
-class Rules(NamedTuple):
-    """What a decision reads and keeps.
+class SightMemory(NamedTuple):
+    """What is remembered of N instances, for the policy's features and for its base."""
 
-    held: (3,) c and n that hold, and for how many more iterations.
-    """
+    features: FeatureMemory
+    base: Memory
+
+
+class Params(NamedTuple):
+    """What a decision reads."""
 
     sight: Sight
     network: Network
-    scratch: NetworkMemory
     head: int
     masked: int
     decide_every: int
+
+
+class LearnedMemory(NamedTuple):
+    """What a decision keeps, for N instances.
+
+    held: (N, 3) c and n that hold, and for how many more iterations.
+    """
+
+    sight: SightMemory
+    network: NetworkMemory
     held: NDArray[np.int64]
 
 
-def new_sight(
-    plant: Plant, layout: Layout, residual: Residual | None, ttft_target: float, tpot_target: float, engines: int = 1
-) -> Sight:
-    """Fresh sight of so many engines.
+def _predicted(plant: Plant, layout: Layout, residual: Residual | None) -> LookupGrid:
+    return plant.lookup.grid if layout.predictions or residual is not None else unpredicted(plant.grid)
+
+
+def new_sight(plant: Plant, layout: Layout, residual: Residual | None, ttft_target: float, tpot_target: float) -> Sight:
+    """What a policy of this layout is shown.
 
     Raises:
         ValueError: predictions or a base are asked for, and the engine's times are not known.
     """
-    grid = plant.grid
-    predicted = plant.lookup.grid if layout.predictions or residual is not None else unpredicted(grid)
-    one = new_analytic_memory(predicted)
-    stacked = Memory(*(np.repeat(array[None], engines, axis=0) for array in one))
     controller = (residual or Residual()).controller(ttft_target)
     return Sight(
-        shown=View(predicted, ttft_target, tpot_target, layout.queue_rows, layout.predictions),
-        memory=new_feature_memory(engines, grid),
+        shown=View(
+            _predicted(plant, layout, residual), ttft_target, tpot_target, layout.queue_rows, layout.predictions
+        ),
         residual=int(residual is not None),
-        base=Base(controller.settings, stacked),
+        settings=controller.settings,
         reach=(0, 0) if residual is None else (residual.candidates, residual.budgets),
-        candidates=grid.candidates,
-        budgets=grid.budgets,
+        candidates=plant.grid.candidates,
+        budgets=plant.grid.budgets,
     )
 
 
-def new_rules(policy: Policy, plant: Plant, ttft_target: float, tpot_target: float) -> Rules:
+def new_sight_memory(plant: Plant, layout: Layout, residual: Residual | None, instances: int) -> SightMemory:
+    """Nothing remembered of so many instances."""
+    return SightMemory(
+        features=new_feature_memory(instances, plant.grid),
+        base=new_analytic_memory(_predicted(plant, layout, residual), instances),
+    )
+
+
+def policy_params(policy: Policy, plant: Plant, ttft_target: float, tpot_target: float) -> Params:
     """A policy about to govern a plant for these targets (s).
 
     Raises:
@@ -100,57 +114,51 @@ def new_rules(policy: Policy, plant: Plant, ttft_target: float, tpot_target: flo
     """
     header = policy.header
     refuse_other_choices(header.name, header.actions, plant.grid)
-    return Rules(
+    return Params(
         sight=new_sight(plant, header.layout, header.residual, ttft_target, tpot_target),
         network=policy.network,
-        scratch=new_network_memory(policy.network),
         head=HEADS.index(header.head),
         masked=int(header.masked),
         decide_every=header.decide_every,
-        held=np.zeros(3, dtype=np.int64),
+    )
+
+
+def policy_memory(policy: Policy, plant: Plant, instances: int) -> LearnedMemory:
+    """What a policy keeps of so many instances, as a run begins."""
+    header = policy.header
+    return LearnedMemory(
+        sight=new_sight_memory(plant, header.layout, header.residual, instances),
+        network=new_network_memory(policy.network, instances),
+        held=np.zeros((instances, 3), dtype=np.int64),
     )
 
 
 @kernel
-def _row(memory, m):
-    return Memory(
-        memory.acceptance[m],
-        memory.choices[m],
-        memory.tokens[m],
-        memory.arriving[m],
-        memory.finished[m],
-        memory.seconds[m],
-        memory.later[m],
-        memory.most_seconds[m],
-    )
+def begin(memory, m):
+    """Forget instance m."""
+    forget(memory.features, m)
+    base = memory.base
+    base.acceptance[m] = 0.0
+    base.choices[m] = 0.0
+    base.tokens[m] = 1.0
+    base.arriving[m] = 0.0
+    base.finished[m] = 0.0
 
 
 @kernel
-def begin(sight, m):
-    """Forget engine m."""
-    forget(sight.memory, m)
-    memory = sight.base.memory
-    memory.acceptance[m] = 0.0
-    memory.choices[m] = 0.0
-    memory.tokens[m] = 1.0
-    memory.arriving[m] = 0.0
-    memory.finished[m] = 0.0
-
-
-@kernel
-def notice(observation, e, sight, m):
-    """Take in engine e's telemetry as row m, once for every observation; returns the base's indices of (c, n)."""
-    remember(observation, e, sight.shown, sight.memory, m)
+def notice(observation, i, sight, memory, m):
+    """Take in instance i's telemetry as row m, once for every observation; returns the base's indices of (c, n)."""
+    remember(observation, i, sight.shown, memory.features, m)
     if sight.residual == 0:
         return 0, 0
-    c, n = choose_pair(observation, e, sight.shown.grid, sight.base.settings, _row(sight.base.memory, m))
+    c, n = choose_pair(observation, i, sight.shown.grid, sight.settings, row_of(memory.base, m))
     return c, n - 1
 
 
 @kernel
-def show_all(observation, e, sight, m, base_c, base_n, out):
-    """Write all inputs of a policy for engine e to `out`; returns how many."""
-    f = show(observation, e, sight.shown, sight.memory, m, out)
+def show_all(observation, i, sight, memory, m, base_c, base_n, out):
+    """Write all inputs of a policy for instance i to `out`; returns how many."""
+    f = show(observation, i, sight.shown, memory.features, m, out)
     if sight.residual == 0:
         return f
     for c in range(sight.candidates.shape[0]):
@@ -173,16 +181,16 @@ def shifted(sight, base_c, base_n, c, n):
 
 
 @kernel
-def distinct_choices(observation, e, candidates, budgets):
+def distinct_choices(observation, i, candidates, budgets):
     """How many of the first choices of c, and of n, differ in effect.
 
     With nobody to decode every c is the same, and so are all n that the prompts at hand do not fill.
     """
-    work = admissible_tokens(observation, e)
+    work = admissible_tokens(observation, i)
     n = 1
     while n < budgets.shape[0] and budgets[n - 1] < work:
         n += 1
-    return 1 if observation.load[e, NUM_DECODES] <= 0.0 else candidates.shape[0], n
+    return 1 if observation.load[i, NUM_DECODES] <= 0.0 else candidates.shape[0], n
 
 
 @kernel
@@ -201,42 +209,43 @@ def _place(value, count):
 
 
 @kernel
-def own_choice(observation, e, rules):
-    """A policy's own indices of c and n, from the inputs in `rules.scratch.values`."""
-    sight, values = rules.sight, rules.scratch.values
-    forward(rules.network, rules.scratch)
+def own_choice(observation, i, params, room):
+    """A policy's own indices of c and n, from the inputs in `room.values`, the row of a `NetworkMemory`."""
+    sight, values = params.sight, room.values
+    forward(params.network, room)
     many_c, many_n = sight.candidates.shape[0], sight.budgets.shape[0]
     if sight.residual == 1:
         many_c, many_n = 2 * sight.reach[0] + 1, 2 * sight.reach[1] + 1
-    if rules.head == JOINT:
+    if params.head == JOINT:
         pair = _pick(values, 0, many_c * many_n)
         return pair // many_n, pair % many_n
-    if rules.head == BOX:
+    if params.head == BOX:
         return _place(values[0], many_c), _place(values[1], many_n)
     distinct_c, distinct_n = many_c, many_n
-    if rules.masked == 1:
-        distinct_c, distinct_n = distinct_choices(observation, e, sight.candidates, sight.budgets)
+    if params.masked == 1:
+        distinct_c, distinct_n = distinct_choices(observation, i, sight.candidates, sight.budgets)
     return _pick(values, 0, distinct_c), _pick(values, many_c, distinct_n)
 
 
 @kernel
-def choose(observation, e, rules, base_c, base_n):
-    """Indices of the choices of (c, n)."""
-    show_all(observation, e, rules.sight, 0, base_c, base_n, rules.scratch.values)
-    c, n = own_choice(observation, e, rules)
-    return shifted(rules.sight, base_c, base_n, c, n)
+def choose(observation, i, params, memory, m, base_c, base_n):
+    """Indices of the choices of (c, n) for instance i, remembered in row m."""
+    room = network_row(memory.network, m)
+    show_all(observation, i, params.sight, memory.sight, m, base_c, base_n, room.values)
+    c, n = own_choice(observation, i, params, room)
+    return shifted(params.sight, base_c, base_n, c, n)
 
 
 @kernel
-def decide(observation, e, rules):
-    """(c, n) in tokens of the next action for engine `e`."""
-    base_c, base_n = notice(observation, e, rules.sight, 0)
-    held = rules.held
+def decide(observation, i, params, memory):
+    """(c, n) in tokens of the next action for instance `i`."""
+    base_c, base_n = notice(observation, i, params.sight, memory.sight, i)
+    held = memory.held[i]
     if held[2] <= 0:
-        c, n = choose(observation, e, rules, base_c, base_n)
-        held[0] = rules.sight.candidates[c]
-        held[1] = rules.sight.budgets[n]
-        held[2] = rules.decide_every
+        c, n = choose(observation, i, params, memory, i, base_c, base_n)
+        held[0] = params.sight.candidates[c]
+        held[1] = params.sight.budgets[n]
+        held[2] = params.decide_every
     held[2] -= 1
     return held[0], held[1]
 
@@ -261,27 +270,25 @@ class Learned(KernelController):
     tpot_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.05
 
     @cached_property
-    def policy(self) -> Policy:
+    def policy_file(self) -> Policy:
         """The file's content. PolicyError when it is not there or cannot be used."""
         return Policy.load(self.path)
-
-    @property
-    def rules(self) -> Rules:
-        """Features, network and memory."""
-        return self._rules
 
     @classmethod
     def of(cls, policy: Policy, ttft_target: float = 1.0, tpot_target: float = 0.05) -> "Learned":
         """A policy that is not in a file."""
         made = cls(path=policy.header.name, ttft_target=ttft_target, tpot_target=tpot_target)
-        made.__dict__["policy"] = policy
+        made.__dict__["policy_file"] = policy
         return made
 
-    def reset(self, plant: Plant) -> None:
-        """Begin on `plant`. PolicyError when the policy was made for other choices."""
-        super().reset(plant)
-        self._rules = new_rules(self.policy, plant, self.ttft_target, self.tpot_target)
+    def params(self, plant: Plant) -> Params:
+        """Features and network. PolicyError when the policy was made for other choices."""
+        return policy_params(self.policy_file, plant, self.ttft_target, self.tpot_target)
+
+    def memory(self, plant: Plant, instances: int) -> LearnedMemory:
+        """Nothing remembered."""
+        return policy_memory(self.policy_file, plant, instances)
 
     def label(self) -> str:
         """The policy's own name."""
-        return self.policy.header.name
+        return self.policy_file.header.name

@@ -10,7 +10,7 @@ from controllers.acceptance import learn_acceptance, new_memory
 from controllers.cheapest import cheapest_candidates
 from controllers.compiled import KernelController
 from controllers.controller import configured
-from controllers.forecast import Line, Memory, Now, Settings, predicted_cost
+from controllers.forecast import Memory, Now, Settings, predicted_cost, row_of
 from engine.compiled import kernel
 from engine.core.objective import Price, Prices
 from engine.core.telemetry import (
@@ -30,6 +30,7 @@ from engine.core.telemetry import (
 )
 from engine.latency.lookup import LookupGrid, lookup_slice
 from engine.plant import Plant
+from engine.policy import stacked
 
 UNBOUNDED = 1e30
 LENGTH_MEMORY_S = 60.0
@@ -49,12 +50,11 @@ COARSE = 2
 """First budgets tried before a tail: those at most so many choices from it, and every so many-th beyond."""
 
 
-class Rules(NamedTuple):
-    """What a decision reads: predicted times, settings and memory."""
+class Params(NamedTuple):
+    """What a decision reads: predicted times and settings."""
 
     grid: LookupGrid
     settings: Settings
-    memory: Memory
 
 
 @kernel
@@ -143,9 +143,9 @@ def _look_ahead(observation, e, grid, settings, memory):
 
 
 @kernel
-def decide(observation, e, rules):
+def decide(observation, e, params, memories):
     """(c, n) in tokens: the first action of the sequence with the least predicted cost."""
-    grid, settings, memory = rules.grid, rules.settings, rules.memory
+    grid, settings, memory = params.grid, params.settings, row_of(memories, e)
     load = observation.load
     learn_acceptance(
         memory.acceptance, observation.drafted[e], observation.accepted[e], load[e, INTERVAL_S], memory.tokens
@@ -241,12 +241,15 @@ class Mpc(KernelController):
             raise ValueError(f"switch_s={self.switch_s} must be below horizon_s={self.horizon_s} s")
         return self
 
-    def reset(self, plant: Plant) -> None:
-        """Forget what was learnt and begin on `plant`."""
-        super().reset(plant)
+    def params(self, plant: Plant) -> Params:
+        """The table and the settings."""
+        return Params(plant.lookup.grid, Settings(**{name: float(getattr(self, name)) for name in Settings._fields}))
+
+    def memory(self, plant: Plant, instances: int) -> Memory:
+        """Nothing learnt."""
         grid = plant.lookup.grid
         acceptance = new_memory(int(grid.candidates.max()))
-        memory = Memory(
+        one = Memory(
             acceptance=acceptance,
             tokens=np.ones(acceptance.shape[1] + 1),
             finished=np.zeros(2),
@@ -255,12 +258,6 @@ class Mpc(KernelController):
             usual_batch=np.zeros(1),
             seconds=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
             cheapest=np.zeros(len(grid.prefill_tokens), dtype=np.int64),
-            line=Line(*(np.zeros(MOST_ROWS) for _ in Line._fields)),
+            line=np.zeros((4, MOST_ROWS)),
         )
-        settings = Settings(**{name: float(getattr(self, name)) for name in Settings._fields})
-        self._rules = Rules(grid, settings, memory)
-
-    @property
-    def rules(self) -> Rules:
-        """The table, the settings and what has been learnt."""
-        return self._rules
+        return stacked(one, instances)

@@ -32,7 +32,7 @@ class Network(NamedTuple):
 
 
 class NetworkMemory(NamedTuple):
-    """Room for a forward pass, float32: two layers' values, and the LSTM's hidden and cell state and gates."""
+    """Room for forward passes, float32, a row an instance: two layers' values, and the LSTM's state, cell and gates."""
 
     values: NDArray[np.float32]
     others: NDArray[np.float32]
@@ -41,15 +41,21 @@ class NetworkMemory(NamedTuple):
     gates: NDArray[np.float32]
 
 
-def new_network_memory(network: Network) -> NetworkMemory:
+def new_network_memory(network: Network, instances: int) -> NetworkMemory:
     """Zeros, as an episode begins."""
     widest = max(int(network.sizes.max()), len(network.mean), network.hidden)
     hidden = max(1, network.hidden)
 
     def zeros(size: int) -> NDArray[np.float32]:
-        return np.zeros(size, dtype=np.float32)
+        return np.zeros((instances, size), dtype=np.float32)
 
     return NetworkMemory(zeros(widest), zeros(widest), zeros(hidden), zeros(hidden), zeros(4 * hidden))
+
+
+@kernel
+def network_row(memory, i):
+    """Return the room of instance `i`."""
+    return NetworkMemory(memory.values[i], memory.others[i], memory.state[i], memory.cell[i], memory.gates[i])
 
 
 @kernel
@@ -81,7 +87,7 @@ def _recur(network, memory):
 
 @kernel
 def forward(network, memory):
-    """Run the network on the F numbers in `memory.values`; its outputs are there afterwards."""
+    """Run the network on the F numbers in `memory.values`, of one instance; its outputs are there afterwards."""
     values, others = memory.values, memory.others
     for i in range(network.mean.shape[0]):
         x = (values[i] - network.mean[i]) * network.scale[i]

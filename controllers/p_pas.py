@@ -11,9 +11,10 @@ from engine.compiled import kernel
 from engine.core.choices import MAX_TOKEN_BUDGET
 from engine.core.state import MAX_CANDIDATES
 from engine.core.telemetry import NUM_DECODES, NUM_WAITING
+from engine.plant import Plant
 
 
-class Rules(NamedTuple):
+class Params(NamedTuple):
     """`PPas`'s fields, for the kernel."""
 
     candidates: int
@@ -22,12 +23,12 @@ class Rules(NamedTuple):
 
 
 @kernel
-def decide(observation, e, rules):
+def decide(observation, i, params, memory):
     """(c, n) with the total chosen by whether several prompts stand before running decodes."""
-    num_decodes = int(observation.load[e, NUM_DECODES])
-    contended = observation.load[e, NUM_WAITING] >= 2.0 and num_decodes > 0
-    total = rules.contended_budget if contended else rules.free_budget
-    return rules.candidates, left_for_prompts(total, num_decodes, rules.candidates)
+    num_decodes = int(observation.load[i, NUM_DECODES])
+    contended = observation.load[i, NUM_WAITING] >= 2.0 and num_decodes > 0
+    total = params.contended_budget if contended else params.free_budget
+    return params.candidates, left_for_prompts(total, num_decodes, params.candidates)
 
 
 @configured
@@ -49,10 +50,9 @@ class PPas(KernelController):
     free_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] = 16384
     candidates: Annotated[int, Field(ge=0, le=MAX_CANDIDATES)] = 0
 
-    @property
-    def rules(self) -> Rules:
+    def params(self, plant: Plant) -> Params:
         """The configured totals and c."""
-        return Rules(self.candidates, self.contended_budget, self.free_budget)
+        return Params(self.candidates, self.contended_budget, self.free_budget)
 
     def label(self) -> str:
         """For example `p_pas 2048/16384`."""

@@ -18,16 +18,17 @@ from engine.core.telemetry import (
 )
 from engine.latency.lookup import LookupGrid, lookup_slice
 from engine.plant import Plant
+from engine.policy import stacked
 
 G_WEIGHT = 0.02
 """Weight of one iteration in the moving average of measured tokens per iteration."""
 
 
 class PosterMemory(NamedTuple):
-    """What the optimizer keeps between decisions.
+    """What the optimizer keeps between decisions, and scratch space.
 
-    tokens: (nC,) G, measured tokens per iteration under each candidate choice · seconds: (nC, nN + 1) predicted T at
-    the current load, scratch · most_seconds: (nN + 1,) largest T each budget may take, scratch.
+    tokens: (N, nC) G, measured tokens per iteration under each candidate choice · seconds: (N, nC, nN + 1) predicted T
+    at the current load, scratch · most_seconds: (N, nN + 1) largest T each budget may take, scratch.
     """
 
     tokens: NDArray[np.float64]
@@ -35,24 +36,23 @@ class PosterMemory(NamedTuple):
     most_seconds: NDArray[np.float64]
 
 
-class Rules(NamedTuple):
-    """What a decision reads: predicted times, l in s, and the memory."""
+class Params(NamedTuple):
+    """What a decision reads: predicted times, and l in s."""
 
     grid: LookupGrid
     ttft_target: float
-    memory: PosterMemory
 
 
 @kernel
-def _measure_tokens(observation, e, candidates, tokens):
+def _measure_tokens(observation, i, candidates, tokens):
     """Move G of the candidate count used last towards the tokens per request that it yielded."""
-    if observation.drafted[e, 0] <= 0.0:
+    if observation.drafted[i, 0] <= 0.0:
         return
-    used = observation.load[e, LAST_CANDIDATES]
+    used = observation.load[i, LAST_CANDIDATES]
     accepted = 0.0
     for depth in range(observation.accepted.shape[1]):
-        accepted += observation.accepted[e, depth]
-    measured = 1.0 + accepted / observation.drafted[e, 0]
+        accepted += observation.accepted[i, depth]
+    measured = 1.0 + accepted / observation.drafted[i, 0]
     for c in range(candidates.shape[0]):
         if candidates[c] == used:
             tokens[c] += G_WEIGHT * (measured - tokens[c])
@@ -80,22 +80,23 @@ def _limit_by_deadlines(queue, extra_slack, budgets, most_seconds):
 
 
 @kernel
-def decide(observation, e, rules):
+def decide(observation, i, params, memory):
     """(c, n) in tokens: the largest G / T that keeps the deadlines, else the fastest prefill."""
-    grid, memory = rules.grid, rules.memory
+    grid = params.grid
+    tokens, predicted, most_seconds = memory.tokens[i], memory.seconds[i], memory.most_seconds[i]
     load = observation.load
-    _measure_tokens(observation, e, grid.candidates, memory.tokens)
-    lookup_slice(grid, load[e, NUM_DECODES], load[e, DECODE_KV_TOKENS], memory.seconds)
-    extra_slack = rules.ttft_target - load[e, TTFT_TARGET_S]
-    _limit_by_deadlines(observation.queue[e], extra_slack, grid.prefill_tokens, memory.most_seconds)
+    _measure_tokens(observation, i, grid.candidates, tokens)
+    lookup_slice(grid, load[i, NUM_DECODES], load[i, DECODE_KV_TOKENS], predicted)
+    extra_slack = params.ttft_target - load[i, TTFT_TARGET_S]
+    _limit_by_deadlines(observation.queue[i], extra_slack, grid.prefill_tokens, most_seconds)
     best = -1.0
     fastest = -1.0
     c_best, n_best, c_fast, n_fast = -1, -1, 0, 1
     for c in range(grid.candidates.shape[0]):
         for j in range(1, grid.prefill_tokens.shape[0]):
-            seconds = memory.seconds[c, j]
-            if seconds <= memory.most_seconds[j] and memory.tokens[c] / seconds > best:
-                best = memory.tokens[c] / seconds
+            seconds = predicted[c, j]
+            if seconds <= most_seconds[j] and tokens[c] / seconds > best:
+                best = tokens[c] / seconds
                 c_best, n_best = c, j
             if grid.prefill_tokens[j] / seconds > fastest:
                 fastest = grid.prefill_tokens[j] / seconds
@@ -128,20 +129,18 @@ class Poster(KernelController):
     ttft_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
     initial_acceptance: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.6
 
-    def reset(self, plant: Plant) -> None:
-        """Forget the measured G and begin on `plant`."""
-        super().reset(plant)
+    def params(self, plant: Plant) -> Params:
+        """The table and the target."""
+        return Params(plant.lookup.grid, self.ttft_target)
+
+    def memory(self, plant: Plant, instances: int) -> PosterMemory:
+        """G as `initial_acceptance` has it."""
         grid = plant.lookup.grid
         powers = self.initial_acceptance ** np.arange(1, int(grid.candidates.max()) + 1)
         tokens = 1.0 + np.concatenate([[0.0], np.cumsum(powers)])
-        memory = PosterMemory(
+        one = PosterMemory(
             tokens=tokens[grid.candidates],
             seconds=np.zeros((len(grid.candidates), len(grid.prefill_tokens))),
             most_seconds=np.zeros(len(grid.prefill_tokens)),
         )
-        self._rules = Rules(grid, self.ttft_target, memory)
-
-    @property
-    def rules(self) -> Rules:
-        """The table, the target and the measured G."""
-        return self._rules
+        return stacked(one, instances)

@@ -11,9 +11,11 @@ from engine.compiled import kernel
 from engine.core.choices import MAX_TOKEN_BUDGET
 from engine.core.state import MAX_CANDIDATES
 from engine.core.telemetry import NUM_DECODES
+from engine.plant import Plant
+from engine.policy import Policy
 
 
-class Rules(NamedTuple):
+class Params(NamedTuple):
     """`Sarathi`'s fields, for the kernel."""
 
     candidates: int
@@ -21,10 +23,15 @@ class Rules(NamedTuple):
 
 
 @kernel
-def decide(observation, e, rules):
+def decide(observation, i, params, memory):
     """(c, what the decoding requests leave of the total)."""
-    num_decodes = int(observation.load[e, NUM_DECODES])
-    return rules.candidates, left_for_prompts(rules.total_budget, num_decodes, rules.candidates)
+    num_decodes = int(observation.load[i, NUM_DECODES])
+    return params.candidates, left_for_prompts(params.total_budget, num_decodes, params.candidates)
+
+
+def total(total_budget: int, candidates: int = 0) -> Policy:
+    """The policy of one total of tokens per iteration, and one c."""
+    return Policy(decide, Params(candidates, total_budget))
 
 
 @configured
@@ -45,10 +52,9 @@ class Sarathi(KernelController):
     static = True
     decide = staticmethod(decide)
 
-    @property
-    def rules(self) -> Rules:
+    def params(self, plant: Plant) -> Params:
         """The configured total and c."""
-        return Rules(self.candidates, self.total_budget)
+        return Params(self.candidates, self.total_budget)
 
     def label(self) -> str:
         """For example `sarathi 512`."""

@@ -16,6 +16,7 @@ from engine.core.choices import MAX_TOKEN_BUDGET
 from engine.core.state import MAX_CANDIDATES
 from engine.core.telemetry import ITERATIONS, LAST_NUM_DECODES, NUM_DECODES
 from engine.plant import Plant
+from engine.policy import stacked
 
 
 class Slot(BaseModel):
@@ -50,11 +51,11 @@ def default_slots() -> dict[int, Slot]:
     }
 
 
-class Rules(NamedTuple):
-    """Slots as arrays, and what is remembered of each.
+class Params(NamedTuple):
+    """Slots as arrays, and settings.
 
     lowest: (S,) batch size a slot begins at · steps: (S, K) draft steps, ascending · sizes: (S,) how many · up, down,
-    ceiling: (S,) · chosen: (S,) index of the current steps · average: (S,) accepted tokens · batches: (S,) verified.
+    ceiling: (S,).
     """
 
     lowest: NDArray[np.int64]
@@ -63,13 +64,31 @@ class Rules(NamedTuple):
     up: NDArray[np.float64]
     down: NDArray[np.float64]
     ceiling: NDArray[np.float64]
-    chosen: NDArray[np.int64]
-    average: NDArray[np.float64]
-    batches: NDArray[np.int64]
     weight: float
     update_interval: int
     warmup_batches: int
     total_budget: int
+
+
+class Memory(NamedTuple):
+    """What is remembered of each slot, for N instances.
+
+    chosen: (N, S) index of the current steps · average: (N, S) accepted tokens · batches: (N, S) verified.
+    """
+
+    chosen: NDArray[np.int64]
+    average: NDArray[np.float64]
+    batches: NDArray[np.int64]
+
+
+@kernel
+def _row(memory, i):
+    """Return what is kept of instance `i`."""
+    return Memory(
+        memory.chosen[i],
+        memory.average[i],
+        memory.batches[i],
+    )
 
 
 @kernel
@@ -82,62 +101,63 @@ def _slot_of(lowest, batch):
 
 
 @kernel
-def _move(rules, slot):
+def _move(params, mine, slot):
     """Choose the slot's steps anew from its average: down while it is low enough, else up while it is high enough."""
-    steps, average = rules.steps[slot], rules.average[slot]
-    last = rules.sizes[slot] - 1
-    before = rules.chosen[slot]
+    steps, average = params.steps[slot], mine.average[slot]
+    last = params.sizes[slot] - 1
+    before = mine.chosen[slot]
     index = before
     if steps[before] == 0:
         # Nothing was drafted, so nothing is known: try the next steps, believing all but one accepted.
         index = min(before + 1, last)
         if steps[index] > 0 and average < 0.0:
-            rules.average[slot] = steps[index] - 1.0
-        rules.chosen[slot] = index
+            mine.average[slot] = steps[index] - 1.0
+        mine.chosen[slot] = index
         return
     while index > 0:
         below = steps[index - 1]
         threshold = 0.5 if below == 0 else below - 0.5
-        if average > threshold + rules.down[slot]:
+        if average > threshold + params.down[slot]:
             break
         index -= 1
     if index == before:
-        while index < last and average > steps[index] - 0.5 + rules.up[slot]:
+        while index < last and average > steps[index] - 0.5 + params.up[slot]:
             index += 1
-    if rules.ceiling[slot] > 0.0:
-        most = max(1, math.ceil(average * rules.ceiling[slot]))
+    if params.ceiling[slot] > 0.0:
+        most = max(1, math.ceil(average * params.ceiling[slot]))
         if steps[index] <= steps[before]:
             while index > 0 and steps[index] > most:
                 index -= 1
-    rules.chosen[slot] = index
+    mine.chosen[slot] = index
 
 
 @kernel
-def _learn(observation, e, rules):
+def _learn(observation, i, params, mine):
     """Feed the iteration that just ended to the slot it ran under."""
     load = observation.load
-    if load[e, ITERATIONS] <= 0.0 or load[e, LAST_NUM_DECODES] <= 0.0:
+    if load[i, ITERATIONS] <= 0.0 or load[i, LAST_NUM_DECODES] <= 0.0:
         return
-    slot = _slot_of(rules.lowest, load[e, LAST_NUM_DECODES])
-    if observation.drafted[e, 0] > 0.0:
+    slot = _slot_of(params.lowest, load[i, LAST_NUM_DECODES])
+    if observation.drafted[i, 0] > 0.0:
         accepted = 0.0
         for depth in range(observation.accepted.shape[1]):
-            accepted += observation.accepted[e, depth]
-        rules.average[slot] += rules.weight * (accepted / observation.drafted[e, 0] - rules.average[slot])
-    rules.batches[slot] += 1
-    settled = rules.batches[slot] - rules.warmup_batches
-    if settled > 0 and settled % rules.update_interval == 0:
-        _move(rules, slot)
+            accepted += observation.accepted[i, depth]
+        mine.average[slot] += params.weight * (accepted / observation.drafted[i, 0] - mine.average[slot])
+    mine.batches[slot] += 1
+    settled = mine.batches[slot] - params.warmup_batches
+    if settled > 0 and settled % params.update_interval == 0:
+        _move(params, mine, slot)
 
 
 @kernel
-def decide(observation, e, rules):
+def decide(observation, i, params, memory):
     """(the steps of this batch size's slot, what the decoding requests leave of the total)."""
-    _learn(observation, e, rules)
-    num_decodes = int(observation.load[e, NUM_DECODES])
-    slot = _slot_of(rules.lowest, num_decodes)
-    candidates = rules.steps[slot, rules.chosen[slot]]
-    return candidates, left_for_prompts(rules.total_budget, num_decodes, candidates)
+    mine = _row(memory, i)
+    _learn(observation, i, params, mine)
+    num_decodes = int(observation.load[i, NUM_DECODES])
+    slot = _slot_of(params.lowest, num_decodes)
+    candidates = params.steps[slot, mine.chosen[slot]]
+    return candidates, left_for_prompts(params.total_budget, num_decodes, candidates)
 
 
 @configured
@@ -178,41 +198,37 @@ class SglangAdaptive(KernelController):
     def _whole(cls, slots: Any) -> Any:
         return default_slots() if slots is None else given_whole(slots)
 
-    def reset(self, plant: Plant) -> None:
-        """Forget the averages."""
-        super().reset(plant)
+    def params(self, plant: Plant) -> Params:
+        """The slots and the settings."""
         keys = sorted(self.slots)
         slots = [self.slots[key] for key in keys]
         most = max(len(slot.candidate_steps) for slot in slots)
-        steps = np.array([slot.candidate_steps + [0] * (most - len(slot.candidate_steps)) for slot in slots])
-        chosen = np.array(
-            [
-                slot.candidate_steps.index(self.initial_steps)
-                if self.initial_steps in slot.candidate_steps
-                else len(slot.candidate_steps) // 2
-                for slot in slots
-            ]
-        )
-        self._rules = Rules(
+        steps = [slot.candidate_steps + [0] * (most - len(slot.candidate_steps)) for slot in slots]
+        return Params(
             lowest=np.array(keys, dtype=np.int64),
-            steps=steps.astype(np.int64),
+            steps=np.array(steps, dtype=np.int64),
             sizes=np.array([len(slot.candidate_steps) for slot in slots], dtype=np.int64),
             up=np.array([slot.up_hysteresis for slot in slots], dtype=np.float64),
             down=np.array([slot.down_hysteresis for slot in slots], dtype=np.float64),
             ceiling=np.array([slot.ceiling_coeff for slot in slots], dtype=np.float64),
-            chosen=chosen.astype(np.int64),
-            average=steps[np.arange(len(slots)), chosen].astype(np.float64) - 1.0,
-            batches=np.zeros(len(slots), dtype=np.int64),
             weight=self.ema_alpha,
             update_interval=self.update_interval,
             warmup_batches=self.warmup_batches,
             total_budget=self.total_budget,
         )
 
-    @property
-    def rules(self) -> Rules:
-        """The slots and their averages."""
-        return self._rules
+    def memory(self, plant: Plant, instances: int) -> Memory:
+        """Every slot at its first steps, all but one of them believed accepted."""
+        slots = [self.slots[key] for key in sorted(self.slots)]
+        chosen = np.array([self._first(slot) for slot in slots], dtype=np.int64)
+        steps = np.array([slot.candidate_steps[k] for slot, k in zip(slots, chosen.tolist(), strict=True)])
+        one = Memory(chosen=chosen, average=steps.astype(np.float64) - 1.0, batches=np.zeros_like(chosen))
+        return stacked(one, instances)
+
+    def _first(self, slot: Slot) -> int:
+        """Index of the steps that a slot begins with."""
+        steps = slot.candidate_steps
+        return steps.index(self.initial_steps) if self.initial_steps in steps else len(steps) // 2
 
     def label(self) -> str:
         """How tables call it."""

@@ -71,13 +71,13 @@ def cell(edges, value):
 
 
 @kernel
-def decide(observation, e, rules):
-    """(c, n) in tokens of the next action for engine `e`."""
+def decide(observation, instance, params, memory):
+    """(c, n) in tokens of the next action for an instance."""
     load = observation.load
-    i = cell(rules.decodes, load[e, NUM_DECODES])
-    j = cell(rules.kv_tokens, load[e, DECODE_KV_TOKENS])
-    k = cell(rules.waiting_tokens, load[e, WAITING_TOKENS])
-    return rules.candidates[i, j, k], rules.budgets[i, j, k]
+    i = cell(params.decodes, load[instance, NUM_DECODES])
+    j = cell(params.kv_tokens, load[instance, DECODE_KV_TOKENS])
+    k = cell(params.waiting_tokens, load[instance, WAITING_TOKENS])
+    return params.candidates[i, j, k], params.budgets[i, j, k]
 
 
 def tabulate(
@@ -151,16 +151,11 @@ class Tabulated(KernelController):
         """The file's content. PolicyError when it is not there or cannot be used."""
         return load_table(self.path)
 
-    @property
-    def rules(self) -> Table:
-        """The table."""
-        return self.content[1]
-
-    def reset(self, plant: Plant) -> None:
-        """Begin on `plant`. PolicyError when the table was made for other choices."""
-        super().reset(plant)
-        header = self.content[0]
+    def params(self, plant: Plant) -> Table:
+        """The table. PolicyError when it was made for other choices."""
+        header, table = self.content
         refuse_other_choices(header.name, header.actions, plant.grid)
+        return table
 
     def label(self) -> str:
         """The table's own name."""

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.simulator import Simulator, run_iteration
 from engine.compiled import kernel
 from engine.config import EngineConfig
 from engine.core.state import State
 from engine.core.telemetry import Observation, observe
+from engine.simulator.loop import run_iteration
+from engine.simulator.simulator import Simulator
 from engine.workload.source import WorkloadSource
 from engine.workload.workload import Workload
 from envs.episodes import Episodes, Given, Origin
@@ -19,24 +20,25 @@ from envs.reward import TERMS, unfinished_cost
 
 
 @kernel
-def _step_all(state, tables, draws, candidates, budgets, decision_s, decide_every, prices, observation, costs, drained):
+def _step_all(system, seen, candidates, budgets, decision_s, decide_every, prices, observation, costs, drained):
     """One decision in every engine: up to `decide_every` iterations, what they cost, then the telemetry."""
+    state = system.state
     for e in range(candidates.shape[0]):
-        engine = state.engines[e]
-        tpot_cost = engine.tpot_cost
-        violations = engine.violations
-        lateness = engine.lateness
+        totals = state.totals[e]
+        tpot_cost = totals.tpot_cost
+        violations = totals.violations
+        lateness = totals.lateness
         more = True
         for iteration in range(decide_every):
             charge = decision_s if iteration == 0 else 0.0
-            more = run_iteration(state, e, tables, draws, candidates[e], budgets[e], charge)
+            more = run_iteration(system, e, candidates[e], budgets[e], charge)
             if not more:
                 break
-        costs[e, 0] = (engine.tpot_cost - tpot_cost) * prices[0]
-        costs[e, 1] = (engine.violations - violations) * prices[1]
-        costs[e, 2] = (engine.lateness - lateness) * prices[2]
+        costs[e, 0] = (totals.tpot_cost - tpot_cost) * prices[0]
+        costs[e, 1] = (totals.violations - violations) * prices[1]
+        costs[e, 2] = (totals.lateness - lateness) * prices[2]
         drained[e] = not more
-        observe(state, e, observation)
+        observe(state, e, seen, observation)
 
 
 class ServingBatch(Episodes):
@@ -69,6 +71,9 @@ class ServingBatch(Episodes):
     @property
     def state(self) -> State:
         return self.simulator.state
+
+    def arrived(self, e: int) -> NDArray[np.void]:
+        return self.simulator.arrived(e)
 
     def new_observation(self) -> Observation:
         return self.simulator.new_observation()
@@ -109,14 +114,17 @@ class ServingBatch(Episodes):
 
         Workloads that were drawn are kept as their source and seed.
         """
-        state = State(*(array.copy() for array in self.simulator.state))  # type: ignore[arg-type]  # as they are
-        return {"origins": dict(self._origins), "decisions": self.decisions.copy(), "state": state}
+        return {
+            "origins": dict(self._origins),
+            "decisions": self.decisions.copy(),
+            "simulator": self.simulator.snapshot(),
+        }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Take up a `snapshot` of a batch of the same settings, bit for bit."""
         self._load(range(self.num_envs), [snapshot["origins"][e] for e in range(self.num_envs)])
         self.decisions[:] = snapshot["decisions"]
-        self.simulator.state = snapshot["state"]
+        self.simulator.restore(snapshot["simulator"])
 
     def observe(self, envs: Sequence[int], observation: Observation) -> None:
         for e in envs:
@@ -130,9 +138,8 @@ class ServingBatch(Episodes):
         over = np.zeros(self.num_envs, dtype=np.bool_)
         costs = np.zeros((self.num_envs, len(TERMS)))
         _step_all(
-            simulator.state,
-            simulator.latency.tables,
-            simulator.draws,
+            simulator.system,
+            simulator.seen,
             self._values[0][actions[:, 0]],
             self._values[1][actions[:, 1]],
             self.decision_s,
@@ -144,8 +151,8 @@ class ServingBatch(Episodes):
         )
         self.decisions += 1
         if self._may_cut:
-            cut = (simulator.state.engines["now"] >= self.episode_s) | (self.decisions >= self.episode_decisions)
+            cut = (simulator.state.instances["now"] >= self.episode_s) | (self.decisions >= self.episode_decisions)
             for e in np.flatnonzero(cut & ~over):
-                costs[e, 3] = unfinished_cost(simulator.state, int(e), self.prices)
+                costs[e, 3] = unfinished_cost(simulator.state, int(e), simulator.arrived(int(e)), self.prices)
                 over[e] = True
         return observation, costs, over

@@ -201,6 +201,10 @@ class Episodes(ABC):
         """The engines' state; RuntimeError before the first reset."""
 
     @abstractmethod
+    def arrived(self, e: int) -> NDArray[np.void]:
+        """The rows of the request table that have arrived at engine `e` in this episode."""
+
+    @abstractmethod
     def reset(
         self, envs: Sequence[int], rngs: Sequence[np.random.Generator], workloads: Sequence[Given] | None = None
     ) -> None:
@@ -226,7 +230,7 @@ class Episodes(ABC):
 
     def summary(self, e: int) -> dict[str, Any]:
         """The reported figures of engine `e`'s episode."""
-        return episode_summary(self.state, e, self.prices)
+        return episode_summary(self.state, e, self.arrived(e), self.prices)
 
     def close(self) -> None:  # noqa: B027 - simulated engines hold nothing
         """Let go of the engines."""

@@ -10,6 +10,7 @@ from engine.backends.clock import SteppedClock
 from engine.backends.real import warm_up
 from engine.backends.real_config import RealEngineConfig
 from engine.backends.vllm.engine_config import VllmEngineConfig
+from engine.core.objective import charges
 from engine.core.state import State
 from engine.core.telemetry import Observation, allocate_observation
 from engine.workload.prompts import Prompts, PromptSource, prompts_for
@@ -56,6 +57,9 @@ class RealEpisodes(Episodes):
             raise RuntimeError("call reset() before anything else")
         return self.engine.state
 
+    def arrived(self, e: int) -> NDArray[np.void]:
+        return self.engine.arrived
+
     def new_observation(self) -> Observation:
         return allocate_observation(1, self.queue_rows, self.max_candidates)
 
@@ -96,8 +100,7 @@ class RealEpisodes(Episodes):
         self.engine.observe(observation)
 
     def _totals(self) -> NDArray[np.float64]:
-        engine = self.engine.state.engines[0]
-        return np.array([engine["tpot_cost"], engine["violations"], engine["lateness"]])
+        return charges(self.engine.state, 0)
 
     def step(self, actions: NDArray[np.int64]) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_]]:
         """See `Episodes.step`: iterations are run for real."""
@@ -119,9 +122,9 @@ class RealEpisodes(Episodes):
         costs = np.zeros((1, len(TERMS)))
         costs[0, :3] = (self._totals() - before) * self._unit_prices
         self.decisions += 1
-        cut = self.state.engines["now"][0] >= self.episode_s or self.decisions[0] >= self.episode_decisions
+        cut = self.state.instances["now"][0] >= self.episode_s or self.decisions[0] >= self.episode_decisions
         if more and cut:
-            costs[0, 3] = unfinished_cost(self.state, 0, self.prices)
+            costs[0, 3] = unfinished_cost(self.state, 0, self.arrived(0), self.prices)
         observation = self.new_observation()
         self.observe([0], observation)
         return observation, costs, np.array([not more or cut])

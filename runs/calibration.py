@@ -160,7 +160,7 @@ class Calibration(BaseModel):
         controller = Fixed(candidates=self.capacity_candidates, token_budget=self.capacity_budget)
         served = simulated.serve(simulator, workload, controller, self._plant(profiled), "off")
         # While the batch fills and empties the engine is slower than it can be.
-        finish = np.sort(request_table(served.state)["finish_s"])
+        finish = np.sort(request_table(served.requests)["finish_s"])
         first, last = count // 4, 3 * count // 4
         return float((last - first) / (finish[last] - finish[first]))
 

@@ -12,8 +12,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from controllers.controller import Controller
-from engine.backends.replay import Recording, replay
-from engine.backends.simulator import Simulator, batch_time, reading_time
 from engine.backends.torch.acceptance import agreement
 from engine.backends.torch.engine import TorchEngine
 from engine.config import EngineConfig
@@ -23,6 +21,9 @@ from engine.files import read_arrays, read_json, read_table, write_arrays
 from engine.latency.table_file import LatencyTables
 from engine.limits import EngineLimits
 from engine.plant import Plant
+from engine.simulator.replay import Recording, replay
+from engine.simulator.simulator import Simulator
+from engine.simulator.timing import batch_time, reading_time
 from engine.workload.markov import Agreement
 from engine.workload.prompts import Prompts
 from engine.workload.workload import Workload, offsets, run_lengths
@@ -83,7 +84,9 @@ def serve(
     """
     before = load_average()
     served = live.serve(engine, prompts, controller, plant, recording=True, on_progress=on_progress)
-    summary: dict[str, Any] = summarize(served.state, ttft_target=targets.ttft_target, prices=targets.prices)
+    summary: dict[str, Any] = summarize(
+        served.state, served.requests, ttft_target=targets.ttft_target, prices=targets.prices
+    )
     summary["run"] = {
         **identity,
         "label": controller.label(),
@@ -98,7 +101,7 @@ def serve(
     assert engine.recording is not None
     engine.recording.save(out / RECORDING)
     write_arrays(out / AGREEMENT, {name: found[name] for name in ("rank", "confidence")})
-    requests = request_table(served.state)
+    requests = request_table(served.requests)
     folder.write_run(out, settings, summary, requests, served.iterations, [asdict(output) for output in outputs])
 
 
@@ -142,12 +145,12 @@ def replayed(run: RealRun, limits: EngineLimits, ttft_target: float, tables: Lat
     planned: list[tuple[int, int, int, float]] = []
 
     def on_plan(state: State) -> None:
-        engine = state.engines[0]
+        batch = state.batches[0]
         seconds = float(batch_time(state, 0, tables) + reading_time(state, 0, tables))
-        counts = (int(engine[key]) for key in ("num_decodes", "candidate_steps", "prefill_tokens"))
+        counts = (int(batch[key]) for key in ("num_decodes", "candidate_steps", "prefill_tokens"))
         planned.append((*counts, seconds))  # type: ignore[arg-type]
 
-    again = request_table(replay(run.recording, limits, ttft_target, on_plan))
+    again = request_table(replay(run.recording, limits, ttft_target, on_plan).requests)
     identical = set(again) == set(run.requests) and all(
         np.array_equal(again[name], run.requests[name], equal_nan=again[name].dtype.kind == "f") for name in again
     )
@@ -183,7 +186,7 @@ def simulate(
     latency = load_latency(config.latency)
     simulator = Simulator(config, [workload], latency=latency, ttft_target=targets.ttft_target)
     served = simulated.serve(simulator, workload, controller, plant, charge)
-    return summarize(served.state, ttft_target=targets.ttft_target, prices=targets.prices)
+    return summarize(served.state, served.requests, ttft_target=targets.ttft_target, prices=targets.prices)
 
 
 def mean_of(summaries: list[dict[str, float]]) -> dict[str, float]:

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from controllers.controller import Controller
 from engine.backends.real_config import RealEngineConfig
-from engine.backends.simulator import Simulator
 from engine.backends.torch.config import TorchEngineConfig
 from engine.backends.vllm.engine_config import VllmEngineConfig
 from engine.config import EngineConfig
@@ -28,6 +27,7 @@ from engine.latency.model import LatencyModel
 from engine.latency.predictors import DEFAULT_FOREST, Feature, Forest
 from engine.limits import EngineLimits
 from engine.plant import Plant
+from engine.simulator.simulator import Simulator
 from engine.workload.prompts import Prompts, PromptSource, prompts_for
 from engine.workload.source import WorkloadSource
 from engine.workload.workload import Workload
@@ -179,9 +179,11 @@ class Evaluation(BaseModel):
         return prompts_for(self._draw(), self.seed, tokenizer, limits)
 
     def _result(self, served: Served, workload: Workload | Prompts, engine: str, grid: ActionGrid) -> "Result":
-        summary: dict[str, Any] = summarize(served.state, ttft_target=self.slo.ttft_target, prices=self.slo.prices)
+        summary: dict[str, Any] = summarize(
+            served.state, served.requests, ttft_target=self.slo.ttft_target, prices=self.slo.prices
+        )
         summary |= decision_times(served.decision_s)
-        requests = request_table(served.state)
+        requests = request_table(served.requests)
         summary["overloaded"] = overload(requests, self.slo.ttft_target) is not None
         summary["run"] = self._identity(workload, engine, grid, summary["request_rate_rps"])
         return Result(requests, served.iterations, summary)

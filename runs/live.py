@@ -17,11 +17,11 @@ from controllers.controller import Controller
 from engine.backends.clock import Clock, WallClock
 from engine.backends.real import RealEngine, submit_beginnings, warm_up
 from engine.backends.real_config import RealEngineConfig
-from engine.backends.simulator import ITERATION, log_iteration
 from engine.core.action import ActionGrid
 from engine.core.choices import ActionError
 from engine.core.telemetry import as_dict
 from engine.plant import Plant
+from engine.simulator.loop import ITERATION, log_iteration
 from engine.workload.prompts import Prompts
 from runs.serving import NO_ITERATIONS, Progress, Served, decide
 
@@ -83,7 +83,7 @@ class Governed:
         """Observe, choose, run one iteration; the engine has something to do (`RealEngine.poll`)."""
         engine = self._engine
         engine.observe(self.observation)
-        decision = self._choose(self._view, int(engine.state.engines[0]["num_decoding"]))
+        decision = self._choose(self._view, int(engine.state.instances["num_decoding"][0]))
         engine.step(decision.candidates, decision.token_budget)
         return decision
 
@@ -139,13 +139,15 @@ def serve(
             rows.append(row.copy())
         if on_progress is not None and time.perf_counter() - shown > SECONDS_PER_PROGRESS:
             shown = time.perf_counter()
-            on_progress(int(engine.state.engines[0]["num_finished"]), prompts.num_requests)
+            on_progress(int(engine.state.totals["finished"][0]), prompts.num_requests)
 
     _drive(engine, controller, after)
     wall_s = time.perf_counter() - begin
     if failed:
         log.warning("%d requests were dropped: the model's logits for them are not finite", failed)
-    return Served(engine.state, np.concatenate(rows) if rows else NO_ITERATIONS, wall_s, np.array(spent))
+    return Served(
+        engine.state, engine.requests, np.concatenate(rows) if rows else NO_ITERATIONS, wall_s, np.array(spent)
+    )
 
 
 def outputs(engine: RealEngine, prompts: Prompts, tokenizer: Any) -> list[Output]:

@@ -74,10 +74,9 @@ def app(name: str) -> Callable[[Task], Callable[[], None]]:
         def command() -> None:
             # A failing log file would print a traceback at every line.
             logging.raiseExceptions = endings.wants_traceback()
-            # Hydra itself then raises what it would print otherwise.
-            os.environ[endings.FULL_ERROR] = "1"
             try:
-                main()
+                with _raising():
+                    main()
             except (HydraException, OmegaConfBaseException, OSError, MistakeError, FileFaultError) as error:
                 if wants_traceback():
                     raise
@@ -92,6 +91,20 @@ def app(name: str) -> Callable[[Task], Callable[[], None]]:
         return command
 
     return decorate
+
+
+@contextmanager
+def _raising() -> Iterator[None]:
+    """Within, Hydra raises what it would print otherwise; programs that are started later are not told so."""
+    before = os.environ.get(endings.FULL_ERROR)
+    os.environ[endings.FULL_ERROR] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[endings.FULL_ERROR]
+        else:
+            os.environ[endings.FULL_ERROR] = before
 
 
 def refused(error: Exception, name: str, words: Sequence[str]) -> str:

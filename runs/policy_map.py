@@ -30,7 +30,7 @@ def _controller(name_or_path: str, ttft_target: float) -> Controller:
     """The policy, or the table, of that name."""
     learned = Learned(path=name_or_path, ttft_target=ttft_target)
     try:
-        learned.policy  # noqa: B018 - reads the file
+        learned.policy_file  # noqa: B018 - reads the file
     except PolicyError as refused:
         table = Tabulated(path=name_or_path)
         try:

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from controllers.controller import Controller
 from engine.backends.guard import check_decision
-from engine.backends.simulator import ITERATION
 from engine.core.choices import ActionError
 from engine.core.state import State
+from engine.simulator.loop import ITERATION
 
 Progress = Callable[[int, int], Any]
 """Called now and then with (requests finished, requests in total)."""
@@ -25,6 +25,8 @@ class Served:
     """A workload served to its end."""
 
     state: State
+    requests: NDArray[np.void]
+    """REQUEST rows, in order of arrival."""
     iterations: NDArray[np.void]
     """ITERATION rows; empty unless they were recorded."""
     wall_s: float

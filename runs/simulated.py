@@ -7,10 +7,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from controllers.controller import CompiledController, Controller
-from engine.backends.simulator import ITERATION, Simulator, log_iteration
+from controllers.bounds.clairvoyant import PeekingController
+from controllers.compiled import KernelController
+from controllers.controller import Controller
 from engine.core.telemetry import as_dict
 from engine.plant import Plant
+from engine.simulator.loop import ITERATION, log_iteration
+from engine.simulator.simulator import Simulator
 from engine.workload.workload import Workload
 from runs.serving import NO_ITERATIONS, Progress, Served, decide
 
@@ -38,24 +41,28 @@ def serve(
     """
     controller.reset(plant)
     charged_s = controller.decision_s if charge == "constant" else 0.0
-    stepwise = not isinstance(controller, CompiledController) or (charge == "measured" and not controller.peeks)
+    compiled = isinstance(controller, KernelController | PeekingController)
+    stepwise = not compiled or (charge == "measured" and not controller.peeks)
     if stepwise or not controller.peeks:
         # First decisions compile, which is neither the controller's nor the simulator's speed.
         _step(simulator, controller, charged_s, lambda _: None, most=WARMUP_DECISIONS)
         simulator.load(0, workload)
         controller.reset(plant)
-    if stepwise or not isinstance(controller, CompiledController):
+    if stepwise or not isinstance(controller, KernelController | PeekingController):
         return _serve_stepwise(
             simulator, controller, None if charge == "measured" else charged_s, recording, on_progress
         )
     decision_s = np.zeros(0) if controller.peeks else _time_decisions(simulator, controller, charged_s)
     simulator.load(0, workload)
     controller.reset(plant)
-    loop = controller.loop(simulator, charged_s)
+    if isinstance(controller, KernelController):
+        loop = simulator.loop(controller.current, charged_s)
+    else:
+        loop = controller.loop(simulator, charged_s)
     # Running no iteration compiles the loop, which is not the simulator's speed.
     loop(0, NO_ITERATIONS)
     iterations, wall_s = simulator.run_to_end(loop, record_iterations=recording, on_progress=on_progress)
-    return Served(simulator.state, iterations, wall_s, decision_s)
+    return Served(simulator.state, simulator.requests(), iterations, wall_s, decision_s)
 
 
 def _serve_stepwise(
@@ -70,7 +77,7 @@ def _serve_stepwise(
     rows: list[NDArray[np.void]] = []
     row = np.zeros(1, dtype=ITERATION)
     spent: list[float] = []
-    engine = simulator.state.engines[0]
+    totals, requests = simulator.state.totals[0], len(simulator.requests())
 
     def after(seconds: float) -> None:
         spent.append(seconds)
@@ -78,11 +85,17 @@ def _serve_stepwise(
             log_iteration(simulator.state, 0, row, 0)
             rows.append(row.copy())
         if on_progress is not None and len(spent) % STEPS_PER_PROGRESS == 0:
-            on_progress(int(engine["num_finished"]), int(engine["num_requests"]))
+            on_progress(int(totals["finished"]), requests)
 
     _step(simulator, controller, charged_s, after, most=None)
     wall_s = time.perf_counter() - begin
-    return Served(simulator.state, np.concatenate(rows) if rows else NO_ITERATIONS, wall_s, np.array(spent))
+    return Served(
+        simulator.state,
+        simulator.requests(),
+        np.concatenate(rows) if rows else NO_ITERATIONS,
+        wall_s,
+        np.array(spent),
+    )
 
 
 def _time_decisions(simulator: Simulator, controller: Controller, charged_s: float) -> NDArray[np.float64]:
@@ -109,12 +122,12 @@ def _step(
     """
     observation = simulator.new_observation()
     view = as_dict(observation)
-    engine = simulator.state.engines[0]
+    instance = simulator.state.instances[0]
     more = True
     count = 0
     while more and (most is None or count < most):
         simulator.observe(0, observation)
-        candidates, token_budget, seconds = decide(controller, view, int(engine["num_decoding"]))
+        candidates, token_budget, seconds = decide(controller, view, int(instance["num_decoding"]))
         more = simulator.step(0, candidates, token_budget, seconds if charged_s is None else charged_s)
         after(seconds)
         count += 1

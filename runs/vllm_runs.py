@@ -20,11 +20,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from controllers.sarathi import Sarathi
-from engine.backends.simulator import Simulator
+from controllers.sarathi import total
 from engine.config import EngineConfig
 from engine.core.metrics import request_table
 from engine.latency.model import LatencyModel
+from engine.simulator.simulator import Simulator
 from engine.workload.workload import Workload, offsets, run_lengths
 from runs.reporting.calibration import PREDICTED, latencies, pair
 
@@ -128,8 +128,8 @@ def simulate(run: VllmRun, **overrides: float) -> dict[str, NDArray[Any]]:
     )
     latency = LatencyModel.load(run.table, **overrides)
     simulator = Simulator(config, [_workload(run)], latency=latency, ttft_target=TTFT_TARGET_S)
-    simulator.run_to_end(Sarathi(total_budget=run.total_budget).loop(simulator, 0.0))
-    return request_table(simulator.state)
+    simulator.run_to_end(simulator.loop(total(run.total_budget)))
+    return request_table(simulator.requests())
 
 
 def _workload(run: VllmRun) -> Workload:

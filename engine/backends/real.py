@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from engine.backends.clock import Clock, WallClock
 from engine.core import state as core
-from engine.core.live import append, for_limits, grown
-from engine.core.scheduler import arrive
-from engine.core.telemetry import Observation, allocate_observation
+from engine.core.feed import arrive, feed_from, new_feed
+from engine.core.live import append, for_limits
+from engine.core.telemetry import Observation, allocate_observation, forget, new_seen
 from engine.latency.design import Point
 from engine.latency.measured_fit import MemoryFigures
 from engine.limits import EngineLimits
@@ -62,14 +62,14 @@ class Rehearsing(Protocol):
         """The arranged iteration once."""
 
     def planned(self) -> dict[str, int]:
-        """What the latest iteration was, as the scheduler counts (see `engine.core.state.ENGINE`)."""
+        """What the latest iteration was, as the scheduler counts (see `engine.core.state.BATCH`)."""
 
     def clear(self) -> None:
         """Empty the engine."""
 
 
 def counted(state: core.State) -> dict[str, int]:
-    """What the latest iteration was, as the request table counts (see `engine.core.state.ENGINE`)."""
+    """What the latest iteration was, as the request table counts (see `engine.core.state.BATCH`)."""
     names = (
         "num_decodes",
         "decode_tokens",
@@ -79,7 +79,7 @@ def counted(state: core.State) -> dict[str, int]:
         "prefill_tokens",
         "prompts_completed",
     )
-    return {name: int(state.engines[name][0]) for name in names}
+    return {name: int(state.batches[name][0]) for name in names}
 
 
 class RealEngine(ABC):
@@ -106,7 +106,9 @@ class RealEngine(ABC):
     ) -> None:
         self.limits, self.max_candidates, self.queue_rows = limits, max_candidates, queue_rows
         self.state = for_limits(limits, 64, ttft_target)
-        """One engine; its totals and timelines are what was served."""
+        """One instance; its totals and timelines are what was served."""
+        self.feed = new_feed(1)
+        self.seen = new_seen(1)
         self.clock: Clock = WallClock() if clock is None else clock
         self.emitted: list[tuple[int, list[int]]] = []
         """(request, tokens) of the latest iteration."""
@@ -155,8 +157,8 @@ class RealEngine(ABC):
                 f"{self._earliest} s"
             )
         self._earliest = arrival
-        self.state = grown(self.state, int(self.state.engines["num_requests"][0]) + 1)
-        return tokens, arrival, int(append(self.state, 0, arrival, len(tokens), max_tokens))
+        self.state = core.grown(self.state, int(self.feed.end[0]) + 1)
+        return tokens, arrival, int(append(self.state, self.feed, arrival, len(tokens), max_tokens))
 
     def _check(self, prompt: NDArray[np.int32], max_tokens: int) -> None:
         if prompt.ndim != 1 or prompt.size == 0 or max_tokens < 1:
@@ -189,10 +191,18 @@ class RealEngine(ABC):
     @property
     def next_arrival(self) -> float | None:
         """When the next submitted request arrives, in s; None when all have."""
-        engine = self.state.engines[0]
-        if engine["released"] == engine["num_requests"]:
-            return None
-        return float(self.state.requests["arrival"][0, engine["released"]])
+        row = self.feed.next[0]
+        return None if row == self.feed.end[0] else float(self.state.requests["arrival"][row])
+
+    @property
+    def requests(self) -> NDArray[np.void]:
+        """The rows of the request table in use (a view)."""
+        return self.state.requests[: self.feed.end[0]]
+
+    @property
+    def arrived(self) -> NDArray[np.void]:
+        """Of these, the rows of the requests that have arrived (a view)."""
+        return self.state.requests[: self.feed.next[0]]
 
     def poll(self) -> bool:
         """Take in the requests that have arrived by now; whether there is anything for `step` to run."""
@@ -200,9 +210,9 @@ class RealEngine(ABC):
 
     def _release(self, now: float) -> bool:
         """Let arrivals join the queue; whether anybody wants anything."""
-        before = int(self.state.engines["released"][0])
-        unfinished = arrive(self.state, 0, now)
-        self._arrived(range(before, int(self.state.engines["released"][0])))
+        before = int(self.feed.next[0])
+        unfinished = arrive(self.state, 0, self.feed, now)
+        self._arrived(range(before, int(self.feed.next[0])))
         self._earliest = max(self._earliest, math.nextafter(now, math.inf))
         return bool(unfinished)
 
@@ -233,6 +243,8 @@ class RealEngine(ABC):
     def reset(self, clock: Clock | None = None) -> None:
         """Forget every request and begin again at 0 s, on a clock that starts now unless given; models stay loaded."""
         core.clear(self.state, 0)
+        forget(self.seen, 0)
+        feed_from(self.feed, 0, 0, 0)
         self.emitted, self.finished, self.failed = [], [], []
         self._earliest = 0.0
         self.clock = WallClock() if clock is None else clock

@@ -1,10 +1,8 @@
-"""KV block accounting of one engine, compiled.
+"""KV block accounting of one instance, compiled.
 
 A request holds blocks for every slot it has ever been given since its last admission: slots of rejected candidates
 are written again by its next iteration, so they are kept and not handed back.
 """
-
-import numpy as np
 
 from engine.compiled import kernel
 
@@ -16,16 +14,18 @@ def blocks_for(tokens, block_size):
 
 
 @kernel
-def take(engine, request, count):
-    """Move `count` free blocks to `request`; the caller has checked that they are free."""
-    request.blocks = np.int32(request.blocks + count)
-    engine.free_blocks -= count
-    if engine.free_blocks < engine.lowest_free_blocks:
-        engine.lowest_free_blocks = engine.free_blocks
+def take(state, i, request, count):
+    """Move `count` free blocks of instance `i` to `request`; the caller has checked that they are free."""
+    instance = state.instances[i]
+    totals = state.totals[i]
+    request.blocks += count
+    instance.free_blocks -= count
+    if instance.free_blocks < totals.lowest_free_blocks:
+        totals.lowest_free_blocks = instance.free_blocks
 
 
 @kernel
-def give_back(engine, request):
+def give_back(state, i, request):
     """Free all blocks of `request`."""
-    engine.free_blocks += request.blocks
-    request.blocks = np.int32(0)
+    state.instances[i].free_blocks += request.blocks
+    request.blocks = 0

@@ -15,14 +15,13 @@ from engine.core.state import FINISHED, ITL_BINS, ITL_BINS_PER_E, ITL_LOWEST_S, 
 QUANTILES = (50, 90, 99)
 
 
-def request_table(state: State, e: int = 0) -> dict[str, NDArray[Any]]:
-    """The requests of engine `e` as columns of equal length, in order of arrival; times in s.
+def request_table(rows: NDArray[np.void]) -> dict[str, NDArray[Any]]:
+    """Rows of the request table (REQUEST) as columns of equal length; times in s.
 
     A time that never came (an unfinished request) is NaN. `tpot_s` is (last token - first token) / (output - 1) and
     NaN for requests of one output token; `normalised_latency_s` is end-to-end latency per output token (Orca, Yu et
     al., OSDI 2022, section 6).
     """
-    rows = state.requests[e, : state.engines[e]["num_requests"]]
     finish = np.where(rows["phase"] == FINISHED, rows["last_token"], np.nan)
     output = rows["output"].astype(np.float64)
     e2e = finish - rows["arrival"]
@@ -47,10 +46,13 @@ def request_table(state: State, e: int = 0) -> dict[str, NDArray[Any]]:
     }
 
 
-def summarize(state: State, *, ttft_target: float, prices: Prices, e: int = 0) -> dict[str, float]:
-    """The figures of engine `e`'s run; what has no value (a mean over nothing) is NaN.
+def summarize(
+    state: State, rows: NDArray[np.void], *, ttft_target: float, prices: Prices, i: int = 0
+) -> dict[str, float]:
+    """The figures of a run of instance `i`; what has no value (a mean over nothing) is NaN.
 
     Args:
+        rows: its requests, of the request table.
         ttft_target: s; a request attains it when its first token came by `arrival + ttft_target`.
         prices: of the objective; `tpot_target` in s per token, which a request of one output token cannot miss.
 
@@ -61,19 +63,19 @@ def summarize(state: State, *, ttft_target: float, prices: Prices, e: int = 0) -
     iteration. ITL is per gap between the emission events of a request; its mean is exact, its quantiles are within
     0.5 % (histogram).
     """
-    table = request_table(state, e)
-    engine = state.engines[e]
+    table = request_table(rows)
+    totals = state.totals[i]
     finished = np.isfinite(table["finish_s"])
     attains_ttft = table["first_token_s"] <= table["arrival_s"] + ttft_target
     attains_tpot = finished & ~(table["tpot_s"] > prices.tpot_target)
     attains = attains_ttft & attains_tpot
-    duration = float(engine["now"] - table["arrival_s"][0]) if finished.size else 0.0
+    duration = float(state.instances["now"][i] - table["arrival_s"][0]) if finished.size else 0.0
     summary: dict[str, float] = {}
     for name in ("tpot", "ttft", "e2e", "normalised_latency"):
         summary |= describe(name, table[f"{name}_s"])
-    summary |= itl_summary(state, e)
+    summary |= itl_summary(state, rows, i)
     summary |= {
-        "objective": _ratio(charged(state, e, prices), finished.size),
+        "objective": _ratio(charged(state, i, prices), finished.size),
         "ttft_attainment": _ratio(attains_ttft.sum(), finished.size),
         "tpot_attainment": _ratio(attains_tpot.sum(), finished.size),
         "slo_attainment": _ratio(attains.sum(), finished.size),
@@ -84,13 +86,13 @@ def summarize(state: State, *, ttft_target: float, prices: Prices, e: int = 0) -
         "requests_total": int(finished.size),
         "duration_s": duration,
         "request_rate_rps": _offered_rate(table["arrival_s"], duration),
-        "iterations": int(engine["iterations"]),
-        "preemptions": int(engine["preemptions"]),
-        "mean_batch": _ratio(engine["batched_requests"], engine["iterations"]),
-        "utilization": _ratio(engine["busy_s"], duration),
-        "peak_kv_share": 1.0 - _ratio(engine["lowest_free_blocks"], engine["total_blocks"]),
-        "acceptance_rate": _ratio(engine["total_accepted"], engine["total_drafted"]),
-        "tokens_per_iteration": 1.0 + _ratio(engine["total_accepted"], engine["total_decode_steps"]),
+        "iterations": int(totals["iterations"]),
+        "preemptions": int(totals["preemptions"]),
+        "mean_batch": _ratio(totals["batched_requests"], totals["iterations"]),
+        "utilization": _ratio(totals["busy_s"], duration),
+        "peak_kv_share": 1.0 - _ratio(totals["lowest_free_blocks"], state.limits["total_blocks"][i]),
+        "acceptance_rate": _ratio(totals["accepted"], totals["drafted"]),
+        "tokens_per_iteration": 1.0 + _ratio(totals["accepted"], totals["decode_steps"]),
     }
     return summary
 
@@ -106,11 +108,10 @@ def describe(name: str, values: NDArray[np.float64]) -> dict[str, float]:
     }
 
 
-def itl_summary(state: State, e: int = 0) -> dict[str, float]:
-    """Mean and quantiles of the gaps between token emissions, over all requests."""
-    counts = state.itl[e]
+def itl_summary(state: State, rows: NDArray[np.void], i: int = 0) -> dict[str, float]:
+    """Mean and quantiles of the gaps between token emissions, over the requests of these rows."""
+    counts = state.itl[i]
     total = int(counts.sum())
-    rows = state.requests[e, : state.engines[e]["num_requests"]]
     # A request's gaps add up to the time from its first to its latest token, whatever bins they fell into.
     spans = rows["last_token"] - rows["first_token"]
     summary = {"itl_mean_s": _ratio(float(np.nansum(spans)), total)}

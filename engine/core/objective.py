@@ -4,7 +4,7 @@ The mean over a run's requests of
 
     TPOT / tpot_target  +  violation * [TTFT > l]  +  lateness * max(0, TTFT - l) / l.
 
-The scheduler charges every term while it comes about (`tpot_cost`, `violations` and `lateness` of an engine), so that
+The scheduler charges every term while it comes about (`tpot_cost`, `violations` and `lateness` of an instance), so that
 it can be read off a run at any moment.
 """
 
@@ -40,8 +40,12 @@ class Prices(BaseModel):
         return np.array([1.0 / self.tpot_target, self.violation, self.lateness / ttft_target])
 
 
-def charged(state: State, e: int, prices: Prices) -> float:
-    """What engine `e` has been charged so far, summed over its requests."""
-    engine = state.engines[e]
-    units = np.array([engine["tpot_cost"], engine["violations"], engine["lateness"]])
-    return float(units @ prices.per_unit(float(engine["ttft_target"])))
+def charges(state: State, i: int) -> NDArray[np.float64]:
+    """(3,) seconds of TPOT, violations and seconds of lateness that instance `i` has been charged so far."""
+    totals = state.totals[i]
+    return np.array([totals["tpot_cost"], totals["violations"], totals["lateness"]])
+
+
+def charged(state: State, i: int, prices: Prices) -> float:
+    """What instance `i` has been charged so far, summed over its requests."""
+    return float(charges(state, i) @ prices.per_unit(float(state.limits["ttft_target"][i])))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engine.compiled import kernel
 from engine.core.acceptance import own_acceptance
-from engine.core.state import CANCELLED, MAX_CANDIDATES
+from engine.core.state import MAX_CANDIDATES, NOBODY, TOTALS
 
 LOAD_FIELDS = (
     "num_decodes",
@@ -72,14 +72,14 @@ RATE_BANDS = 8
 
 
 class Observation(NamedTuple):
-    """Telemetry of N engines, each array indexed by engine first, float32.
+    """Telemetry of N instances, each array indexed by instance first, float32.
 
     load: (N, len(LOAD_FIELDS)) · queue: (N, M + 1, 2) rows of (prompt tokens remaining, slack to the TTFT deadline in
-    s) for the first M requests whose prompt is not done, in order of service, then one row that sums the rest (total
-    tokens, smallest slack); unused rows are zero · drafted, accepted: (N, C) how often, since the last observation, a
-    candidate at draft depth 1..C was verified after all before it were accepted, and how often it was accepted too ·
-    rates: (N, RATE_BANDS) how many of the decoding requests have an acceptance rate of their own (`own_acceptance`)
-    in each eighth of [0, 1].
+    s) for the first M requests whose prompt is not done, in order of service, then one row for the rest (their total
+    tokens, the slack of the first of them that has a deadline); unused rows are zero · drafted, accepted: (N, C) how
+    often, since the last observation, a candidate at draft depth 1..C was verified after all before it were accepted,
+    and how often it was accepted too · rates: (N, RATE_BANDS) how many of the decoding requests have an acceptance rate
+    of their own (`own_acceptance`) in each eighth of [0, 1].
     """
 
     load: NDArray[np.float32]
@@ -89,126 +89,167 @@ class Observation(NamedTuple):
     rates: NDArray[np.float32]
 
 
-def allocate_observation(num_engines: int, queue_rows: int, max_candidates: int) -> Observation:
+def allocate_observation(num_instances: int, queue_rows: int, max_candidates: int) -> Observation:
     """Zeroed arrays for `observe`; M = `queue_rows`, C = max(1, `max_candidates`)."""
     depth = max(1, max_candidates)
     return Observation(
-        load=np.zeros((num_engines, len(LOAD_FIELDS)), dtype=np.float32),
-        queue=np.zeros((num_engines, queue_rows + 1, 2), dtype=np.float32),
-        drafted=np.zeros((num_engines, depth), dtype=np.float32),
-        accepted=np.zeros((num_engines, depth), dtype=np.float32),
-        rates=np.zeros((num_engines, RATE_BANDS), dtype=np.float32),
+        load=np.zeros((num_instances, len(LOAD_FIELDS)), dtype=np.float32),
+        queue=np.zeros((num_instances, queue_rows + 1, 2), dtype=np.float32),
+        drafted=np.zeros((num_instances, depth), dtype=np.float32),
+        accepted=np.zeros((num_instances, depth), dtype=np.float32),
+        rates=np.zeros((num_instances, RATE_BANDS), dtype=np.float32),
     )
 
 
-def as_dict(observation: Observation, e: int = 0) -> dict[str, NDArray[Any]]:
-    """Engine `e`'s rows of batched telemetry by name, as the environment has them (views)."""
-    return {name: array[e] for name, array in zip(Observation._fields, observation, strict=True)}
+def as_dict(observation: Observation, i: int = 0) -> dict[str, NDArray[Any]]:
+    """Instance `i`'s rows of batched telemetry by name, as the environment has them (views)."""
+    return {name: array[i] for name, array in zip(Observation._fields, observation, strict=True)}
+
+
+class Seen(NamedTuple):
+    """What an observer of N instances saw when it last looked; telemetry counts from there.
+
+    now: (N,) s · totals: TOTALS (N,) · stopped, exhausted: (N, MAX_CANDIDATES + 1), as in `State`.
+    """
+
+    now: NDArray[np.float64]
+    totals: NDArray[np.void]
+    stopped: NDArray[np.int64]
+    exhausted: NDArray[np.int64]
+
+
+def new_seen(num_instances: int) -> Seen:
+    """An observer that has not looked yet, at instances that have not run."""
+    depths = (num_instances, MAX_CANDIDATES + 1)
+    return Seen(
+        now=np.zeros(num_instances),
+        totals=np.zeros(num_instances, dtype=TOTALS),
+        stopped=np.zeros(depths, dtype=np.int64),
+        exhausted=np.zeros(depths, dtype=np.int64),
+    )
+
+
+def forget(seen: Seen, i: int) -> None:
+    """Instance `i` was cleared: count from nothing."""
+    for array in seen:
+        array[i] = np.zeros((), dtype=array.dtype)
 
 
 @kernel
-def _observe_queue(state, e, queue):
-    """Fill the queue rows in order of service: the prompt in progress, the preempted, then the new."""
-    engine = state.engines[e]
+def _observe_queue(state, i, queue):
+    """Fill the queue rows in order of service: the prompts in progress, then the queue. Returns how many wait."""
+    instance = state.instances[i]
+    now = instance.now
     rows = queue.shape[1] - 1
-    row = 0
+    prefilling = instance.num_running - instance.num_decoding
+    waiting = prefilling + instance.num_waiting
     listed_tokens = 0
+    row = 0
     rest_slack = NO_DEADLINE_S
-    prefilling = engine.num_running - engine.num_decoding
-    waiting = prefilling + engine.num_preempted + engine.released - engine.next_new - engine.cancelled_waiting
-    new = engine.next_new
-    for position in range(min(waiting, rows + 1 + engine.num_preempted)):
-        if position < prefilling:
-            r = state.running[e, engine.num_decoding + position]
-        elif position < prefilling + engine.num_preempted:
-            r = state.preempted[e, engine.num_preempted - 1 - (position - prefilling)]
+    position = instance.num_decoding
+    queued = instance.head
+    while position < instance.num_running or queued != NOBODY:
+        if position < instance.num_running:
+            r = state.running[i, position]
+            position += 1
         else:
-            while state.requests[e, new].phase == CANCELLED:
-                new += 1
-            r = np.int32(new)
-            new += 1
-        request = state.requests[e, r]
+            r = queued
+            queued = state.requests[r].next
+        request = state.requests[r]
         slack = NO_DEADLINE_S
         if request.generated == 0:
-            slack = max(request.arrival + engine.ttft_target - engine.now, -NO_DEADLINE_S)
-        if position >= rows:
-            # Those behind arrived later: the first that has a deadline has the smallest slack.
+            slack = max(request.arrival + request.ttft_target - now, -NO_DEADLINE_S)
+        if row == rows:
+            # Of those behind, the next to be served that has a deadline.
             if slack < NO_DEADLINE_S:
                 rest_slack = slack
                 break
             continue
         remaining = request.context - request.computed
-        queue[e, row, 0] = remaining
-        queue[e, row, 1] = slack
+        queue[i, row, 0] = remaining
+        queue[i, row, 1] = slack
         listed_tokens += remaining
         row += 1
     for unused in range(row, rows):
-        queue[e, unused, 0] = 0.0
-        queue[e, unused, 1] = 0.0
-    queue[e, rows, 0] = engine.waiting_tokens - listed_tokens
-    queue[e, rows, 1] = rest_slack if waiting > rows else 0.0
+        queue[i, unused, 0] = 0.0
+        queue[i, unused, 1] = 0.0
+    queue[i, rows, 0] = instance.waiting_tokens - listed_tokens
+    queue[i, rows, 1] = rest_slack if waiting > rows else 0.0
     return waiting
 
 
 @kernel
-def _observe_acceptance(state, e, drafted, accepted):
-    """Per-depth counts from the histograms of accepted lengths, which are emptied."""
+def _observe_acceptance(state, i, seen, drafted, accepted):
+    """Per-depth counts from the growth of the histograms of accepted lengths."""
     depths = drafted.shape[1]
     reached = 0
     for depth in range(MAX_CANDIDATES, 0, -1):
-        reached += state.stopped[e, depth] + state.exhausted[e, depth]
+        stopped = state.stopped[i, depth] - seen.stopped[i, depth]
+        reached += stopped + state.exhausted[i, depth] - seen.exhausted[i, depth]
         if depth <= depths:
-            accepted[e, depth - 1] = reached
-            drafted[e, depth - 1] = reached + state.stopped[e, depth - 1]
+            accepted[i, depth - 1] = reached
+            drafted[i, depth - 1] = reached + state.stopped[i, depth - 1] - seen.stopped[i, depth - 1]
     for depth in range(MAX_CANDIDATES + 1):
-        state.stopped[e, depth] = 0
-        state.exhausted[e, depth] = 0
+        seen.stopped[i, depth] = state.stopped[i, depth]
+        seen.exhausted[i, depth] = state.exhausted[i, depth]
 
 
 @kernel
-def observe(state, e, observation):
-    """Write engine `e`'s telemetry into `observation` and restart its since-last-observation counters."""
-    engine = state.engines[e]
+def observe(state, i, seen, observation):
+    """Write instance `i`'s telemetry into `observation`, counted from `seen`, which then is the present.
+
+    Nothing of the instance changes: several may look, each with a `Seen` of its own.
+    """
+    instance = state.instances[i]
+    limits = state.limits[i]
+    batch = state.batches[i]
+    totals = state.totals[i]
+    before = seen.totals[i]
     load = observation.load
-    waiting = _observe_queue(state, e, observation.queue)
-    _observe_acceptance(state, e, observation.drafted, observation.accepted)
+    waiting = _observe_queue(state, i, observation.queue)
+    _observe_acceptance(state, i, seen, observation.drafted, observation.accepted)
     for band in range(RATE_BANDS):
-        observation.rates[e, band] = 0.0
-    for i in range(engine.num_decoding):
-        rate = own_acceptance(state.requests[e, state.running[e, i]])
-        observation.rates[e, min(int(rate * RATE_BANDS), RATE_BANDS - 1)] += 1.0
+        observation.rates[i, band] = 0.0
+    for position in range(instance.num_decoding):
+        rate = own_acceptance(state.requests[state.running[i, position]])
+        observation.rates[i, min(int(rate * RATE_BANDS), RATE_BANDS - 1)] += 1.0
     prefilling_tokens = 0
-    for i in range(engine.num_decoding, engine.num_running):
-        request = state.requests[e, state.running[e, i]]
+    for position in range(instance.num_decoding, instance.num_running):
+        request = state.requests[state.running[i, position]]
         prefilling_tokens += request.context - request.computed
-    load[e, NUM_DECODES] = engine.num_decoding
-    load[e, DECODE_KV_TOKENS] = engine.kv_tokens
-    load[e, NUM_WAITING] = waiting
-    load[e, WAITING_TOKENS] = engine.waiting_tokens
-    load[e, PREFILLING_TOKENS] = prefilling_tokens
-    load[e, FREE_KV_TOKENS] = max(0, engine.free_blocks - engine.watermark_blocks) * engine.block_size
-    load[e, FREE_SEQS] = engine.max_num_seqs - engine.num_running
-    load[e, INTERVAL_S] = min(engine.now - engine.seen_at, NO_DEADLINE_S)
-    load[e, ITERATIONS] = engine.seen_iterations
-    load[e, ARRIVALS] = engine.seen_arrivals
-    load[e, ARRIVED_TOKENS] = engine.seen_arrived_tokens
-    load[e, FINISHED_REQUESTS] = engine.seen_finished
-    load[e, FINISHED_TOKENS] = engine.seen_finished_tokens
-    load[e, EMITTED_TOKENS] = engine.seen_emitted
-    load[e, PREEMPTIONS] = engine.seen_preemptions
-    load[e, LAST_ITERATION_S] = engine.last_elapsed
-    load[e, LAST_CANDIDATES] = engine.last_candidates
-    load[e, LAST_PREFILL_TOKENS] = engine.prefill_tokens
-    load[e, LAST_NUM_DECODES] = engine.num_decodes
-    load[e, LAST_DECODE_KV_TOKENS] = engine.decode_kv_tokens
-    load[e, LAST_EMITTED_TOKENS] = engine.emitted_tokens
-    load[e, OVERDUE] = engine.overdue
-    load[e, TTFT_TARGET_S] = engine.ttft_target
-    engine.seen_at = engine.now
-    engine.seen_iterations = 0
-    engine.seen_arrivals = 0
-    engine.seen_arrived_tokens = 0
-    engine.seen_finished = 0
-    engine.seen_finished_tokens = 0
-    engine.seen_emitted = 0
-    engine.seen_preemptions = 0
+    load[i, NUM_DECODES] = instance.num_decoding
+    load[i, DECODE_KV_TOKENS] = instance.kv_tokens
+    load[i, NUM_WAITING] = waiting
+    load[i, WAITING_TOKENS] = instance.waiting_tokens
+    load[i, PREFILLING_TOKENS] = prefilling_tokens
+    load[i, FREE_KV_TOKENS] = max(0, instance.free_blocks - limits.watermark_blocks) * limits.block_size
+    load[i, FREE_SEQS] = limits.max_num_seqs - instance.num_running
+    load[i, INTERVAL_S] = min(instance.now - seen.now[i], NO_DEADLINE_S)
+    load[i, ITERATIONS] = totals.iterations - before.iterations
+    load[i, ARRIVALS] = totals.arrivals - before.arrivals
+    load[i, ARRIVED_TOKENS] = totals.arrived_tokens - before.arrived_tokens
+    load[i, FINISHED_REQUESTS] = totals.finished - before.finished
+    load[i, FINISHED_TOKENS] = totals.finished_tokens - before.finished_tokens
+    load[i, EMITTED_TOKENS] = totals.emitted_tokens - before.emitted_tokens
+    load[i, PREEMPTIONS] = totals.preemptions - before.preemptions
+    load[i, LAST_ITERATION_S] = batch.elapsed
+    load[i, LAST_CANDIDATES] = batch.candidates
+    load[i, LAST_PREFILL_TOKENS] = batch.prefill_tokens
+    load[i, LAST_NUM_DECODES] = batch.num_decodes
+    load[i, LAST_DECODE_KV_TOKENS] = batch.decode_kv_tokens
+    load[i, LAST_EMITTED_TOKENS] = batch.emitted_tokens
+    load[i, OVERDUE] = instance.overdue
+    load[i, TTFT_TARGET_S] = limits.ttft_target
+    seen.now[i] = instance.now
+    before.iterations = totals.iterations
+    before.arrivals = totals.arrivals
+    before.arrived_tokens = totals.arrived_tokens
+    before.finished = totals.finished
+    before.finished_tokens = totals.finished_tokens
+    before.emitted_tokens = totals.emitted_tokens
+    before.preemptions = totals.preemptions
+
+
+@kernel
+def look_away(state, i, seen, observation):
+    """Observe nothing, in place of `observe`: for policies whose choice never changes."""

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from controllers.controller import Controller
 from controllers.fixed import Fixed
-from engine.backends.simulator import Simulator
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.core.objective import charged
 from engine.latency.model import LatencyModel
 from engine.plant import Plant
+from engine.simulator.simulator import Simulator
 from engine.workload.workload import Workload
 from runs import simulated
 from runs.evaluation import Targets

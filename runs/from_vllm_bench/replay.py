@@ -8,14 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controllers.total_budget import left_for_prompts
-from engine.backends.drafting import accept_chains
-from engine.backends.simulator import Simulator, settle
-from engine.backends.timing import batch_time, reading_time
 from engine.compiled import kernel
 from engine.config import EngineConfig
+from engine.core.feed import settle
 from engine.core.metrics import describe, request_table
 from engine.core.scheduler import commit, plan
 from engine.latency.model import LatencyModel
+from engine.simulator.candidates import accept_chains
+from engine.simulator.simulator import Simulator
+from engine.simulator.timing import batch_time, reading_time
 from engine.workload.agreement import AgreementModel
 from engine.workload.workload import Workload
 from runs.from_vllm_bench.results import BenchRun
@@ -25,27 +26,27 @@ NEVER_S = 1e15
 
 
 @kernel
-def send(state, e, wanted_s, sent, max_in_flight):
+def send(system, wanted_s, sent, max_in_flight):
     """Send the next requests while fewer than `max_in_flight` are out; returns how many have been sent by now."""
-    engine = state.engines[e]
-    while sent < engine.num_requests and sent - engine.num_finished < max_in_flight:
-        state.requests[e, sent].arrival = max(wanted_s[sent], engine.now)
+    state, feed = system.state, system.feed
+    while sent < feed.end[0] and sent - state.totals[0].finished < max_in_flight:
+        state.requests[sent].arrival = max(wanted_s[sent], state.instances[0].now)
         sent += 1
     return sent
 
 
 @kernel
-def serve_limited(state, tables, draws, wanted_s, max_in_flight, total_budget, candidates):
-    """Serve engine 0 to its end with a fixed c and total budget, for a client with a limit of requests in flight."""
-    sent = send(state, 0, wanted_s, 1, max_in_flight)
-    more = settle(state, 0)
+def serve_limited(system, wanted_s, max_in_flight, total_budget, candidates):
+    """Serve instance 0 to its end with a fixed c and total budget, for a client with a limit of requests in flight."""
+    state, tables = system.state, system.tables
+    sent = send(system, wanted_s, 1, max_in_flight)
+    more = settle(state, 0, system.feed)
     while more:
-        engine = state.engines[0]
-        plan(state, 0, candidates, left_for_prompts(total_budget, engine.num_decoding, candidates))
-        accept_chains(state, 0, draws)
+        plan(state, 0, candidates, left_for_prompts(total_budget, state.instances[0].num_decoding, candidates))
+        accept_chains(state, 0, system.trace)
         commit(state, 0, batch_time(state, 0, tables) + reading_time(state, 0, tables))
-        sent = send(state, 0, wanted_s, sent, max_in_flight)
-        more = settle(state, 0)
+        sent = send(system, wanted_s, sent, max_in_flight)
+        more = settle(state, 0, system.feed)
 
 
 class Replay:
@@ -74,16 +75,8 @@ class Replay:
     def serve(self, latency: LatencyModel, total_budget: int) -> dict[str, float]:
         """What the client would have measured: keys as in `BenchRun.observed`, times in s."""
         simulator = Simulator(self._config, [self._workload], latency=latency, ttft_target=1.0)
-        serve_limited(
-            simulator.state,
-            latency.tables,
-            simulator.draws,
-            self._wanted_s,
-            self._limit,
-            total_budget,
-            self.run.candidates,
-        )
-        table = request_table(simulator.state)
+        serve_limited(simulator.system, self._wanted_s, self._limit, total_budget, self.run.candidates)
+        table = request_table(simulator.requests())
         return describe("ttft", table["ttft_s"]) | describe("tpot", table["tpot_s"])
 
 

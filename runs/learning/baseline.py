@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from controllers.analytic import Analytic
-from controllers.controller import CompiledController
-from engine.backends.simulator import Simulator
+from controllers.compiled import KernelController
 from engine.core.objective import Prices
 from engine.plant import Plant
+from engine.simulator.simulator import Simulator
 from engine.workload.workload import Workload
 from envs.reward import episode_summary
 
@@ -28,13 +28,13 @@ class Charged:
 
 
 def served(
-    simulator: Simulator, workload: Workload, controller: CompiledController, plant: Plant, prices: Prices
+    simulator: Simulator, workload: Workload, controller: KernelController, plant: Plant, prices: Prices
 ) -> dict[str, float]:
-    """The figures of a workload that engine 0 serves to its end under a controller (`envs.reward.episode_summary`)."""
+    """The figures of a workload served to its end under a controller (`envs.reward.episode_summary`)."""
     simulator.load(0, workload)
     controller.reset(plant)
-    simulator.run_to_end(controller.loop(simulator, controller.decision_s))
-    return episode_summary(simulator.state, 0, prices)
+    simulator.run_to_end(simulator.loop(controller.current, controller.decision_s))
+    return episode_summary(simulator.state, 0, simulator.arrived(), prices)
 
 
 class Baseline:

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from controllers.controller import Controller
 from controllers.tabulated import Table, TableHeader, Tabulated, save_table, tabulate
-from engine.backends.simulator import Simulator
 from engine.core.telemetry import DECODE_KV_TOKENS, NUM_DECODES, WAITING_TOKENS, as_dict
+from engine.simulator.simulator import Simulator
 from runs.code import code_digest
 from runs.evaluation import Targets
 from runs.learning.scenarios import Scenario, TrainingEnv

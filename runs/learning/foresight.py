@@ -9,13 +9,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from controllers.learned import Rules, choose, notice, shifted
-from controllers.rollout import Outlook, remaining_cost
-from engine.backends.simulator import run_iteration
+from controllers.bounds.rollout import Outlook, remaining_cost
+from controllers.learned import LearnedMemory, Params, choose, notice, shifted
 from engine.compiled import outlined
 from engine.core import state as core
-from engine.core.state import State
-from engine.core.telemetry import Observation, allocate_observation, observe
+from engine.core.feed import new_feed
+from engine.core.fork import fork, fork_telemetry
+from engine.core.telemetry import Observation, Seen, allocate_observation, new_seen, observe
+from engine.policy import Policy
+from engine.simulator.loop import System, run_iteration
+from engine.simulator.simulator import Simulator
 
 
 class Trial(NamedTuple):
@@ -24,41 +27,30 @@ class Trial(NamedTuple):
     figures: (4,) what a rollout came to, see `_roll`.
     """
 
-    state: State
+    system: System
+    seen: Seen
     observation: Observation
-    rules: Rules
+    params: Params
+    memory: LearnedMemory
     figures: NDArray[np.float64]
 
 
-def new_trial(state: State, queue_rows: int, max_candidates: int, rules: Rules) -> Trial:
-    """Room for copies of one engine of `state`; `rules` are those of the policy that goes on after the first choice."""
-    limits = state.engines[0]
-    room = core.allocate(
+def new_trial(simulator: Simulator, policy: Policy) -> Trial:
+    """Room for copies of one engine of a simulator; `policy` goes on after the first choice."""
+    limits = simulator.limits
+    state = core.allocate(
         1,
-        state.requests.shape[1],
-        total_blocks=int(limits["total_blocks"]),
-        block_size=int(limits["block_size"]),
-        watermark_blocks=int(limits["watermark_blocks"]),
-        max_num_seqs=int(limits["max_num_seqs"]),
-        ttft_target=float(limits["ttft_target"]),
+        len(simulator.state.requests),
+        total_blocks=limits.total_blocks,
+        block_size=limits.block_size,
+        watermark_blocks=limits.watermark_blocks,
+        max_num_seqs=limits.max_num_seqs,
+        ttft_target=float(simulator.state.limits["ttft_target"][0]),
+        prefill=limits.prefill,
     )
-    return Trial(room, allocate_observation(1, queue_rows, max_candidates), rules, np.zeros(4))
-
-
-@outlined
-def _copy_engine(state, e, trial):
-    """Copy engine e, without finished bookkeeping that nothing reads."""
-    trial.engines[0] = state.engines[e]
-    engine = state.engines[e]
-    for r in range(engine.num_requests):
-        trial.requests[0, r] = state.requests[e, r]
-    for i in range(engine.num_running):
-        trial.running[0, i] = state.running[e, i]
-    for i in range(engine.num_preempted):
-        trial.preempted[0, i] = state.preempted[e, i]
-    for i in range(state.stopped.shape[1]):
-        trial.stopped[0, i] = state.stopped[e, i]
-        trial.exhausted[0, i] = state.exhausted[e, i]
+    system = simulator.system._replace(state=state, feed=new_feed(1))
+    observation = allocate_observation(1, simulator.queue_rows, simulator.max_candidates)
+    return Trial(system, new_seen(1), observation, policy.params, policy.memory, np.zeros(4))
 
 
 @outlined
@@ -77,94 +69,95 @@ def _copy_list(source, m, target):
 
 
 @outlined
-def _copy_memory(sight, m, other):
-    """Copy what is remembered of engine m into the only row of `other`."""
-    ours, theirs = sight.memory, other.memory
+def _copy_memory(memory, m, copy):
+    """Copy what is remembered of engine m into the only row of `copy`."""
+    ours, theirs = memory.features, copy.features
     _copy_table(ours.acceptance, m, theirs.acceptance)
     _copy_list(ours.tokens, m, theirs.tokens)
     _copy_list(ours.arriving, m, theirs.arriving)
     _copy_list(ours.finished, m, theirs.finished)
     theirs.timing[0] = ours.timing[m]
     theirs.preempted[0] = ours.preempted[m]
-    base, copy = sight.base.memory, other.base.memory
-    _copy_table(base.acceptance, m, copy.acceptance)
-    _copy_table(base.choices, m, copy.choices)
-    _copy_list(base.tokens, m, copy.tokens)
-    _copy_list(base.arriving, m, copy.arriving)
-    _copy_list(base.finished, m, copy.finished)
+    ours_base, theirs_base = memory.base, copy.base
+    _copy_table(ours_base.acceptance, m, theirs_base.acceptance)
+    _copy_table(ours_base.choices, m, theirs_base.choices)
+    _copy_list(ours_base.tokens, m, theirs_base.tokens)
+    _copy_list(ours_base.arriving, m, theirs_base.arriving)
+    _copy_list(ours_base.finished, m, theirs_base.finished)
 
 
 @outlined
-def _roll(trial, tables, draws, candidates, budget, horizon_s, decision_s, figures):
+def _roll(trial, candidates, budget, horizon_s, decision_s):
     """Run the copied engine with (c, n) for one decision and under the policy until the horizon.
 
-    figures: (4,) s of decoding summed over requests, tokens that these got, s of TPOT charged, s on the clock.
+    Writes to the trial's figures: (4,) s of decoding summed over requests, tokens that these got, s of TPOT charged, s
+    on the clock.
     """
-    state, rules = trial.state, trial.rules
-    engine = state.engines[0]
-    begin = engine.now
-    tpot = engine.tpot_cost
+    system, params, memory, figures = trial.system, trial.params, trial.memory, trial.figures
+    state = system.state
+    instance, batch, totals = state.instances[0], state.batches[0], state.totals[0]
+    begin = instance.now
+    tpot = totals.tpot_cost
     until = begin + horizon_s
-    requests = engine.released
-    while requests < engine.num_requests and state.requests[0, requests].arrival <= until:
-        requests += 1
-    engine.num_requests = requests
     decoding_s = 0.0
     tokens = 0.0
     more = True
-    while more and engine.now < until:
-        for iteration in range(rules.decide_every):
+    while more and instance.now < until:
+        for iteration in range(params.decide_every):
             charge = decision_s if iteration == 0 else 0.0
-            more = run_iteration(state, 0, tables, draws, candidates, budget, charge)
-            decoding_s += engine.last_elapsed * engine.num_decodes
-            tokens += engine.emitted_tokens - engine.prompts_completed
+            more = run_iteration(system, 0, candidates, budget, charge)
+            decoding_s += batch.elapsed * batch.num_decodes
+            tokens += batch.emitted_tokens - batch.prompts_completed
             if not more:
                 break
         if more:
-            observe(state, 0, trial.observation)
-            base_c, base_n = notice(trial.observation, 0, rules.sight, 0)
-            c, n = choose(trial.observation, 0, rules, base_c, base_n)
-            candidates = rules.sight.candidates[c]
-            budget = rules.sight.budgets[n]
+            observe(state, 0, trial.seen, trial.observation)
+            base_c, base_n = notice(trial.observation, 0, params.sight, memory.sight, 0)
+            c, n = choose(trial.observation, 0, params, memory, 0, base_c, base_n)
+            candidates = params.sight.candidates[c]
+            budget = params.sight.budgets[n]
     figures[0] = decoding_s
     figures[1] = tokens
-    figures[2] = engine.tpot_cost - tpot
-    figures[3] = engine.now - begin
+    figures[2] = totals.tpot_cost - tpot
+    figures[3] = instance.now - begin
 
 
 @outlined
-def foresee(state, e, sight, m, base, tables, draws, trial, pairs, horizon_s, decision_s, prices, token_s, costs):
+def foresee(system, seen, e, memory, base, trial, pairs, horizon_s, decision_s, prices, token_s, costs):
     """Charge every one of `pairs` for engine e: what it and what comes after it cost up to the horizon and beyond.
 
     Args:
-        sight, m, base: what the policy remembers of the engine, and its base's choice now.
+        memory, base: what the policy remembers of the engines, and its base's choice for this one now.
         pairs: (K, 2) the policy's own indices; the first is the one that others are compared with: what is left at the
             horizon is valued at the time that a token took in its rollout.
         prices: (3,) per s of TPOT, per violation, per s of lateness.
         token_s: s per token where the first rollout decoded nothing.
         costs: (K,) is written.
     """
-    rules = trial.rules
+    sight = trial.params.sight
+    state, copy = system.state, trial.system.state
     figures = trial.figures
-    grid = rules.sight.shown.grid
+    grid = sight.shown.grid
     widest = grid.prefill_tokens.shape[0] - 1
     prefill_s = grid.seconds[0, 0, 0, widest] / grid.prefill_tokens[widest]
     outlook = Outlook(token_s, prefill_s, 0.0, prices[0], prices[1], prices[2])
-    engine = trial.state.engines[0]
+    totals = copy.totals[0]
+    until = state.instances[e].now + horizon_s
     for k in range(pairs.shape[0]):
-        _copy_engine(state, e, trial.state)
-        _copy_memory(sight, m, rules.sight)
+        fork(state, e, system.feed, copy, trial.system.feed, until)
+        fork_telemetry(state, e, seen, copy, trial.seen)
+        _copy_memory(memory, e, trial.memory.sight)
         c, n = shifted(sight, base[0], base[1], pairs[k, 0], pairs[k, 1])
-        tpot, violations, lateness = engine.tpot_cost, engine.violations, engine.lateness
-        _roll(trial, tables, draws, rules.sight.candidates[c], rules.sight.budgets[n], horizon_s, decision_s, figures)
+        tpot, violations, lateness = totals.tpot_cost, totals.violations, totals.lateness
+        _roll(trial, sight.candidates[c], sight.budgets[n], horizon_s, decision_s)
         if k == 0:
             if figures[1] > 0.0:
                 token_s = figures[0] / figures[1]
             interference = prices[0] * prefill_s * figures[2] / max(figures[3], 1e-9)
             outlook = Outlook(token_s, prefill_s, interference, prices[0], prices[1], prices[2])
         charged = (
-            prices[0] * (engine.tpot_cost - tpot)
-            + prices[1] * (engine.violations - violations)
-            + prices[2] * (engine.lateness - lateness)
+            prices[0] * (totals.tpot_cost - tpot)
+            + prices[1] * (totals.violations - violations)
+            + prices[2] * (totals.lateness - lateness)
         )
-        costs[k] = charged + remaining_cost(trial.state, outlook)
+        costs[k] = charged + remaining_cost(copy, trial.system.feed, outlook)

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import nn
 
-from controllers.learned import new_rules
+from controllers.learned import decide, policy_memory, policy_params
 from controllers.network import ACTIVATIONS, Network
 from controllers.policy import Policy
+from engine.policy import Policy as EnginePolicy
 from runs.learning.checkpoint import load_checkpoint, save_checkpoint
 from runs.learning.foresight import Trial, foresee, new_trial
 from runs.learning.record import STEP, Metrics, Row
@@ -312,26 +313,29 @@ class _Copies:
         self.count = group.count
         self._group = group
         slo = group.scenario.slo
-        self._rules = new_rules(policy, group.plant, slo.ttft_target, slo.tpot_target)
+        self._policy = EnginePolicy(
+            decide,
+            policy_params(policy, group.plant, slo.ttft_target, slo.tpot_target),
+            policy_memory(policy, group.plant, 1),
+        )
         self._prices = slo.prices.per_unit(slo.ttft_target)
         self._horizon_s = settings.horizon_s * slo.ttft_target
         self._trial: Trial | None = None
 
     def chosen(self) -> NDArray[np.int64]:
         """(count, 2) the policy's own indices now."""
-        return self._group.chosen(self._rules)
+        return self._group.chosen(self._policy.params, self._policy.memory.network)
 
     def more(self, e: int, pairs: NDArray[np.int64]) -> NDArray[np.float64]:
         """What each of `pairs` but the first costs more than the first, in s of what `analytic` is charged."""
         batch = self._group.env.batch
         simulator = batch.simulator
-        state = simulator.state
-        if self._trial is None or self._trial.state.requests.shape[1] < state.requests.shape[1]:
-            self._trial = new_trial(state, simulator.queue_rows, simulator.max_candidates, self._rules)
+        if self._trial is None or len(self._trial.system.state.requests) < len(simulator.state.requests):
+            self._trial = new_trial(simulator, self._policy)
+        trial = self._trial._replace(system=self._trial.system._replace(trace=simulator.system.trace))
         costs = np.zeros(len(pairs))
-        draws = simulator.draws._replace(run_lengths=simulator.draws.run_lengths[e : e + 1])
         foresee(
-            state, e, self._group.sight, e, self._group.base[e], simulator.latency.tables, draws, self._trial, pairs,
+            simulator.system, simulator.seen, e, self._group.memory, self._group.base[e], trial, pairs,
             self._horizon_s, batch.decision_s, self._prices, self._group.scenario.slo.tpot_target, costs,
         )  # fmt: skip
         earned: NDArray[np.float64] = (costs[1:] - costs[0]) / self._group.charged[e].per_second

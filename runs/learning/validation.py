@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from controllers.analytic import Analytic
-from controllers.controller import CompiledController
+from controllers.compiled import KernelController
 from controllers.learned import Learned
 from controllers.policy import Policy
-from engine.backends.simulator import Simulator
+from engine.simulator.simulator import Simulator
 from engine.workload.workload import Workload
 from runs.evaluation import Targets
 from runs.learning.baseline import served
@@ -18,7 +18,7 @@ from runs.learning.scenarios import Scenario, TrainingEnv
 FIRST_SEED = 1_000_000
 """Training draws workloads from seeds below `distinct_workloads`, validation from here on."""
 
-MakeController = Callable[[Targets], CompiledController]
+MakeController = Callable[[Targets], KernelController]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Bench:
         """Serve every workload under a controller."""
         return [self._serve(workload, make(self._scenario.slo)) for workload in self._drawn]
 
-    def _serve(self, workload: Workload, controller: CompiledController) -> Trial:
+    def _serve(self, workload: Workload, controller: KernelController) -> Trial:
         figures = served(self._simulator, workload, controller, self._plant, self._scenario.slo.prices)
         return Trial(figures["tpot_mean_s"], figures["ttft_attainment"], figures["objective"])
 

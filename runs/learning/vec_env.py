@@ -17,20 +17,21 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from controllers.features import FARTHEST
 from controllers.learned import (
-    Rules,
+    Params,
     Sight,
     begin,
     distinct_choices,
     new_sight,
+    new_sight_memory,
     notice,
     own_choice,
     shifted,
     show_all,
 )
-from engine.backends.simulator import Simulator
+from controllers.network import NetworkMemory, network_row
 from engine.compiled import outlined
-from engine.core.state import State
 from engine.core.telemetry import INTERVAL_S, Observation
+from engine.simulator.simulator import Simulator
 from envs.reward import TERMS
 from envs.vector import ServingVectorEnv
 from runs.learning.baseline import Baseline, Charged
@@ -41,21 +42,21 @@ Form = Literal["pair", "joint", "box"]
 
 
 @outlined
-def _look(observation, sight, rows, inputs, base):
+def _look(observation, sight, memory, rows, inputs, base):
     """Take in the telemetry of all engines of a scenario and write the policy's inputs."""
     for e in range(rows):
-        c, n = notice(observation, e, sight, e)
+        c, n = notice(observation, e, sight, memory, e)
         base[e, 0] = c
         base[e, 1] = n
-        show_all(observation, e, sight, e, c, n, inputs[e])
+        show_all(observation, e, sight, memory, e, c, n, inputs[e])
 
 
 @outlined
-def _look_last(observation, sight, m, inputs):
+def _look_last(observation, sight, memory, m, inputs):
     """The same for the last telemetry of an episode, after which row m begins anew."""
-    c, n = notice(observation, 0, sight, m)
-    show_all(observation, 0, sight, m, c, n, inputs)
-    begin(sight, m)
+    c, n = notice(observation, 0, sight, memory, m)
+    show_all(observation, 0, sight, memory, m, c, n, inputs)
+    begin(memory, m)
 
 
 @outlined
@@ -67,11 +68,12 @@ def _shift(sight, base, chosen, actions):
 
 
 @outlined
-def _choose_all(observation, sight, base, rules, pairs):
-    """A policy's own indices in every engine of a scenario."""
+def _choose_all(observation, memory, base, params, room, pairs):
+    """A policy's own indices in every engine of a scenario; `room` is for one at a time."""
     for e in range(pairs.shape[0]):
-        show_all(observation, e, sight, e, base[e, 0], base[e, 1], rules.scratch.values)
-        c, n = own_choice(observation, e, rules)
+        mine = network_row(room, 0)
+        show_all(observation, e, params.sight, memory, e, base[e, 0], base[e, 1], mine.values)
+        c, n = own_choice(observation, e, params, mine)
         pairs[e, 0] = c
         pairs[e, 1] = n
 
@@ -130,8 +132,8 @@ class Group:
             training.residual,
             scenario.slo.ttft_target,
             scenario.slo.tpot_target,
-            engines=count,
         )
+        self.memory = new_sight_memory(self.plant, training.layout, training.residual, count)
         self.base = np.zeros((count, 2), dtype=np.int64)
         self.charged: list[Charged] = []
         self.rates = np.zeros((2, count))
@@ -144,7 +146,7 @@ class Group:
         fields, _ = self.env.reset(seed=self._first_seed)
         self.observation = Observation(**fields)
         for e in range(self.count):
-            begin(self.sight, e)
+            begin(self.memory, e)
         self._charge_all()
 
     def _charge_all(self) -> None:
@@ -166,12 +168,12 @@ class Group:
 
     def look(self, inputs: NDArray[np.float32]) -> None:
         """Write the policy's inputs, (count, F), and keep what `analytic` would choose."""
-        _look(self.observation, self.sight, self.count, inputs, self.base)
+        _look(self.observation, self.sight, self.memory, self.count, inputs, self.base)
 
-    def chosen(self, rules: Rules) -> NDArray[np.int64]:
+    def chosen(self, params: Params, room: NetworkMemory) -> NDArray[np.int64]:
         """(count, 2) the indices that a policy without memory of its own would choose now."""
         pairs = np.zeros((self.count, 2), dtype=np.int64)
-        _choose_all(self.observation, self.sight, self.base, rules, pairs)
+        _choose_all(self.observation, self.memory, self.base, params, room, pairs)
         return pairs
 
     def snapshot(self) -> dict[str, Any]:
@@ -187,24 +189,23 @@ class Group:
                 (self._sources.index(source), seed) for source, seed in map(batch["origins"].get, range(self.count))
             ],
             "decisions": batch["decisions"],
-            "state": batch["state"]._asdict(),
+            "simulator": batch["simulator"],
             "rngs": env["rngs"],
-            "memory": deepcopy([memory._asdict() for memory in (self.sight.memory, self.sight.base.memory)]),
+            "ended": env["ended"],
+            "memory": deepcopy([memory._asdict() for memory in self.memory]),
             "base": self.base.copy(),
             "observation": self.observation._asdict(),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from a `snapshot`."""
-        # Compiled code takes aligned records; a file gives them back packed.
-        live = self.env.batch.state._asdict()
         batch = {
             "origins": {e: (self._sources[stage], seed) for e, (stage, seed) in enumerate(saved["origins"])},
             "decisions": saved["decisions"],
-            "state": State(**{name: array.astype(live[name].dtype) for name, array in saved["state"].items()}),
+            "simulator": saved["simulator"],
         }
-        self.env.restore({"batch": batch, "rngs": saved["rngs"]})
-        for memory, arrays in zip((self.sight.memory, self.sight.base.memory), saved["memory"], strict=True):
+        self.env.restore({"batch": batch, "rngs": saved["rngs"], "ended": saved["ended"]})
+        for memory, arrays in zip(self.memory, saved["memory"], strict=True):
             for name, array in arrays.items():
                 getattr(memory, name)[...] = array
         self.base[...] = saved["base"]
@@ -297,7 +298,7 @@ class GovernorVecEnv(VecEnv):
         for e in ended:
             last = Observation(**{name: array[None] for name, array in raw["final_obs"][e].items()})
             seen = np.zeros(self._inputs, dtype=np.float32)
-            _look_last(last, group.sight, e, seen)
+            _look_last(last, group.sight, group.memory, e, seen)
             infos[e] |= {"terminal_observation": seen, "TimeLimit.truncated": True}
             figures = raw["final_info"]["episode_summary"]
             self._episodes.append(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core.state import REQUEST, State
+from engine.core.state import REQUEST
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +41,11 @@ class Ledger:
             log.error("summary.json will miss requests: %s", reason)
         self.lost += len(rows)
 
-    def whole(self, state: State) -> State:
-        """A state of one engine whose table begins with the kept rows."""
+    def whole(self, rows: NDArray[np.void]) -> NDArray[np.void]:
+        """The kept rows, followed by these."""
         self._file.seek(0)
         kept = np.frombuffer(self._file.read()[: self._bytes], dtype=REQUEST)
-        count = int(state.engines["num_requests"][0])
-        rows = np.concatenate((kept, state.requests[0, :count]))
-        engines = state.engines.copy()
-        engines["num_requests"] = len(rows)
-        return state._replace(requests=rows[None], engines=engines)
+        return np.concatenate((kept, rows))
 
     def close(self) -> None:
         """Let go of the file."""

@@ -222,11 +222,13 @@ class Server:
 
     def _outcome(self) -> Outcome:
         worker, service, config = self._worker, self._service, self._config
-        state = worker.history()
-        requests = request_table(state)
+        rows = worker.history()
+        requests = request_table(rows)
         over = self._metrics.counted("vllm:request_success")
         guard, controller = worker.guard, service.controller
-        summary: dict[str, Any] = summarize(state, ttft_target=service.slo.ttft_target, prices=service.slo.prices)
+        summary: dict[str, Any] = summarize(
+            worker.engine.state, rows, ttft_target=service.slo.ttft_target, prices=service.slo.prices
+        )
         summary |= decision_times(np.array(worker.decision_s))
         summary["server"] = {
             "finished": over["stop"] + over["length"],

@@ -24,7 +24,6 @@ from engine.backends.real import RequestError
 from engine.backends.torch.engine import TorchEngine
 from engine.backends.torch.generation import Ending
 from engine.backends.torch.logprobs import TokenLogprob
-from engine.core.state import State
 from engine.speculation.constraints import FREE, Constraints
 from engine.speculation.sampling import Sampling
 from runs.live import Decision, Governed
@@ -183,13 +182,13 @@ class Worker:
     @property
     def num_running(self) -> int:
         """Of these, in the batch."""
-        return min(len(self._open), int(self._engine.state.engines["num_running"][0]))
+        return min(len(self._open), int(self._engine.state.instances["num_running"][0]))
 
     @property
     def kv_usage(self) -> float:
         """Share of KV blocks that are held."""
-        engines = self._engine.state.engines
-        return 1.0 - float(engines["free_blocks"][0] / engines["total_blocks"][0])
+        state = self._engine.state
+        return 1.0 - float(state.instances["free_blocks"][0] / state.limits["total_blocks"][0])
 
     @property
     def engine(self) -> TorchEngine:
@@ -260,11 +259,11 @@ class Worker:
                 self.broken = True
         self._guard.close()
 
-    def history(self) -> State:
-        """The engine's state as if no row had been taken out of its table; when the worker is closed, and once."""
-        state = self._ledger.whole(self._engine.state)
+    def history(self) -> NDArray[np.void]:
+        """Every request's row, as if none had been taken out of the table; when the worker is closed, and once."""
+        rows = self._ledger.whole(self._engine.requests)
         self._ledger.close()
-        return state
+        return rows
 
     @property
     def lost(self) -> int:
@@ -317,7 +316,7 @@ class Worker:
             while self._take_in():
                 self._beat = time.perf_counter()
                 if engine.poll():
-                    before = engine.state.engines[0].copy()
+                    before = engine.state.totals[0].copy()
                     decision = governed.step()
                     self._report(decision, governed, before)
                 self._retire()
@@ -372,8 +371,8 @@ class Worker:
     def _report(self, decision: Decision, governed: Governed, before: np.void) -> None:
         """Hand out what the iteration emitted, and say what it was."""
         engine = self._engine
-        after = engine.state.engines[0]
-        at = float(after["now"])
+        after, batch = engine.state.totals[0], engine.state.batches[0]
+        at = float(engine.state.instances["now"][0])
         ended = set(engine.finished)
         emissions = []
         for number, tokens in engine.emitted:
@@ -395,11 +394,11 @@ class Worker:
         observation = governed.observation
         iteration = Iteration(
             decision=decision,
-            prompt_tokens=int(after["prefill_tokens"]),
-            emitted_tokens=int(after["emitted_tokens"]),
+            prompt_tokens=int(batch["prefill_tokens"]),
+            emitted_tokens=int(batch["emitted_tokens"]),
             preemptions=since("preemptions"),
-            drafted_tokens=since("total_drafted"),
-            accepted_tokens=since("total_accepted"),
+            drafted_tokens=since("drafted"),
+            accepted_tokens=since("accepted"),
             drafts=int(observation.drafted[0, 0]),
             accepted_by_depth=observation.accepted[0].copy(),
             faults=self._guard.faults,
@@ -408,9 +407,9 @@ class Worker:
 
     def _retire(self) -> None:
         """Move what is over out of the table when it has grown, and rarely enough to cost nothing."""
-        if self._engine.state.engines["num_requests"][0] >= self._retire_at:
+        if len(self._engine.requests) >= self._retire_at:
             self._ledger.add(self._engine.retire())
-            self._retire_at = max(RETIRE_AT, 2 * int(self._engine.state.engines["num_requests"][0]))
+            self._retire_at = max(RETIRE_AT, 2 * len(self._engine.requests))
 
     def _call(self, what: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None

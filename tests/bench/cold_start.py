@@ -16,7 +16,7 @@ from tests.bench.plant import plant, simulator
 engine = simulator(requests=100)
 controller = Fixed()
 controller.reset(plant(engine))
-engine.run_to_end(controller.loop(engine, 0.0))
+engine.run_to_end(engine.loop(controller.current, 0.0))
 """,
     "analytic: import, load, lookup table, run 100 requests": """
 from controllers.analytic import Analytic
@@ -24,7 +24,7 @@ from tests.bench.plant import plant, simulator
 engine = simulator(requests=100)
 controller = Analytic()
 controller.reset(plant(engine))
-engine.run_to_end(controller.loop(engine, 0.0))
+engine.run_to_end(engine.loop(controller.current, 0.0))
 """,
     "environment: import, make one, reset, step": """
 import gymnasium

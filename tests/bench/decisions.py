@@ -87,20 +87,21 @@ def compiled_seconds(controller: KernelController, observation: Observation) -> 
     decide, clock = controller.decide, _clock
 
     @njit(error_model="numpy")
-    def all_of_them(observation: Any, rules: Any, nanoseconds: Any, now: Any) -> int:
+    def all_of_them(observation: Any, params: Any, memory: Any, nanoseconds: Any, now: Any) -> int:
         total = 0
         for e in range(SITUATIONS):
             clock(MONOTONIC, now.ctypes.data)
             begin = now[0] * 1_000_000_000 + now[1]
-            c, n = decide(observation, e, rules)
+            c, n = decide(observation, e, params, memory)
             clock(MONOTONIC, now.ctypes.data)
             nanoseconds[e] = now[0] * 1_000_000_000 + now[1] - begin
             total += c + n
         return total
 
+    policy = controller.policy(controller.plant, SITUATIONS)
     nanoseconds, now = np.zeros(SITUATIONS, dtype=np.int64), np.zeros(2, dtype=np.int64)
     for _ in range(2):
-        all_of_them(observation, controller.rules, nanoseconds, now)
+        all_of_them(observation, policy.params, policy.memory, nanoseconds, now)
     return nanoseconds * 1e-9
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from engine.backends.simulator import Simulator
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.latency.lookup import LookupTable
 from engine.plant import Plant
+from engine.simulator.simulator import Simulator
 from engine.workload.arrivals import PoissonArrivals
 from engine.workload.lengths import NamedLengths
 from engine.workload.source import SyntheticSource

@@ -6,15 +6,16 @@ import os
 import time
 
 from controllers.analytic import Analytic
-from controllers.controller import CompiledController
+from controllers.compiled import KernelController
 from controllers.fixed import Fixed
 from controllers.poster import Poster
 from controllers.sarathi import Sarathi
-from engine.backends.simulator import Simulator
+from engine.simulator.simulator import Simulator
 from tests.bench import measure
 from tests.bench.plant import RATE, REQUESTS, plant, simulator
+from tests.engine.core.cases import Figures
 
-CONTROLLERS: tuple[tuple[CompiledController, float | None, float | None], ...] = (
+CONTROLLERS: tuple[tuple[KernelController, float | None, float | None], ...] = (
     (Fixed(candidates=3, token_budget=512), 1e6, 1e5),
     (Fixed(candidates=0, token_budget=512), None, None),
     (Sarathi(total_budget=512), None, None),
@@ -24,23 +25,23 @@ CONTROLLERS: tuple[tuple[CompiledController, float | None, float | None], ...] =
 
 
 def _measure(
-    engine: Simulator, controller: CompiledController, iterations_goal: float | None, requests_goal: float | None
+    engine: Simulator, controller: KernelController, iterations_goal: float | None, requests_goal: float | None
 ) -> None:
     def run() -> float:
         engine.load(0, engine.workloads[0])
         controller.reset(shared)
-        loop = controller.loop(engine, controller.decision_s)
+        loop = engine.loop(controller.current, controller.decision_s)
         begin = time.process_time()
         engine.run_to_end(loop)
         return time.process_time() - begin
 
     shared = plant(engine)
     seconds = measure.median_reported(run)
-    row = engine.state.engines[0]
+    row = Figures(engine.state)
     batch = row["batched_requests"] / row["iterations"]
     name = f"{controller.label()}, mean batch {batch:.1f}"
     measure.rate(f"{name}: iterations", row["iterations"] / seconds, iterations_goal)
-    measure.rate(f"{name}: requests", row["num_finished"] / seconds, requests_goal)
+    measure.rate(f"{name}: requests", row["finished"] / seconds, requests_goal)
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
             served.reset()
             for _ in range(batch):
                 served.submit(np.zeros(PROMPT_TOKENS, dtype=np.int32), OUTPUT_TOKENS)
-            while served.state.engines["num_decoding"][0] < batch:
+            while served.state.instances["num_decoding"][0] < batch:
                 served.step(0, 1 << 14)
             took = []
             for turn in range(options.iterations + 20):

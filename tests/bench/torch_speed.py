@@ -179,7 +179,7 @@ def outside_share(config: TorchEngineConfig, asked: Sequence[list[int]], new_tok
 
     for prompt in asked:
         engine.submit(prompt, new_tokens)
-    while engine.state.engines["num_decoding"][0] < len(asked):
+    while engine.state.instances["num_decoding"][0] < len(asked):
         engine.step(0, 1 << 20)
     engine.model.forward = timed  # type: ignore[method-assign]
     shares = []

@@ -63,7 +63,7 @@ def serve(engine: TorchEngine, prompts: list[list[int]], candidates: int) -> Ser
     engine.reset()
     numbers = [engine.submit(prompt, NEW_TOKENS) for prompt in prompts]
     engine.run(candidates, TOKEN_BUDGET)
-    rows = engine.state.requests[0, : len(numbers)]
+    rows = engine.state.requests[: len(numbers)]
     decoded = rows["generated"] - 1
     tpot_s = (rows["last_token"] - rows["first_token"]) / decoded
     return Served(decoded / (decoded - rows["accepted"]), tpot_s, [engine.output(number) for number in numbers])

@@ -25,8 +25,8 @@ def _controller(**fields: Any) -> AdaServe:
 
 def test_the_budget_is_where_a_forward_takes_half_as_long_again() -> None:
     # 1.5 x 13.2 ms = 19.8 ms = 10 ms + 196 x .05 ms.
-    assert _controller().rules.verified_tokens == pytest.approx(196.0)
-    assert _controller(slowdown=100.0).rules.verified_tokens == 512.0
+    assert _controller().current.params.verified_tokens == pytest.approx(196.0)
+    assert _controller(slowdown=100.0).current.params.verified_tokens == 512.0
 
 
 def test_the_budget_is_read_off_the_last_time_that_keeps_within_it_where_times_fall() -> None:

@@ -19,9 +19,8 @@ from pydantic import ValidationError
 
 from controllers.acceptance import MEMORY_S, PRIOR_ACCEPTANCE, PRIOR_COUNT, learn_acceptance, new_memory
 from controllers.analytic import LENGTH_MEMORY_S, PRIOR_OUTPUT_TOKENS, Analytic
-from controllers.controller import CompiledController
+from controllers.compiled import KernelController
 from controllers.fixed import Fixed
-from engine.backends.simulator import Simulator
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.core.metrics import request_table, summarize
@@ -29,6 +28,7 @@ from engine.core.objective import Prices
 from engine.core.telemetry import LOAD_FIELDS, NO_DEADLINE_S, RATE_BANDS, as_dict
 from engine.latency.lookup import LookupGrid, LookupTable
 from engine.plant import Plant
+from engine.simulator.simulator import Simulator
 from engine.workload.source import WorkloadSource
 from engine.workload.workload import Workload
 
@@ -530,7 +530,7 @@ def test_what_a_choice_gave_counts_where_depths_say_otherwise() -> None:
         seen["drafted"][:] = 3.0
         seen["accepted"][:] = 3.0
         assert controller.choose(seen)[0] > 0
-    assert controller.rules.memory.tokens[2] == pytest.approx(6.0, rel=0.1)
+    assert controller.current.memory.tokens[0, 2] == pytest.approx(6.0, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -578,14 +578,14 @@ def _plant() -> Plant:
     return Plant(grid=grid, predict=lambda: table)
 
 
-def _serve(controller: CompiledController, simulator: Simulator) -> NDArray[np.void]:
+def _serve(controller: KernelController, simulator: Simulator) -> NDArray[np.void]:
     controller.reset(_plant())
-    log, _ = simulator.run_to_end(controller.loop(simulator, 20e-6), record_iterations=True)
+    log, _ = simulator.run_to_end(simulator.loop(controller.current, 20e-6), record_iterations=True)
     return log
 
 
 def _bytes(simulator: Simulator) -> bytes:
-    return b"".join(column.tobytes() for column in request_table(simulator.state).values())
+    return b"".join(column.tobytes() for column in request_table(simulator.requests()).values())
 
 
 def test_the_compiled_loop_and_single_decisions_are_the_same_run() -> None:
@@ -623,10 +623,10 @@ def test_no_fixed_pair_serves_conversations_better(rate_scale: float) -> None:
     """Idle, busy, overload: attainment a point below the best fixed pair's or 95 %, TPOT 2 % above its rivals' best."""
     workload = _source(rate_scale, 600.0).draw(0)
 
-    def figures(controller: CompiledController) -> tuple[float, float]:
+    def figures(controller: KernelController) -> tuple[float, float]:
         simulator = _simulator(workload)
         _serve(controller, simulator)
-        summary = summarize(simulator.state, ttft_target=1.0, prices=Prices())
+        summary = summarize(simulator.state, simulator.requests(), ttft_target=1.0, prices=Prices())
         assert summary["requests_finished"] == workload.num_requests
         return summary["ttft_attainment"], summary["tpot_mean_s"]
 

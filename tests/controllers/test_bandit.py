@@ -41,15 +41,15 @@ def test_the_arm_of_the_shortest_iterations_is_played_most(kind: str) -> None:
 def test_an_arm_under_which_a_deadline_passed_earned_nothing() -> None:
     controller = _controller()
     _play(controller, {}, 40, overdue=1.0)
-    assert controller.rules.sums.sum() == 0.0
-    assert controller.rules.pulls.sum() > 30
+    assert controller.current.memory.sums[0].sum() == 0.0
+    assert controller.current.memory.pulls[0].sum() > 30
 
 
 def test_nothing_is_learnt_while_nobody_decodes() -> None:
     controller = _controller()
     for _ in range(20):
         controller.choose(observation(iterations=1, interval_s=0.1))
-    assert controller.rules.pulls.sum() == 0.0
+    assert controller.current.memory.pulls[0].sum() == 0.0
 
 
 def test_each_load_has_a_bandit_of_its_own() -> None:
@@ -57,7 +57,7 @@ def test_each_load_has_a_bandit_of_its_own() -> None:
     for decodes in (1, 2, 3, 4, 100):
         controller.choose(observation(num_decodes=decodes))
         controller.choose(observation(num_decodes=decodes, last_num_decodes=decodes, interval_s=0.02))
-    assert (controller.rules.pulls.sum(axis=1) > 0).sum() == 4
+    assert (controller.current.memory.pulls[0].sum(axis=1) > 0).sum() == 4
 
 
 def test_the_same_seed_draws_the_same_arms() -> None:

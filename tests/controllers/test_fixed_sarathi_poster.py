@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from controllers.controller import CompiledController
+from controllers.compiled import KernelController
 from controllers.fixed import Fixed
 from controllers.poster import G_WEIGHT, Poster
 from controllers.sarathi import Sarathi
-from engine.backends.simulator import Simulator
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.core.choices import ActionError
@@ -30,6 +29,7 @@ from engine.core.telemetry import (
 from engine.latency.lookup import LookupGrid, LookupTable
 from engine.latency.model import LatencyModel
 from engine.plant import Plant
+from engine.simulator.simulator import Simulator
 from engine.workload.agreement import IidAgreement
 from engine.workload.workload import Workload
 
@@ -103,16 +103,22 @@ def test_a_controller_that_was_not_reset_says_so() -> None:
         Fixed().act(_observation())
 
 
+def _sarathi(total: int, candidates: int) -> Sarathi:
+    controller = Sarathi(total_budget=total, candidates=candidates)
+    controller.reset(_random_plant(0))
+    return controller
+
+
 @given(st.integers(1, 4096), st.integers(0, 8), st.integers(0, 300))
 def test_sarathi_gives_prompts_what_the_decodes_leave(total: int, candidates: int, num_decodes: int) -> None:
-    c, n = Sarathi(total_budget=total, candidates=candidates).choose(_observation(num_decodes))
+    c, n = _sarathi(total, candidates).choose(_observation(num_decodes))
     assert c == candidates
     left = total - num_decodes * (1 + candidates)
     assert n == max(left, 0 if num_decodes else 1)
 
 
 def test_sarathi_never_stalls_an_engine_that_only_prefills() -> None:
-    assert Sarathi(total_budget=1, candidates=8).choose(_observation(0)) == (8, 1)
+    assert _sarathi(1, 8).choose(_observation(0)) == (8, 1)
 
 
 @pytest.mark.parametrize("fields", [{"total_budget": 0}, {"candidates": -1}, {"candidates": 33}, {"total": 3}])
@@ -195,7 +201,7 @@ def test_the_poster_is_free_when_nothing_waits_and_hurries_when_a_deadline_is_ne
 def test_the_poster_measures_tokens_per_iteration_of_the_c_it_used() -> None:
     poster = Poster(initial_acceptance=0.5)
     poster.reset(_random_plant(1))
-    before = poster.rules.memory.tokens.copy()
+    before = poster.current.memory.tokens[0].copy()
     np.testing.assert_allclose(before, [1.0, 1.5, 1.875, 1.96875])
     observation = _observation(8, 1000)
     observation["load"][LAST_CANDIDATES] = 3
@@ -204,20 +210,20 @@ def test_the_poster_measures_tokens_per_iteration_of_the_c_it_used() -> None:
     poster.act(observation)
     measured = 1.0 + 24 / 10
     expected = before + np.array([0, 0, G_WEIGHT * (measured - before[2]), 0])
-    np.testing.assert_allclose(poster.rules.memory.tokens, expected)
+    np.testing.assert_allclose(poster.current.memory.tokens[0], expected)
 
 
 def test_a_reset_poster_has_forgotten_what_it_measured() -> None:
     poster, plant = Poster(), _random_plant(2)
     poster.reset(plant)
-    before = poster.rules.memory.tokens.copy()
+    before = poster.current.memory.tokens[0].copy()
     observation = _observation(8, 1000)
     observation["load"][LAST_CANDIDATES] = 1
     observation["drafted"][0] = 5
     poster.act(observation)
-    assert not np.array_equal(poster.rules.memory.tokens, before)
+    assert not np.array_equal(poster.current.memory.tokens[0], before)
     poster.reset(plant)
-    assert np.array_equal(poster.rules.memory.tokens, before)
+    assert np.array_equal(poster.current.memory.tokens[0], before)
 
 
 LATENCY = LatencyModel.linear(0.008, 2e-5, per_request_s=1e-4, per_draft_step_s=1e-3)
@@ -251,12 +257,12 @@ def _simulator(seed: int, requests: int, rate: float, blocks: int) -> Simulator:
     ids=lambda controller: controller.label(),
 )
 def test_the_compiled_loop_equals_acting_step_by_step(
-    controller: CompiledController, decision_s: float, rate: float, blocks: int
+    controller: KernelController, decision_s: float, rate: float, blocks: int
 ) -> None:
     plant = _linear_plant(LATENCY)
     controller.reset(plant)
     compiled = _simulator(0, 150, rate, blocks)
-    log, _ = compiled.run_to_end(controller.loop(compiled, decision_s), record_iterations=True)
+    log, _ = compiled.run_to_end(compiled.loop(controller.current, decision_s), record_iterations=True)
     controller.reset(plant)
     stepwise = _simulator(0, 150, rate, blocks)
     observation = stepwise.new_observation()
@@ -267,12 +273,12 @@ def test_the_compiled_loop_equals_acting_step_by_step(
         more = stepwise.step(0, *actions[-1], decision_s)
     assert list(zip(log["candidates"].tolist(), log["token_budget"].tolist(), strict=True)) == actions
     assert stepwise.state.requests.tobytes() == compiled.state.requests.tobytes()
-    assert stepwise.state.engines["now"][0] == compiled.state.engines["now"][0]
+    assert stepwise.state.instances["now"][0] == compiled.state.instances["now"][0]
 
 
 def test_the_poster_uses_more_than_one_setting_under_load() -> None:
     poster = Poster()
     poster.reset(_linear_plant(LATENCY))
     simulator = _simulator(1, 150, 20.0, 4000)
-    log, _ = simulator.run_to_end(poster.loop(simulator, 0.0), record_iterations=True)
+    log, _ = simulator.run_to_end(simulator.loop(poster.current, 0.0), record_iterations=True)
     assert len(np.unique(log["token_budget"])) > 1

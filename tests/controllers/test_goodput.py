@@ -39,9 +39,9 @@ def test_the_acceptance_rate_is_a_moving_average_from_nine_tenths_of_the_share_a
     share = (5 * 2 + 20 * 0.9) / (5 * 3 + 20)
     controller.choose(verified(5, 2, 3, last_iteration_s=0.02))
     once = 0.9 + 0.25 * (share - 0.9)
-    assert controller.rules.acceptance[0] == pytest.approx(once)
+    assert controller.current.memory.acceptance[0, 0] == pytest.approx(once)
     controller.choose(observation(num_decodes=5, iterations=1.0, last_num_decodes=5, last_iteration_s=0.02))
-    assert controller.rules.acceptance[0] == pytest.approx(once + 0.25 * (share - once))
+    assert controller.current.memory.acceptance[0, 0] == pytest.approx(once + 0.25 * (share - once))
 
 
 def test_bad_luck_with_one_request_running_does_not_end_speculation() -> None:
@@ -88,9 +88,9 @@ def test_the_fit_follows_an_engine_that_is_not_as_predicted() -> None:
             last_iteration_s=2.0 * _seconds(decodes, k, kv, prefill),
         )
         controller.choose(seen)
-    rules = controller.rules
-    x = np.array([20_000, 10 * 4 + 256, 3, 1.0]) / rules.scale
-    assert float(rules.weights @ x) == pytest.approx(2.0 * _seconds(10, 3, 20_000, 256), rel=0.02)
+    params, memory = controller.current.params, controller.current.memory
+    x = np.array([20_000, 10 * 4 + 256, 3, 1.0]) / params.scale
+    assert float(memory.weights[0] @ x) == pytest.approx(2.0 * _seconds(10, 3, 20_000, 256), rel=0.02)
 
 
 def test_k_is_chosen_anew_only_every_so_many_iterations() -> None:

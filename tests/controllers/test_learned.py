@@ -20,11 +20,11 @@ from controllers.features import FARTHEST, LOAD, Layout, View, new_feature_memor
 from controllers.learned import Learned, distinct_choices
 from controllers.network import ACTIVATIONS, Network
 from controllers.policy import HEADS, Head, Header, Policy, PolicyError, Residual, input_names, spread
-from engine.backends.simulator import Simulator
 from engine.core.action import ActionGrid
 from engine.core.metrics import request_table
 from engine.core.telemetry import NO_DEADLINE_S
 from engine.plant import Plant
+from engine.simulator.simulator import Simulator
 from runs.simulated import serve
 from tests.controllers.observed import linear_plant, observation, verified
 from tests.envs.traffic import conversations, tiny_engine
@@ -90,7 +90,7 @@ def simulated(controller: Any, compiled: bool = True) -> tuple[Any, Any]:
     simulator = Simulator(ENGINE, [workload], ttft_target=1.0)
     plant = linear_plant(0.012, 2e-5, 1e-8, 1e-3, GRID)
     served = serve(simulator, workload, controller, plant, "constant" if compiled else "measured", recording=True)
-    return request_table(served.state), served.iterations
+    return request_table(served.requests), served.iterations
 
 
 @given(

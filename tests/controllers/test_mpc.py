@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from controllers.analytic import Analytic
-from controllers.controller import CompiledController
+from controllers.compiled import KernelController
 from controllers.fixed import Fixed
-from controllers.forecast import Now, predicted_cost
+from controllers.forecast import Now, predicted_cost, row_of
 from controllers.mpc import Mpc
-from engine.backends.simulator import Simulator
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
 from engine.core.metrics import request_table
@@ -24,6 +23,7 @@ from engine.core.objective import Prices, charged
 from engine.core.telemetry import NO_DEADLINE_S, as_dict
 from engine.latency.lookup import LookupTable
 from engine.plant import Plant
+from engine.simulator.simulator import Simulator
 from engine.workload.arrivals import PoissonArrivals
 from engine.workload.lengths import NamedLengths
 from engine.workload.source import SyntheticSource
@@ -58,7 +58,7 @@ def _cost(
     switch_s: float = 0.0,
 ) -> float:
     """Predicted cost with (tokens, slack, arrival) in line and L, prices and drain as above; G = 1 everywhere."""
-    grid, settings, memory = controller.rules
+    (grid, settings), memory = controller.current.params, row_of.py_func(controller.current.memory, 0)
     memory.cheapest[:] = 0
     for row, (tokens, slack, arrival) in enumerate(line):
         memory.line.tokens[row], memory.line.slack[row] = tokens, slack
@@ -170,7 +170,7 @@ def test_an_expected_prompt_is_served_when_it_comes() -> None:
 
 def test_a_cost_above_the_best_ends_a_rollout_early() -> None:
     controller = _controller(horizon_s=10.0)
-    grid, settings, memory = controller.rules
+    (grid, settings), memory = controller.current.params, row_of.py_func(controller.current.memory, 0)
     _cost(controller)
     now = Now(1000.0, 0.0, 1e6, 1.0, False, 0, 1e6, SECOND, REQUEST, TOKEN, DRAIN_S)
     assert 1.0 < predicted_cost(grid, settings, memory, now, 1, 1, 0.0, 1.0) < 1000.0 * SECOND * 10.0
@@ -251,9 +251,9 @@ def _plant() -> Plant:
     return Plant(grid=grid, predict=lambda: table)
 
 
-def _serve(controller: CompiledController, simulator: Simulator) -> NDArray[np.void]:
+def _serve(controller: KernelController, simulator: Simulator) -> NDArray[np.void]:
     controller.reset(_plant())
-    log, _ = simulator.run_to_end(controller.loop(simulator, 50e-6), record_iterations=True)
+    log, _ = simulator.run_to_end(simulator.loop(controller.current, 50e-6), record_iterations=True)
     return log
 
 
@@ -282,7 +282,7 @@ def test_decisions_do_not_depend_on_the_future() -> None:
     """Until the first request ends, only what is to come differs: arrivals, prompts, lengths, agreements."""
     workload = _workload(8.0, 40, 6)
     log = _serve(Mpc(), known := _simulator(workload))
-    table = request_table(known.state)
+    table = request_table(known.requests())
     # Within 16 tokens of its end a request is cut short by its output limit, which the engine enforces.
     until = float(np.min(table["first_token_s"] + 0.6 * (table["finish_s"] - table["first_token_s"])))
     other = _with_another_future(workload, until)
@@ -319,7 +319,7 @@ def test_the_same_seed_gives_the_same_bytes_also_from_a_used_controller() -> Non
     for controller in (used, used, Mpc()):
         simulator = _simulator(_workload(6.0, 50, 4))
         _serve(controller, simulator)
-        runs.append(b"".join(column.tobytes() for column in request_table(simulator.state).values()))
+        runs.append(b"".join(column.tobytes() for column in request_table(simulator.requests()).values()))
     assert runs[0] == runs[1] == runs[2]
 
 
@@ -327,7 +327,7 @@ def test_the_same_seed_gives_the_same_bytes_also_from_a_used_controller() -> Non
 def test_on_traffic_it_is_about_as_good_as_the_optimizer_and_better_than_the_usual_setting(
     rate: float, lengths: str
 ) -> None:
-    def cost(controller: CompiledController) -> float:
+    def cost(controller: KernelController) -> float:
         total = 0.0
         for seed in range(3):
             simulator = _simulator(workload := _workload(rate, 200, seed, lengths))

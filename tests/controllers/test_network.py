@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from controllers.network import ACTIVATIONS, LARGEST_INPUT, Network, forward, new_network_memory
+from controllers.network import ACTIVATIONS, LARGEST_INPUT, Network, forward, network_row, new_network_memory
 
 MODULES = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
@@ -61,7 +61,7 @@ def test_a_sequence_of_inputs_gives_what_torch_gives(
     width: int, hidden: int, layers: list[int], activation: str, seed: int
 ) -> None:
     lstm, net, network = _made(width, hidden, layers, activation, seed)
-    memory = new_network_memory(network)
+    memory = network_row.py_func(new_network_memory(network, 1), 0)
     inputs = np.random.default_rng(seed).normal(scale=8.0, size=(4, width)).astype(np.float32)
     state = None
     for row in inputs:

@@ -76,4 +76,4 @@ def test_the_average_weighs_the_latest_iteration_as_configured() -> None:
     """(1 - 0.2) x 2 + 0.2 x 0 = 1.6 from the neutral start of 3 - 1."""
     controller = _controller(ema_alpha=0.2)
     controller.choose(verified(4, 0, 3))
-    assert controller.rules.average[0] == pytest.approx(1.6)
+    assert controller.current.memory.average[0, 0] == pytest.approx(1.6)

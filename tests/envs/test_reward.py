@@ -16,6 +16,7 @@ from envs.batch import ServingBatch
 from envs.reward import TERMS, unfinished_cost
 from envs.serving import ServingEnv
 from envs.vector import ServingVectorEnv
+from tests.engine.core.cases import Figures
 from tests.envs.traffic import Policy, conversations, crowded, fixed, play, requests, short, thrashing, tiny_engine
 
 LOADS = {"idle": 0.3, "near saturation": 3.0, "overload": 10.0}
@@ -25,7 +26,7 @@ STEADY = ((0, 512), (3, 512), (3, 2048))
 
 
 def _table(env: ServingEnv) -> dict[str, NDArray[Any]]:
-    return request_table(env.batch.simulator.state)
+    return request_table(env.batch.simulator.requests())
 
 
 def _objective(table: dict[str, NDArray[Any]], ttft_target: float, prices: Prices) -> float:
@@ -86,7 +87,9 @@ def test_returns_order_controllers_as_the_report_does(load: str) -> None:
     for policy in policies:
         returns.append(play(env, policy, seed=0)[0])
         objectives.append(_objective(_table(env), 1.0, Prices()))
-        reported = summarize(env.batch.simulator.state, ttft_target=1.0, prices=Prices())
+        reported = summarize(
+            env.batch.simulator.state, env.batch.simulator.requests(), ttft_target=1.0, prices=Prices()
+        )
         late = float(np.maximum(0.0, _table(env)["ttft_s"] - 1.0).mean())
         figures.append((reported["tpot_mean_s"], 1.0 - reported["ttft_attainment"], late))
     assert np.argsort(returns).tolist() == np.argsort(objectives)[::-1].tolist()
@@ -145,9 +148,8 @@ def _cut(prices: Prices, ttft_target: float = 1.0) -> tuple[ServingEnv, dict[str
     """The small case cut after five decisions of c = 0, n = 64: A has five of eleven tokens, B and C none."""
     env = ServingEnv(workload=_small_case(), episode_decisions=5, prices=prices, ttft_target=ttft_target)
     _, info = play(env, fixed(0, 64))
-    engine = env.batch.simulator.state.engines[0]
-    assert engine["released"] == 3
-    rows = env.batch.simulator.state.requests[0]
+    assert len(env.batch.simulator.arrived()) == 3
+    rows = env.batch.simulator.state.requests
     assert rows["generated"].tolist() == [5, 0, 0, 0]
     return env, info["reward_terms"]
 
@@ -161,8 +163,8 @@ def test_what_a_cut_leaves_is_charged_as_computed_by_hand() -> None:
 
 def test_a_slow_request_owes_at_its_own_pace() -> None:
     env, terms = _cut(Prices(tpot_target=0.001, violation=7.0, lateness=0.5))
-    now = float(env.batch.simulator.state.engines[0]["now"])
-    first = float(env.batch.simulator.state.requests[0, 0]["first_token"])
+    now = float(env.batch.simulator.state.instances[0]["now"])
+    first = float(env.batch.simulator.state.requests[0]["first_token"])
     pace = (now - first) / 4
     assert pace > 0.005
     assert terms["unfinished"] == pytest.approx(0.6 * 2 * pace / 0.001 + 2 * (2 + 7.0 + 0.5), rel=1e-12)
@@ -170,7 +172,7 @@ def test_a_slow_request_owes_at_its_own_pace() -> None:
 
 def test_a_violation_already_paid_is_not_charged_again_at_the_cut() -> None:
     env, terms = _cut(Prices(), ttft_target=0.05)
-    engine = env.batch.simulator.state.engines[0]
+    engine = Figures(env.batch.simulator.state)
     # B's deadline at 0.05 s has passed by the fifth iteration, C's at 0.09 s has not.
     assert 0.05 < engine["now"] < 0.09
     assert engine["overdue"] == 1
@@ -181,7 +183,8 @@ def test_a_finished_engine_owes_nothing() -> None:
     env = ServingEnv(workload=short(num_requests=3))
     _, info = play(env, fixed(3, 512), seed=0)
     assert info["reward_terms"]["unfinished"] == 0.0
-    assert unfinished_cost(env.batch.simulator.state, 0, Prices()) == 0.0
+    simulator = env.batch.simulator
+    assert unfinished_cost(simulator.state, 0, simulator.arrived(), Prices()) == 0.0
     decisions = int(env.batch.decisions[0])
     exact = ServingEnv(workload=short(num_requests=3), episode_decisions=decisions)
     _, info = play(exact, fixed(3, 512), seed=0)
@@ -195,9 +198,7 @@ def test_a_cut_costs_more_than_going_on() -> None:
     for cut in (20, 60, 180):
         env = ServingEnv(workload=workload, episode_decisions=cut)
         total, info = play(env, fixed(3, 1024))
-        state = env.batch.simulator.state
-        released = int(state.engines[0]["released"])
-        part = workload.subset(np.arange(released))
+        part = workload.subset(np.arange(len(env.batch.simulator.arrived())))
         finishing, _ = play(ServingEnv(workload=part), fixed(3, 1024))
         assert info["reward_terms"]["unfinished"] > 0.0
         assert total < finishing

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controllers.total_budget import left_for_prompts
-from engine.backends.simulator import Simulator
 from engine.config import EngineConfig
 from engine.core.metrics import request_table
 from engine.core.telemetry import NUM_DECODES
 from engine.latency.model import LatencyModel
+from engine.simulator.simulator import Simulator
 from engine.workload.agreement import IidAgreement
 from engine.workload.arrivals import PoissonArrivals
 from engine.workload.lengths import LognormalLengths
@@ -46,14 +46,14 @@ def served(
     workload = source.draw(seed)
     simulator = Simulator(EngineConfig(name="theirs", latency=table), [workload], latency=latency, ttft_target=1.0)
     reached = _serve(simulator, candidates)
-    times = request_table(simulator.state)
+    times = request_table(simulator.requests())
     document = {
         "date": "20260101-000000",
         "model_id": "their/model",
         "request_rate": rate,
         "burstiness": 1.0,
         "max_concurrency": None,
-        "duration": float(simulator.state.engines[0]["now"]),
+        "duration": float(simulator.state.instances[0]["now"]),
         "completed": requests,
         "failed": 0,
         "total_input_tokens": int(workload.prompt_tokens.sum()),

@@ -50,6 +50,8 @@ def test_every_choice_of_every_group_composes_and_instantiates(group: str, name:
     extra: list[str] = []
     if (group, name) in {("workload", "trace"), ("workload", "acceptance_log")}:
         extra = [f"workload.path={tmp_path / 'requests.csv'}"]
+    elif (group, name) == ("workload/lengths", "file"):
+        extra = ["workload=synthetic", f"workload.lengths.path={tmp_path / 'lengths.csv'}"]
     elif group.startswith("workload/"):
         extra = ["workload=synthetic"]
     evaluation(*extra, f"{group}={name}")
@@ -93,10 +95,10 @@ def test_training_environments_hold_the_targets_of_the_suite() -> None:
 def test_every_vicuna_has_a_small_policy_that_fits_the_standard_choices(engine: str) -> None:
     made = evaluation(f"engine={engine}", "controller=learned")
     assert isinstance(made.controller, Learned)
-    assert made.controller.policy.header.actions == made.actions
+    assert made.controller.policy_file.header.actions == made.actions
     assert (POLICIES_FOLDER / f"{engine}.npz").stat().st_size < 200_000
     # An H100 has its A100's.
-    assert made.controller.policy.header.trained["engines"] == [engine.replace("h100", "a100")]
+    assert made.controller.policy_file.header.trained["engines"] == [engine.replace("h100", "a100")]
 
 
 @pytest.mark.parametrize("controller", ["analytic", "goodput"])

@@ -179,7 +179,7 @@ def test_the_slo_follows_the_controllers_target_and_a_difference_is_said(
     ("overrides", "said"),
     [
         (["controlle=fixed"], ["controlle"]),
-        (["controller=fixd"], ["fixd", "analytic"]),
+        (["controller=fixd"], ["controller=fixd", "did you mean fixed?"]),
         (["workload.rate=3"], ["workload.rate"]),
         (["+controller.ttft_taget=1"], ["controller.ttft_taget", "did you mean ttft_target?"]),
         (["+sed=1"], ["sed", "unknown key"]),

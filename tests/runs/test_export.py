@@ -21,8 +21,8 @@ from controllers.batch_schedule import BatchSchedule
 from controllers.controller import Controller
 from controllers.sarathi import Sarathi
 from controllers.sglang_adaptive import SglangAdaptive
-from engine.backends.simulator import ITERATION
 from engine.latency.model import LatencyModel
+from engine.simulator.loop import ITERATION
 from runs import export
 from runs.evaluation import Evaluation
 from runs.exporting.export import COMMAND, CONTROLLER, SCHEDULE, Export

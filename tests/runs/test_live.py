@@ -18,7 +18,6 @@ from hydra import compose, initialize_config_dir
 
 from controllers.controller import Controller
 from controllers.fixed import Fixed
-from engine.backends.replay import replay
 from engine.backends.torch.config import TorchEngineConfig
 from engine.backends.torch.engine import TorchEngine
 from engine.core.action import ActionGrid
@@ -26,6 +25,7 @@ from engine.core.choices import ActionError
 from engine.core.metrics import request_table
 from engine.core.telemetry import NUM_DECODES, NUM_WAITING
 from engine.plant import Plant
+from engine.simulator.replay import replay
 from engine.speculation.sampling import GREEDY, Sampling
 from engine.workload.prompts import Prompts
 from hydra_plugins.governor import launcher
@@ -163,7 +163,7 @@ def test_a_trace_of_lengths_is_served_with_text_of_these_lengths(
     requests = pd.read_parquet(tmp_path / "out" / folder.REQUESTS)
     assert requests["prompt_tokens"].tolist() == [50, 70, 1]
     assert requests["generated_tokens"].tolist() == [8, 1, 89]
-    assert summary_of(tmp_path / "out")["run"]["scenario"].startswith("requests ")
+    assert summary_of(tmp_path / "out")["run"]["scenario"].startswith("requests@")
     assert "agreements of drafter and target are not used" in capsys.readouterr().err
 
 
@@ -209,7 +209,7 @@ def test_an_interrupted_run_leaves_nothing(run: Run, tmp_path: Path, monkeypatch
     served: list[int] = []
 
     def stopped(engine: TorchEngine, candidates: int, token_budget: int) -> bool:
-        if engine.state.engines[0]["num_finished"] >= 3:
+        if engine.state.totals[0]["finished"] >= 3:
             served.append(len(engine.emitted))
             raise KeyboardInterrupt
         return step(engine, candidates, token_budget)
@@ -251,7 +251,7 @@ def test_a_sweep_runs_real_engines_one_after_the_other(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(launcher, "available_cores", lambda: 5)
-    monkeypatch.setattr(launcher, "_results", results)
+    monkeypatch.setattr(launcher, "_outcomes", results)
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base=None):
         config = compose("evaluate", return_hydra_config=True)
         from hydra.core.global_hydra import GlobalHydra
@@ -306,9 +306,9 @@ def test_warming_up_leaves_no_trace_in_the_run(draft_with: str, sampling: Sampli
     assert [warm.output(i) for i in range(4)] == [cold.output(i) for i in range(4)]
     assert warm.recording is not None
     assert len(warm.recording.requests) == 4
-    assert served.state.engines[0]["num_requests"] == served.state.engines[0]["num_finished"] == 4
-    replayed = request_table(replay(warm.recording, warm.limits, ttft_target=1.0))
-    for name, column in request_table(served.state).items():
+    assert len(served.requests) == served.state.totals[0]["finished"] == 4
+    replayed = request_table(replay(warm.recording, warm.limits, ttft_target=1.0).requests)
+    for name, column in request_table(served.requests).items():
         np.testing.assert_array_equal(column, replayed[name], err_msg=name)
 
 
@@ -321,7 +321,7 @@ def test_a_controller_decides_on_what_has_arrived_and_never_on_nothing() -> None
     assert controller.seen[0] == (0, 2)
     assert all(decoding + waiting > 0 for decoding, waiting in controller.seen)
     assert len(controller.seen) == len(served.iterations) == served.decision_s.size
-    requests = request_table(served.state)
+    requests = request_table(served.requests)
     assert (requests["ttft_s"] > 0).all()
     assert requests["ttft_s"][2:].max() < 1.0, "the engine wakes up when a request arrives"
 

@@ -434,7 +434,7 @@ def test_a_client_that_goes_without_a_stream_is_not_worked_for(narrow: Running) 
         client.sendall(head.encode() + body)
         eventually(lambda: narrow.num_open() == 1)
     eventually(lambda: narrow.num_open() == 0)
-    assert narrow.server.worker.engine.state.engines["free_blocks"][0] == 256
+    assert narrow.server.worker.engine.state.instances["free_blocks"][0] == 256
 
 
 def test_what_was_served_is_summed_up(tmp_path: Path) -> None:

@@ -41,9 +41,9 @@ def speculate(
     numbers = [engine.submit(prompt, max_tokens) for prompt in prompts]
     accepted: list[list[int]] = [[] for _ in numbers]
     drafted: list[list[int]] = [[] for _ in numbers]
-    rows = engine.state.requests[0]
     names = ("generated", "drafted", "accepted")
     while True:
+        rows = engine.requests
         before = [rows[name][: len(numbers)].copy() for name in names]
         if not engine.step(candidates, token_budget):
             break

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from engine.backends.clock import Clock
 from engine.backends.real import RealEngine
-from engine.backends.replay import Recording
 from engine.backends.torch.generation import Ending, Generation
 from engine.backends.torch.logprobs import TokenLogprob, token_logprobs
 from engine.backends.torch.model import PagedModel
@@ -23,13 +22,15 @@ from engine.backends.torch.planned import Planned, look_up
 from engine.backends.torch.stopwatch import Stopwatch
 from engine.backends.torch.table import CacheTable
 from engine.core import state as core
-from engine.core.live import cancel, retire, stop_after
+from engine.core.live import retire, stop_after
+from engine.core.membership import cancel
 from engine.core.redistribute import redistribute
 from engine.core.scheduler import commit, plan
 from engine.core.state import FINISHED
 from engine.core.telemetry import Observation, observe
 from engine.latency.measured_fit import MemoryFigures, weight_bytes
 from engine.limits import EngineLimits
+from engine.simulator.replay import Recording
 from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.constraints import FREE, Constraints
 from engine.speculation.drafter import Batch, Drafter, NoDrafter
@@ -156,7 +157,7 @@ class TorchEngine(RealEngine):
 
     def timeline(self, number: int) -> np.void:
         """A copy of a request's row in the scheduler's table (`engine.core.state.REQUEST`); not after `retire`."""
-        row: np.void = self.state.requests[0, number - self._retired].copy()
+        row: np.void = self.state.requests[number - self._retired].copy()
         return row
 
     def retire(self) -> NDArray[Any]:
@@ -165,14 +166,14 @@ class TorchEngine(RealEngine):
         Requests keep their numbers. The state is then that of the others only.
         """
         self.table.leave(self.state)
-        rows = retire(self.state, 0)
+        rows = retire(self.state, self.feed)
         self.table.renumber(len(rows))
         self._retired += len(rows)
         return rows
 
     def observe(self, observation: Observation) -> None:
         """Write telemetry into `observation` (see `engine.core.telemetry`)."""
-        observe(self.state, 0, observation)
+        observe(self.state, 0, self.seen, observation)
 
     def step(self, candidates: int, token_budget: int) -> bool:
         """Run one iteration at the given c and n; False, at once, when no request has arrived that is unfinished."""
@@ -271,9 +272,9 @@ class TorchEngine(RealEngine):
         for row in self.table.follow(self.state):
             tokens = self._generations[row + self._retired].tokens
             self.table.tokens[self.table.seat_of[row], : len(tokens)] = tokens
-        engine = self.state.engines[0]
-        size = int(engine["num_decodes"] + engine["num_prefills"])
-        planned = look_up(self.state, self.table.seat_of, self._retired, int(engine["num_decodes"]), size)
+        batch = self.state.batches[0]
+        size = int(batch["num_decodes"] + batch["num_prefills"])
+        planned = look_up(self.state, self.table.seat_of, self._retired, int(batch["num_decodes"]), size)
         if self._scored:
             for i, number in enumerate(planned.numbers[planned.decodes :].tolist(), start=planned.decodes):
                 generation = self._generations[number]
@@ -495,7 +496,7 @@ class TorchEngine(RealEngine):
         ]
         for number, tokens in self.emitted:
             generations[number].output.extend(tokens)
-        over = (counts > 0) & (self.state.requests["phase"][0, planned.rows] == FINISHED)
+        over = (counts > 0) & (self.state.requests["phase"][planned.rows] == FINISHED)
         self.finished = planned.numbers[over].tolist()
         for number in self.finished:
             self.drafter.forget(number)

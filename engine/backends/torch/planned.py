@@ -78,7 +78,7 @@ def look_up(state: State, seat_of: NDArray[np.int64], retired: int, decodes: int
     """
     rows, seats, starts, counts = np.empty((4, size), dtype=np.int64)
     limits, completes = np.empty(decodes, dtype=np.int64), np.empty(size, dtype=np.bool_)
-    batch = state.requests[0], state.batch_request[0], state.batch_tokens[0]
+    batch = state.requests, state.batch_request[0], state.batch_tokens[0]
     _look_up(*batch, seat_of, decodes, rows, seats, starts, counts, limits, completes)
     ran_out = np.zeros(decodes, dtype=np.bool_)
     scored = np.zeros(size, dtype=np.bool_)

@@ -57,9 +57,13 @@ class Rehearsal:
         decodes = range(len(point.kv_tokens))
         self._unread = list(decodes)[len(point.kv_tokens) - point.fresh :]
         read = [number for number in decodes if number not in self._unread]
-        engine.table.draft_computed[engine.table.seat_of[read]] = engine.state.requests["computed"][0, read]
+        engine.table.draft_computed[engine.table.seat_of[read]] = engine.state.requests["computed"][read]
         self._outputs = {number: len(engine.output(number)) for number in self._sources}
-        arrays = [array for array in (*engine.state, *vars(engine.table).values()) if isinstance(array, np.ndarray)]
+        arrays = [
+            array
+            for array in (*engine.state, *engine.feed, *engine.seen, *vars(engine.table).values())
+            if isinstance(array, np.ndarray)
+        ]
         self._saved = [(array, array.copy()) for array in arrays]
 
     def run(self) -> Timing:
@@ -73,7 +77,7 @@ class Rehearsal:
         return Timing(engine.clock.now() - begin, engine.draft_s, engine.forward_s)
 
     def planned(self) -> dict[str, int]:
-        """What the latest iteration was, as the scheduler counts (see `engine.core.state.ENGINE`)."""
+        """What the latest iteration was, as the scheduler counts (see `engine.core.state.BATCH`)."""
         kv = self._point.kv_tokens
         return counted(self.engine.state) | {
             "candidates": self._point.candidates,

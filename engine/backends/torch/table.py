@@ -118,13 +118,13 @@ class CacheTable:
 
         A request that was preempted and returns counts as new: its cache is lost.
         """
-        room = state.requests.shape[1]
+        room = len(state.requests)
         if room > len(self.seat_of):
             self.seat_of = np.pad(self.seat_of, (0, room - len(self.seat_of)), constant_values=-1)
-        engine = state.engines[0]
-        batch = state.batch_request[0, : engine["num_decodes"] + engine["num_prefills"]]
+        planned = state.batches[0]
+        batch = state.batch_request[0, : planned["num_decodes"] + planned["num_prefills"]]
         self.leave(state)
-        count = _enter(state.requests[0], batch, *self._places, self._free_counts, self._entered)
+        count = _enter(state.requests, batch, *self._places, self._free_counts, self._entered)
         entered: list[int] = self._entered[:count].tolist()
         self.draft_computed[self.seat_of[entered]] = 0
         return entered
@@ -161,7 +161,7 @@ class CacheTable:
 
     def leave(self, state: State) -> None:
         """Take back seat and blocks of every request that has no more blocks in `state`."""
-        _leave(state.requests[0], *self._places, self._free_counts)
+        _leave(state.requests, *self._places, self._free_counts)
 
     def renumber(self, count: int) -> None:
         """Count requests from the one that was number `count`; those before it have left."""

@@ -28,7 +28,7 @@ from engine.backends.vllm.engine_config import VllmEngineConfig
 from engine.backends.vllm.ledger import Entry, Ledger
 from engine.backends.vllm.observer import Observer, decode_tokens, decodes
 from engine.backends.vllm.scheduler import _Governed
-from engine.core.live import cancel
+from engine.core.membership import cancel
 from engine.core.state import CANCELLED
 from engine.core.telemetry import Observation
 from engine.latency.measured_fit import MemoryFigures, weight_bytes
@@ -244,7 +244,7 @@ class VllmEngine(RealEngine):
     def _arrived(self, rows: range) -> None:
         for number in rows:
             request = self._requests.pop(number)
-            if self.state.requests["phase"][0, number] != CANCELLED:
+            if self.state.requests["phase"][number] != CANCELLED:
                 self._core.add_request(request)
 
     @property

@@ -13,7 +13,7 @@ import numpy as np
 from engine.core.foreign import preempt, take_up
 from engine.core.live import stop_after
 from engine.core.scheduler import commit
-from engine.core.state import DECODING, NOT_ADMITTED, State
+from engine.core.state import DECODING, State
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Entry:
 
 
 class Ledger:
-    """Writes steps into engine 0 of a state.
+    """Writes steps into instance 0 of a state.
 
     Args:
-        state: with the requests appended and released.
+        state: with the requests appended and submitted.
     """
 
     def __init__(self, state: State) -> None:
@@ -42,19 +42,13 @@ class Ledger:
         preempt(self.state, 0, row)
 
     def planned(self, entries: Sequence[Entry], candidates: int, token_budget: int, free_blocks: int) -> None:
-        """A step was scheduled for these requests; `candidates` is the c that its drafts were asked for.
-
-        Raises RuntimeError when a new request enters before an earlier one: nothing here serves in another order.
-        """
-        requests = self.state.requests[0]
+        """A step was scheduled for these requests; `candidates` is the c that its drafts were asked for."""
+        requests = self.state.requests
         decodes = [entry for entry in entries if requests["phase"][entry.row] == DECODING]
         prefills = [entry for entry in entries if requests["phase"][entry.row] != DECODING]
-        new = [entry.row for entry in prefills if requests["phase"][entry.row] == NOT_ADMITTED]
-        if new and (new != sorted(new) or new[0] != self.state.engines[0]["next_new"]):
-            raise RuntimeError(f"requests {new} enter out of order of arrival")
         self._batch, self._decodes = decodes + prefills, len(decodes)
-        rows = np.array([entry.row for entry in self._batch], dtype=np.int32)
-        tokens = np.array([entry.tokens for entry in self._batch], dtype=np.int32)
+        rows = np.array([entry.row for entry in self._batch], dtype=np.int64)
+        tokens = np.array([entry.tokens for entry in self._batch], dtype=np.int64)
         take_up(self.state, 0, rows, tokens, self._decodes, candidates, token_budget, free_blocks)
 
     def done(self, emitted: Sequence[int], ended: Sequence[bool], elapsed: float, free_blocks: int) -> None:
@@ -72,11 +66,11 @@ class Ledger:
                     state.reach[0, i] = tokens - 1
                 elif entry.ran_out:
                     state.reach[0, i] = max(int(state.reach[0, i]), tokens)
-            request = state.requests[0, entry.row]
+            request = state.requests[entry.row]
             if over and request["generated"] + tokens < request["output"]:
                 stop_after(state, 0, entry.row, tokens)
         commit(state, 0, elapsed)
-        state.engines["free_blocks"][0] = free_blocks
+        state.instances["free_blocks"][0] = free_blocks
 
     @property
     def rows(self) -> list[int]:

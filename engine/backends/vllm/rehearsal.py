@@ -54,7 +54,7 @@ class VllmRehearsal:
         for length in point.kv_tokens:
             # A request that is nearly as long as the context is shortened: it must not end on the way.
             self._submit(min(length, room), emitted)
-        while engine.poll() and (engine.state.requests["phase"][0, : len(point.kv_tokens)] != DECODING).any():
+        while engine.poll() and (engine.state.requests["phase"][: len(point.kv_tokens)] != DECODING).any():
             engine.step(0, engine.most_prompt_tokens)
         if point.kv_tokens:
             # The candidates of the first run are drafted here.
@@ -73,7 +73,7 @@ class VllmRehearsal:
             lengths = lengths[1:]
         self._prompts += [self._submit(length, 1) for length in lengths]
         engine.poll()
-        decoding = engine.state.requests[0][: len(point.kv_tokens)]
+        decoding = engine.state.requests[: len(point.kv_tokens)]
         self._longest = int(decoding["computed"].max(initial=0))
         begin = engine.clock.now()
         with self._timed("propose_draft_token_ids") as draft, self._timed("execute_model", "sample_tokens") as model:
@@ -83,7 +83,7 @@ class VllmRehearsal:
         return Timing(engine.clock.now() - begin, draft[0], model[0] - draft[0])
 
     def planned(self) -> dict[str, int]:
-        """What the latest iteration was, as the request table counts (see `engine.core.state.ENGINE`)."""
+        """What the latest iteration was, as the request table counts (see `engine.core.state.BATCH`)."""
         return counted(self.engine.state) | {
             "candidates": self._point.candidates,
             "prefill_context": self._point.context,

@@ -87,7 +87,7 @@ def decoding(
         taken.append((now - latest, engine.draft_s, engine.forward_s))
         latest = now
         emitted.append(sum(len(tokens) for _, tokens in engine.emitted))
-        kv.append(int(engine.state.engines["decode_kv_tokens"][0]))
+        kv.append(int(engine.state.batches["decode_kv_tokens"][0]))
     engine.reset()
     wall, draft, forward = zip(*taken, strict=True)
     return Steps(
@@ -149,7 +149,7 @@ def _fill(engine: TorchEngine, decodes: int, kv_tokens: int, outputs: int, rng: 
     for _ in range(decodes):
         engine.submit(_prompt(engine, kv_tokens, rng), outputs)
     engine.poll()
-    while int(engine.state.engines["num_decoding"][0]) < decodes:
+    while int(engine.state.instances["num_decoding"][0]) < decodes:
         engine.step(0, PREFILL_TOKENS)
     _synchronize(engine)
 

@@ -11,8 +11,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from engine.core import state as core
-from engine.core.scheduler import advance_clock, commit, has_work, plan, release
-from engine.core.state import PREFILL_ORDERS, State
+from engine.core.feed import Feed, feed_from, new_feed, settle
+from engine.core.scheduler import commit, plan
+from engine.core.state import NOBODY, PREFILL_ORDERS, State
 from tests.engine.core.reference import Engine, Request
 
 TTFT_TARGET_S = 1.0
@@ -44,13 +45,15 @@ class Case:
     def reference(self) -> Engine:
         return Engine([Request(i, a, p, o, list(g)) for i, (a, p, o, g) in enumerate(self.requests)], **self.limits)
 
-    def state(self) -> State:
-        """The compiled core's memory, loaded with the requests; output positions are numbered through."""
+    def system(self) -> tuple[State, Feed]:
+        """The compiled core's memory and the requests that will come; output positions are numbered through."""
         state = core.allocate(1, len(self.requests), ttft_target=TTFT_TARGET_S, **self.limits)
         arrival, prompt, output, _ = zip(*self.requests, strict=True)
-        first = np.concatenate([[0], np.cumsum(output)])
-        core.load(state, 0, np.array(arrival), np.array(prompt), np.array(output), first)
-        return state
+        first = np.concatenate([[0], np.cumsum(output)])[:-1]
+        core.enter(state, 0, np.array(arrival), np.array(prompt), np.array(output), first, TTFT_TARGET_S)
+        feed = new_feed(1)
+        feed_from(feed, 0, 0, len(self.requests))
+        return state, feed
 
     def elapsed(self, batch_tokens: int, batch_size: int) -> float:
         """Seconds of an iteration; dyadic, so that clocks can be compared exactly."""
@@ -85,30 +88,51 @@ def cases(
     )
 
 
-def wake(state: State) -> bool:
-    """Release arrivals, jumping to the next one when there is nothing to do; False when nothing is left."""
-    release(state, 0)
-    if has_work(state, 0):
-        return True
-    engine = state.engines[0]
-    if engine["released"] == engine["num_requests"]:
-        return False
-    advance_clock(state, 0, float(state.requests["arrival"][0, engine["released"]]))
-    release(state, 0)
-    return True
+class Figures:
+    """What an instance's records hold by name, whichever of them has it; always of the present."""
+
+    def __init__(self, state: State, i: int = 0) -> None:
+        self._records, self._i = (state.instances, state.totals, state.limits, state.batches), i
+
+    def __getitem__(self, name: str) -> Any:
+        record = next(record for record in self._records if name in (record.dtype.names or ()))
+        return record[name][self._i]
+
+
+def wake(state: State, feed: Feed) -> bool:
+    """Submit arrivals, jumping to the next one when there is nothing to do; False when nothing is left."""
+    return bool(settle(state, 0, feed))
+
+
+def arrived(state: State, feed: Feed) -> Any:
+    """The rows of the requests that have arrived."""
+    return state.requests[: feed.next[0]]
+
+
+def queue(state: State) -> list[int]:
+    """The requests that wait to be admitted, in the order in which they will be; both directions of the list agree."""
+    instance, rows = state.instances[0], state.requests
+    found, r, before = [], int(instance["head"]), NOBODY
+    while r != NOBODY:
+        assert rows["previous"][r] == before
+        found.append(r)
+        before, r = r, int(rows["next"][r])
+    assert instance["tail"] == before
+    assert instance["num_waiting"] == len(found)
+    return found
 
 
 def batch(state: State) -> list[tuple[int, int]]:
     """The planned batch as (request, tokens), decodes first."""
-    count = int(state.engines["num_decodes"][0] + state.engines["num_prefills"][0])
+    count = int(state.batches["num_decodes"][0] + state.batches["num_prefills"][0])
     requests, tokens = state.batch_request[0, :count].tolist(), state.batch_tokens[0, :count].tolist()
     return list(zip(requests, tokens, strict=True))
 
 
 def accept(state: State, case: Case) -> None:
     """Accept every planned candidate up to the first disagreement."""
-    for i, (r, tokens) in enumerate(batch(state)[: int(state.engines["num_decodes"][0])]):
-        generated = int(state.requests["generated"][0, r])
+    for i, (r, tokens) in enumerate(batch(state)[: int(state.batches["num_decodes"][0])]):
+        generated = int(state.requests["generated"][r])
         right = [*case.requests[r][3][generated : generated + tokens - 1], False]
         state.accepted[0, i] = right.index(False)
 
@@ -119,11 +143,11 @@ def elapsed(state: State, case: Case) -> float:
     return case.elapsed(sum(tokens for _, tokens in planned), len(planned))
 
 
-def iterate(state: State, case: Case) -> Iterator[tuple[str, int, int]]:
+def iterate(state: State, feed: Feed, case: Case) -> Iterator[tuple[str, int, int]]:
     """Run the core to the end, pausing with ("begin" | "planned" | "committed", c, n) in every iteration."""
     for count, (candidates, token_budget) in enumerate(cycle(case.actions)):
         assert count < MOST_ITERATIONS, "the engine makes no progress"
-        if not wake(state):
+        if not wake(state, feed):
             return
         yield "begin", candidates, token_budget
         assert plan(state, 0, candidates, token_budget)
@@ -135,7 +159,7 @@ def iterate(state: State, case: Case) -> Iterator[tuple[str, int, int]]:
 
 def run(case: Case) -> State:
     """The core's state after the last request has finished."""
-    state = case.state()
-    for _ in iterate(state, case):
+    state, feed = case.system()
+    for _ in iterate(state, feed, case):
         pass
     return state

@@ -7,18 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.core import state as core
+from engine.core.feed import Feed, feed_from, new_feed, settle
 from engine.core.foreign import preempt, take_up
 from engine.core.metrics import request_table
-from engine.core.scheduler import advance_clock, commit, has_work, plan, release
+from engine.core.scheduler import commit, plan
 from engine.core.state import State
-from engine.core.telemetry import allocate_observation, observe
+from engine.core.telemetry import allocate_observation, new_seen, observe
+from tests.engine.core.cases import Figures
 
 BLOCK_SIZE = 4
 THEIRS = {"free_blocks", "lowest_free_blocks"}
 """Blocks are the other scheduler's to count."""
 
 
-def _loaded(prompts: list[int], outputs: list[int], arrivals: np.ndarray, blocks: int) -> State:
+def _loaded(prompts: list[int], outputs: list[int], arrivals: np.ndarray, blocks: int) -> tuple[State, Feed]:
     state = core.allocate(
         1,
         len(prompts),
@@ -29,8 +31,10 @@ def _loaded(prompts: list[int], outputs: list[int], arrivals: np.ndarray, blocks
         ttft_target=0.5,
     )
     first = np.zeros(len(prompts), dtype=np.int64)
-    core.load(state, 0, arrivals, np.array(prompts, np.int32), np.array(outputs, np.int32), first)
-    return state
+    core.enter(state, 0, arrivals, np.array(prompts), np.array(outputs), first, 0.5)
+    feed = new_feed(1)
+    feed_from(feed, 0, 0, len(prompts))
+    return state, feed
 
 
 @settings(max_examples=60, deadline=None)
@@ -42,23 +46,23 @@ def test_a_run_written_down_is_the_run(data: st.DataObject, seed: int) -> None:
     arrivals = np.cumsum(rng.exponential(0.3, count))
     # Room for the longest request, and little more: some are preempted.
     blocks = -(-max(p + o for p, o in zip(prompts, outputs, strict=True)) // BLOCK_SIZE) + data.draw(st.integers(0, 6))
-    own, copy = (_loaded(prompts, outputs, arrivals, blocks) for _ in range(2))
-    engine = own.engines[0]
-    seen, seen_of_copy = (allocate_observation(1, 3, 8) for _ in range(2))
-    while engine["num_finished"] < count:
-        for state in (own, copy):
-            release(state, 0)
-        if not has_work(own, 0):
-            for state in (own, copy):
-                advance_clock(state, 0, float(own.requests["arrival"][0, engine["released"]]))
-            continue
-        observe(own, 0, seen)
-        observe(copy, 0, seen_of_copy)
-        for mine, others in zip(seen, seen_of_copy, strict=True):
+    (own, feed), (copy, feed_of_copy) = (_loaded(prompts, outputs, arrivals, blocks) for _ in range(2))
+    engine = Figures(own)
+    looks = [(new_seen(1), allocate_observation(1, 3, 8)) for _ in range(2)]
+    while engine["finished"] < count:
+        settle(own, 0, feed)
+        settle(copy, 0, feed_of_copy)
+        for state, (seen, observation) in zip((own, copy), looks, strict=True):
+            observe(state, 0, seen, observation)
+        for mine, others in zip(looks[0][1], looks[1][1], strict=True):
             np.testing.assert_array_equal(mine, others)
-        stacked, candidates, budget = int(engine["num_preempted"]), int(rng.integers(0, 5)), int(rng.integers(1, 24))
+        before, candidates, budget = (
+            own.requests["preemptions"].copy(),
+            int(rng.integers(0, 5)),
+            int(rng.integers(1, 24)),
+        )
         plan(own, 0, candidates, budget)
-        for row in own.preempted[0, stacked : int(engine["num_preempted"])].tolist():
+        for row in np.flatnonzero(own.requests["preemptions"] > before)[::-1].tolist():
             preempt(copy, 0, row)
         decodes = int(engine["num_decodes"])
         batch = decodes + int(engine["num_prefills"])
@@ -69,11 +73,11 @@ def test_a_run_written_down_is_the_run(data: st.DataObject, seed: int) -> None:
         for state in (own, copy):
             state.accepted[0, :decodes] = accepted
             commit(state, 0, elapsed)
-        copy.engines["free_blocks"] = own.engines["free_blocks"]
-    for name in own.engines.dtype.names or ():
-        if name not in THEIRS:
-            assert own.engines[name][0] == copy.engines[name][0], name
-    for name, column in request_table(own).items():
-        np.testing.assert_array_equal(column, request_table(copy)[name], err_msg=name)
+        copy.instances["free_blocks"] = own.instances["free_blocks"]
+    for mine, others in ((own.instances, copy.instances), (own.batches, copy.batches), (own.totals, copy.totals)):
+        for name in set(mine.dtype.names or ()) - THEIRS:
+            assert mine[name][0] == others[name][0], name
+    for name, column in request_table(own.requests).items():
+        np.testing.assert_array_equal(column, request_table(copy.requests)[name], err_msg=name)
     np.testing.assert_array_equal(own.itl, copy.itl)
-    assert copy.engines["lowest_free_blocks"][0] >= own.engines["lowest_free_blocks"][0]
+    assert copy.totals["lowest_free_blocks"][0] >= own.totals["lowest_free_blocks"][0]

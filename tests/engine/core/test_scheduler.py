@@ -28,11 +28,13 @@ from tests.engine.core.cases import (
     MOST_ITERATIONS,
     TTFT_TARGET_S,
     Case,
+    Figures,
     accept,
     batch,
     cases,
     elapsed,
     iterate,
+    queue,
     run,
     wake,
 )
@@ -54,15 +56,15 @@ def test_every_iteration_agrees_with_the_reference(prefill: str, data: st.DataOb
 
 
 def _assert_agrees_with_the_reference(case: Case) -> State:
-    state, reference = case.state(), case.reference()
+    (state, feed), reference = case.system(), case.reference()
     for count, (candidates, token_budget) in enumerate(cycle(case.actions)):
         assert count < MOST_ITERATIONS
-        more = wake(state)
+        more = wake(state, feed)
         assert more == (not reference.done)
         if not more:
             break
         reference.wake()
-        assert state.engines["now"][0] == reference.now
+        assert state.instances["now"][0] == reference.now
         plan(state, 0, candidates, token_budget)
         assert batch(state) == reference.plan(candidates, token_budget)
         _assert_same_requests(state, reference)
@@ -77,14 +79,14 @@ def _assert_agrees_with_the_reference(case: Case) -> State:
 
 
 def _assert_same_requests(state: State, reference: Engine) -> None:
-    engine = state.engines[0]
+    engine = Figures(state)
     assert engine["now"] == reference.now
     assert engine["free_blocks"] == reference.free_blocks
     assert state.running[0, : engine["num_running"]].tolist() == [
         *(request.number for request in reference.running if request.phase == "decoding"),
         *(request.number for request in reference.running if request.phase == "prefilling"),
     ]
-    for row, request in zip(state.requests[0], reference.requests, strict=True):
+    for row, request in zip(state.requests, reference.requests, strict=True):
         assert row["phase"] in PHASES[request.phase]
         assert row["generated"] == request.generated
         assert row["preemptions"] == request.preemptions
@@ -105,14 +107,14 @@ def _same_time(a: float, b: float) -> bool:
 
 
 def _assert_same_totals(state: State, reference: Engine) -> None:
-    engine = state.engines[0]
+    engine = Figures(state)
     requests = reference.requests
-    for row, request in zip(state.requests[0], requests, strict=True):
+    for row, request in zip(state.requests, requests, strict=True):
         assert row["drafted"] == sum(drafted for drafted, _ in request.drafts)
         assert row["accepted"] == sum(accepted for _, accepted in request.drafts)
-    assert engine["total_drafted"] == sum(drafted for r in requests for drafted, _ in r.drafts)
-    assert engine["total_accepted"] == sum(accepted for r in requests for _, accepted in r.drafts)
-    assert engine["total_decode_steps"] == sum(len(r.drafts) for r in requests)
+    assert engine["drafted"] == sum(drafted for r in requests for drafted, _ in r.drafts)
+    assert engine["accepted"] == sum(accepted for r in requests for _, accepted in r.drafts)
+    assert engine["decode_steps"] == sum(len(r.drafts) for r in requests)
     assert engine["preemptions"] == sum(r.preemptions for r in requests)
     bins = np.repeat(np.arange(ITL_BINS), state.itl[0])
     gaps = sorted(gap for r in requests for gap in r.gaps)
@@ -123,38 +125,38 @@ def _assert_same_totals(state: State, reference: Engine) -> None:
 @settings(max_examples=100, deadline=None)
 @given(cases())
 def test_blocks_are_conserved_and_never_overcommitted(case: Case) -> None:
-    state = case.state()
-    engine, requests = state.engines, state.requests[0]
+    state, feed = case.system()
+    engine, requests = state.instances, state.requests
     lowest = case.total_blocks
-    for _ in iterate(state, case):
+    for _ in iterate(state, feed, case):
         assert engine["free_blocks"][0] >= 0
         assert engine["free_blocks"][0] + requests["blocks"].sum() == case.total_blocks
         assert np.all(requests["blocks"] >= 0)
         lowest = min(lowest, int(engine["free_blocks"][0]))
     assert engine["free_blocks"][0] == case.total_blocks
-    assert 0 <= engine["lowest_free_blocks"][0] <= lowest
+    assert 0 <= state.totals["lowest_free_blocks"][0] <= lowest
 
 
 @settings(max_examples=100, deadline=None)
 @given(cases())
 def test_each_request_in_a_batch_holds_blocks_for_all_it_will_cache(case: Case) -> None:
-    state = case.state()
-    for moment, *_ in iterate(state, case):
-        held = state.requests["blocks"][0] * case.block_size
-        assert np.all(held >= state.requests["computed"][0] * (state.requests["phase"][0] != FINISHED))
+    state, feed = case.system()
+    for moment, *_ in iterate(state, feed, case):
+        held = state.requests["blocks"] * case.block_size
+        assert np.all(held >= state.requests["computed"] * (state.requests["phase"] != FINISHED))
         if moment == "planned":
             for r, tokens in batch(state):
-                assert held[r] >= state.requests["computed"][0, r] + tokens
+                assert held[r] >= state.requests["computed"][r] + tokens
 
 
 @settings(max_examples=100, deadline=None)
 @given(cases())
 def test_the_running_list_is_in_order_of_arrival_with_decodes_first(case: Case) -> None:
-    state = case.state()
-    engine = state.engines[0]
-    for moment, *_ in iterate(state, case):
+    state, feed = case.system()
+    engine = Figures(state)
+    for moment, *_ in iterate(state, feed, case):
         running = state.running[0, : engine["num_running"]]
-        phases = state.requests["phase"][0, running]
+        phases = state.requests["phase"][running]
         assert len(running) <= case.max_num_seqs
         assert np.all(np.diff(running) > 0)
         assert np.all(phases[: engine["num_decoding"]] == DECODING)
@@ -168,15 +170,15 @@ def test_the_running_list_is_in_order_of_arrival_with_decodes_first(case: Case) 
 def test_candidates_stay_within_c_and_the_output_limit_and_prompts_within_n_unless_one_is_whole(
     case: Case,
 ) -> None:
-    state = case.state()
-    engine = state.engines[0]
-    for moment, candidates, token_budget in iterate(state, case):
+    state, feed = case.system()
+    engine = Figures(state)
+    for moment, candidates, token_budget in iterate(state, feed, case):
         if moment != "planned":
             continue
         planned = batch(state)
         decodes, prefills = planned[: engine["num_decodes"]], planned[engine["num_decodes"] :]
         for r, tokens in decodes:
-            request = state.requests[0, r]
+            request = state.requests[r]
             assert 1 <= tokens <= 1 + candidates
             assert request["generated"] + tokens <= request["output"]
         alone = case.prefill in ("whole", "first") and len(prefills) == 1
@@ -185,27 +187,27 @@ def test_candidates_stay_within_c_and_the_output_limit_and_prompts_within_n_unle
         assert engine["decode_tokens"] == sum(tokens for _, tokens in decodes)
         assert engine["prefill_tokens"] == sum(tokens for _, tokens in prefills)
         assert engine["candidate_steps"] == max((tokens - 1 for _, tokens in decodes), default=0)
-        assert engine["decode_kv_tokens"] == sum(state.requests["computed"][0, r] for r, _ in decodes)
+        assert engine["decode_kv_tokens"] == sum(state.requests["computed"][r] for r, _ in decodes)
 
 
 @settings(max_examples=100, deadline=None)
 @given(cases(prefill=("whole", "first")))
 def test_a_prompt_that_must_not_be_cut_is_computed_in_one_iteration(case: Case) -> None:
-    state = case.state()
-    for moment, *_ in iterate(state, case):
+    state, feed = case.system()
+    for moment, *_ in iterate(state, feed, case):
         if moment == "planned":
-            decodes = state.engines["num_decodes"][0]
+            decodes = state.batches["num_decodes"][0]
             assert [tokens for _, tokens in batch(state)[decodes:]] == [
-                state.requests["context"][0, r] for r, _ in batch(state)[decodes:]
+                state.requests["context"][r] for r, _ in batch(state)[decodes:]
             ]
 
 
 @settings(max_examples=100, deadline=None)
 @given(cases(prefill=("first", "turns")))
 def test_prompts_and_decodes_apart_share_no_iteration_and_neither_waits_without_need(case: Case) -> None:
-    state, prompts_before = case.state(), False
-    engine, requests = state.engines[0], state.requests[0]
-    for moment, *_ in iterate(state, case):
+    (state, feed), prompts_before = case.system(), False
+    engine, requests = Figures(state), state.requests
+    for moment, *_ in iterate(state, feed, case):
         if moment == "begin":
             decoding = bool(engine["num_decoding"])
             could_run = engine["num_running"] > engine["num_decoding"] or _head_fits(state)
@@ -221,56 +223,55 @@ def test_prompts_and_decodes_apart_share_no_iteration_and_neither_waits_without_
 
 def _head_fits(state: State) -> bool:
     """Whether the first of the queue could be admitted, by what the tables say."""
-    engine, requests = state.engines[0], state.requests[0]
-    queue = [r for r in range(engine["released"]) if requests["phase"][r] in (NOT_ADMITTED, PREEMPTED)]
-    if not queue or engine["num_running"] == engine["max_num_seqs"]:
+    engine, requests = Figures(state), state.requests
+    waiting = queue(state)
+    if not waiting or engine["num_running"] == engine["max_num_seqs"]:
         return False
-    need = -(-int(requests["context"][queue[0]]) // int(engine["block_size"]))
+    need = -(-int(requests["context"][waiting[0]]) // int(engine["block_size"]))
     return bool(need + (engine["watermark_blocks"] if engine["num_running"] else 0) <= engine["free_blocks"])
 
 
 @settings(max_examples=100, deadline=None)
 @given(cases())
 def test_no_request_is_served_a_prompt_token_before_one_that_arrived_earlier(case: Case) -> None:
-    state = case.state()
-    for moment, *_ in iterate(state, case):
+    state, feed = case.system()
+    for moment, *_ in iterate(state, feed, case):
         if moment != "planned":
             continue
-        served = [r for r, _ in batch(state)[state.engines["num_decodes"][0] :]]
+        served = [r for r, _ in batch(state)[state.batches["num_decodes"][0] :]]
         assert served == sorted(served)
-        waiting = np.isin(state.requests["phase"][0], (NOT_ADMITTED, PREEMPTED))
+        waiting = np.isin(state.requests["phase"], (NOT_ADMITTED, PREEMPTED))
         assert not served or not waiting[: served[-1]].any()
 
 
 @settings(max_examples=100, deadline=None)
 @given(cases())
 def test_nothing_is_lost_or_duplicated(case: Case) -> None:
-    state = case.state()
-    engine = state.engines[0]
-    for moment, *_ in iterate(state, case):
+    state, feed = case.system()
+    engine = Figures(state)
+    for moment, *_ in iterate(state, feed, case):
         planned = [r for r, _ in batch(state)]
         if moment == "planned":
             assert len(planned) == len(set(planned))
         running = state.running[0, : engine["num_running"]].tolist()
-        preempted = state.preempted[0, : engine["num_preempted"]].tolist()
-        never_admitted = range(engine["next_new"], len(case.requests))
-        finished = np.flatnonzero(state.requests["phase"][0] == FINISHED).tolist()
-        assert sorted([*running, *preempted, *never_admitted, *finished]) == list(range(len(case.requests)))
-        assert preempted == sorted(preempted, reverse=True)
-        assert engine["num_finished"] == len(finished)
-    assert np.all(state.requests["phase"][0] == FINISHED)
-    assert np.array_equal(state.requests["generated"][0], state.requests["output"][0])
-    assert engine["total_emitted"] == sum(output for _, _, output, _ in case.requests)
+        waiting, to_come = queue(state), range(feed.next[0], len(case.requests))
+        finished = np.flatnonzero(state.requests["phase"] == FINISHED).tolist()
+        assert sorted([*running, *waiting, *to_come, *finished]) == list(range(len(case.requests)))
+        assert waiting == sorted(waiting)
+        assert engine["finished"] == len(finished)
+    assert np.all(state.requests["phase"] == FINISHED)
+    assert np.array_equal(state.requests["generated"], state.requests["output"])
+    assert engine["emitted_tokens"] == sum(output for _, _, output, _ in case.requests)
 
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
 def test_running_counters_equal_what_the_request_table_says(case: Case) -> None:
-    state = case.state()
-    engine, requests = state.engines[0], state.requests[0]
-    for moment, *_ in iterate(state, case):
+    state, feed = case.system()
+    engine, requests = Figures(state), state.requests
+    for moment, *_ in iterate(state, feed, case):
         now = engine["now"]
-        released = np.arange(len(requests)) < engine["released"]
+        released = np.arange(len(requests)) < feed.next[0]
         if moment == "begin":
             assert np.array_equal(released, requests["arrival"] <= now)
         prefilled = np.isin(requests["phase"], (DECODING, FINISHED))
@@ -281,7 +282,7 @@ def test_running_counters_equal_what_the_request_table_says(case: Case) -> None:
     assert engine["tpot_weight"] == pytest.approx(0.0, abs=1e-12)
 
 
-def _assert_costs(engine: np.void, requests: np.ndarray, now: float) -> None:
+def _assert_costs(engine: Figures, requests: np.ndarray, now: float) -> None:
     started = ~np.isnan(requests["first_token"])
     deadline = requests["arrival"] + TTFT_TARGET_S
     first = np.where(started, requests["first_token"], now)
@@ -300,33 +301,33 @@ def _assert_costs(engine: np.void, requests: np.ndarray, now: float) -> None:
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_busy_time_and_batch_totals_add_up_over_iterations(case: Case) -> None:
-    state = case.state()
+    state, feed = case.system()
     iterations, batched, busy = 0, 0, 0.0
-    for moment, *_ in iterate(state, case):
+    for moment, *_ in iterate(state, feed, case):
         if moment == "planned":
             iterations += 1
             batched += len(batch(state))
             busy += elapsed(state, case)
-    engine = state.engines[0]
+    engine = Figures(state)
     assert (engine["iterations"], engine["batched_requests"], engine["busy_s"]) == (iterations, batched, busy)
 
 
 def test_two_requests_on_a_constant_iteration_of_one_second() -> None:
     state = _timeline(((0.0, 4, 3), (0.5, 6, 2)), c=0, n=4)
-    assert state.requests["admitted"][0].tolist() == [0.0, 1.0]
-    assert state.requests["first_token"][0].tolist() == [1.0, 3.0]
-    assert state.requests["last_token"][0].tolist() == [3.0, 4.0]
-    assert state.engines["iterations"][0] == 4
-    assert state.engines["violations"][0] == 1
-    assert state.engines["lateness"][0] == 1.5
-    assert state.engines["tpot_cost"][0] == 1.0 + 1.0
+    assert state.requests["admitted"].tolist() == [0.0, 1.0]
+    assert state.requests["first_token"].tolist() == [1.0, 3.0]
+    assert state.requests["last_token"].tolist() == [3.0, 4.0]
+    assert state.totals["iterations"][0] == 4
+    assert state.totals["violations"][0] == 1
+    assert state.totals["lateness"][0] == 1.5
+    assert state.totals["tpot_cost"][0] == 1.0 + 1.0
 
 
 def test_two_prompts_share_one_budget() -> None:
     state = _timeline(((0.0, 3, 1), (0.0, 4, 2)), c=0, n=5)
-    assert state.requests["first_token"][0].tolist() == [1.0, 2.0]
-    assert state.requests["last_token"][0].tolist() == [1.0, 3.0]
-    assert state.engines["batched_requests"][0] == 2 + 1 + 1
+    assert state.requests["first_token"].tolist() == [1.0, 2.0]
+    assert state.requests["last_token"].tolist() == [1.0, 3.0]
+    assert state.totals["batched_requests"][0] == 2 + 1 + 1
 
 
 # Decodes of one request while another's prompt of 6 tokens comes, at n = 4.
@@ -335,96 +336,96 @@ INTERRUPTED = ((0.0, 2, 6), (0.5, 6, 2))
 
 def test_chunks_beside_decodes_delay_neither() -> None:
     state = _timeline(INTERRUPTED, c=0, n=4)
-    assert state.requests["first_token"][0].tolist() == [1.0, 3.0]
-    assert state.requests["last_token"][0].tolist() == [6.0, 4.0]
-    assert state.requests["max_itl"][0].tolist() == [1.0, 1.0]
+    assert state.requests["first_token"].tolist() == [1.0, 3.0]
+    assert state.requests["last_token"].tolist() == [6.0, 4.0]
+    assert state.requests["max_itl"].tolist() == [1.0, 1.0]
 
 
 def test_a_whole_prompt_beside_decodes_may_exceed_n() -> None:
     state = _timeline(INTERRUPTED, c=0, n=4, prefill="whole")
-    assert state.requests["first_token"][0].tolist() == [1.0, 2.0]
-    assert state.requests["last_token"][0].tolist() == [6.0, 3.0]
-    assert state.requests["max_itl"][0].tolist() == [1.0, 1.0]
+    assert state.requests["first_token"].tolist() == [1.0, 2.0]
+    assert state.requests["last_token"].tolist() == [6.0, 3.0]
+    assert state.requests["max_itl"].tolist() == [1.0, 1.0]
 
 
 def test_prompts_first_let_decodes_wait_for_all_of_them() -> None:
     state = _timeline((*INTERRUPTED, (0.5, 3, 1)), c=0, n=4, prefill="first")
-    assert state.requests["first_token"][0].tolist() == [1.0, 2.0, 3.0]
-    assert state.requests["last_token"][0].tolist() == [8.0, 4.0, 3.0]
-    assert state.requests["max_itl"][0].tolist() == [3.0, 2.0, 0.0]
+    assert state.requests["first_token"].tolist() == [1.0, 2.0, 3.0]
+    assert state.requests["last_token"].tolist() == [8.0, 4.0, 3.0]
+    assert state.requests["max_itl"].tolist() == [3.0, 2.0, 0.0]
 
 
 def test_in_turns_a_decode_follows_every_chunk() -> None:
     state = _timeline(INTERRUPTED, c=0, n=4, prefill="turns")
-    assert state.requests["first_token"][0].tolist() == [1.0, 5.0]
-    assert state.requests["last_token"][0].tolist() == [8.0, 6.0]
-    assert state.requests["max_itl"][0].tolist() == [2.0, 1.0]
+    assert state.requests["first_token"].tolist() == [1.0, 5.0]
+    assert state.requests["last_token"].tolist() == [8.0, 6.0]
+    assert state.requests["max_itl"].tolist() == [2.0, 1.0]
 
 
 @pytest.mark.parametrize("prefill", ["whole", "first"])
 def test_whole_prompts_fill_n_in_order_and_none_overtakes(prefill: str) -> None:
     state = _timeline(((0.0, 3, 1), (0.0, 1, 1), (0.0, 2, 1)), c=0, n=5, prefill=prefill)
-    assert state.requests["first_token"][0].tolist() == [1.0, 1.0, 2.0]
+    assert state.requests["first_token"].tolist() == [1.0, 1.0, 2.0]
     later = _timeline(((0.0, 3, 1), (0.0, 4, 1), (0.0, 1, 1)), c=0, n=5, prefill=prefill)
-    assert later.requests["first_token"][0].tolist() == [1.0, 2.0, 2.0]
+    assert later.requests["first_token"].tolist() == [1.0, 2.0, 2.0]
 
 
 def test_no_prompt_starts_while_n_is_zero() -> None:
     for prefill in PREFILL_ORDERS:
         case = Case(1, 100, 0, 8, ((0.0, 2, 6, (False,) * 6), (0.5, 6, 2, (False,) * 2)), ((0, 4), (0, 0)), prefill)
-        state = case.state()
-        for moment, _, token_budget in iterate(state, case):
+        state, feed = case.system()
+        for moment, _, token_budget in iterate(state, feed, case):
             if moment == "planned" and token_budget == 0:
-                assert state.engines["num_prefills"][0] == 0 < state.engines["num_decodes"][0]
+                assert state.batches["num_prefills"][0] == 0 < state.batches["num_decodes"][0]
 
 
 def test_perfect_drafts_emit_one_plus_c_tokens_an_iteration() -> None:
     state = _timeline(((0.0, 2, 8),), c=3, n=8, agrees=True)
-    assert state.requests["last_token"][0, 0] == 3.0
-    assert state.requests["drafted"][0, 0] == 3 + 2
-    assert state.requests["accepted"][0, 0] == 5
+    assert state.requests["last_token"][0] == 3.0
+    assert state.requests["drafted"][0] == 3 + 2
+    assert state.requests["accepted"][0] == 5
 
 
 def test_wrong_drafts_emit_one_token_an_iteration() -> None:
     state = _timeline(((0.0, 2, 4),), c=3, n=8, agrees=False)
-    assert state.requests["last_token"][0, 0] == 4.0
-    assert state.requests["drafted"][0, 0] == 2 + 1 + 0
-    assert state.requests["accepted"][0, 0] == 0
+    assert state.requests["last_token"][0] == 4.0
+    assert state.requests["drafted"][0] == 2 + 1 + 0
+    assert state.requests["accepted"][0] == 0
 
 
 def test_a_seat_is_taken_in_the_iteration_after_it_became_free() -> None:
     state = _timeline(((0.0, 1, 2), (0.0, 1, 1), (0.0, 1, 1)), c=0, n=8, max_num_seqs=1)
-    assert state.requests["admitted"][0].tolist() == [0.0, 2.0, 3.0]
-    assert state.requests["first_token"][0].tolist() == [1.0, 3.0, 4.0]
+    assert state.requests["admitted"].tolist() == [0.0, 2.0, 3.0]
+    assert state.requests["first_token"].tolist() == [1.0, 3.0, 4.0]
 
 
 def test_an_idle_engine_jumps_to_the_next_arrival() -> None:
     state = _timeline(((2.0, 1, 1), (10.0, 1, 1)), c=0, n=8)
-    assert state.requests["first_token"][0].tolist() == [3.0, 11.0]
-    assert state.engines["busy_s"][0] == 2.0
+    assert state.requests["first_token"].tolist() == [3.0, 11.0]
+    assert state.totals["busy_s"][0] == 2.0
 
 
 def test_the_latest_arrival_is_preempted_and_recomputes_what_it_had() -> None:
     state = _timeline(((0.0, 2, 3), (0.0, 2, 3)), c=0, n=8, total_blocks=5)
-    assert state.requests["preemptions"][0].tolist() == [0, 1]
-    assert state.requests["first_token"][0].tolist() == [1.0, 1.0]
-    assert state.requests["last_token"][0].tolist() == [3.0, 5.0]
-    assert state.requests["max_itl"][0].tolist() == [1.0, 3.0]
-    assert state.requests["generated"][0].tolist() == [3, 3]
+    assert state.requests["preemptions"].tolist() == [0, 1]
+    assert state.requests["first_token"].tolist() == [1.0, 1.0]
+    assert state.requests["last_token"].tolist() == [3.0, 5.0]
+    assert state.requests["max_itl"].tolist() == [1.0, 3.0]
+    assert state.requests["generated"].tolist() == [3, 3]
 
 
 def test_nothing_is_admitted_in_an_iteration_that_had_to_preempt() -> None:
     requests = ((0.0, 2, 10, (True,) * 10), (0.0, 2, 10, (False,) * 10))
     case = Case(1, 12, 0, 2, requests, ((3, 64), (3, 64), (0, 64), (0, 64)))
     _assert_agrees_with_the_reference(case)
-    state = case.state()
-    batches = [batch(state) for moment, *_ in iterate(state, case) if moment == "planned"]
+    state, feed = case.system()
+    batches = [batch(state) for moment, *_ in iterate(state, feed, case) if moment == "planned"]
     assert batches[:4] == [[(0, 2), (1, 2)], [(0, 4), (1, 4)], [(0, 1)], [(0, 1), (1, 4)]]
 
 
 def test_the_watermark_delays_the_second_request_but_never_the_first() -> None:
     state = _timeline(((0.0, 3, 1), (0.0, 2, 1)), c=0, n=8, total_blocks=5, watermark_blocks=1)
-    assert state.requests["admitted"][0].tolist() == [0.0, 1.0]
+    assert state.requests["admitted"].tolist() == [0.0, 1.0]
 
 
 def _timeline(requests: tuple, *, c: int, n: int, agrees: bool = False, **limits: Any) -> State:
@@ -442,13 +443,13 @@ class _OneSecond(Case):
 @settings(max_examples=100, deadline=None)
 @given(cases())
 def test_recomputing_after_preemption_emits_no_token_twice(case: Case) -> None:
-    state = case.state()
+    state, feed = case.system()
     seen = np.zeros(len(case.requests), dtype=int)
-    for moment, *_ in iterate(state, case):
-        generated = state.requests["generated"][0].astype(int)
+    for moment, *_ in iterate(state, feed, case):
+        generated = state.requests["generated"].astype(int)
         assert np.all(generated >= seen)
         if moment == "committed":
-            assert state.engines["emitted_tokens"][0] == (generated - seen).sum()
+            assert state.batches["emitted_tokens"][0] == (generated - seen).sum()
             served = {r for r, _ in batch(state)}
             assert {int(r) for r in np.flatnonzero(generated > seen)} <= served
         seen = generated
@@ -459,8 +460,8 @@ def test_a_storm_of_preemptions_ends_and_spares_the_first_arrival() -> None:
     requests = tuple((0.0, 4, 12, (True,) * 12) for _ in range(8))
     case = Case(1, 17, 0, 8, requests, ((3, 64),))
     state = _assert_agrees_with_the_reference(case)
-    assert state.engines["preemptions"][0] > len(requests)
-    assert state.requests["preemptions"][0, 0] == 0
+    assert state.totals["preemptions"][0] > len(requests)
+    assert state.requests["preemptions"][0] == 0
 
 
 def test_the_reference_itself_accepts_only_up_to_the_first_disagreement() -> None:

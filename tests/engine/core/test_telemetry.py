@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from engine.core import state as core
 from engine.core.acceptance import PRIOR_COUNT, PRIOR_RATE
+from engine.core.feed import Feed
+from engine.core.membership import submit
 from engine.core.scheduler import commit, plan
 from engine.core.state import DECODING, FINISHED, NOT_ADMITTED, PREEMPTED, PREFILLING, State
 from engine.core.telemetry import (
@@ -41,29 +43,31 @@ from engine.core.telemetry import (
     TTFT_TARGET_S,
     WAITING_TOKENS,
     Observation,
+    Seen,
     allocate_observation,
+    new_seen,
     observe,
 )
 from tests.engine.core.cases import TTFT_TARGET_S as TARGET_S
-from tests.engine.core.cases import Case, accept, batch, cases, elapsed, iterate, wake
+from tests.engine.core.cases import Case, Figures, accept, arrived, batch, cases, elapsed, iterate, wake
 
 QUEUE_ROWS = 2
 DEPTH = 5
 
 
-def _look(state: State, rows: int = QUEUE_ROWS, depth: int = DEPTH) -> Observation:
+def _look(state: State, rows: int = QUEUE_ROWS, depth: int = DEPTH, seen: Seen | None = None) -> Observation:
     observation = allocate_observation(1, rows, depth)
     for array in observation:
         array.fill(-7.0)
-    observe(state, 0, observation)
+    observe(state, 0, new_seen(1) if seen is None else seen, observation)
     return observation
 
 
-def _queue(state: State) -> list[tuple[int, int, float]]:
+def _queue(state: State, feed: Feed) -> list[tuple[int, int, float]]:
     """(request, prompt tokens remaining, slack) in order of service: by arrival, as no request overtakes another."""
-    engine = state.engines[0]
+    engine = Figures(state)
     rows = []
-    for r, request in enumerate(state.requests[0, : engine["released"]]):
+    for r, request in enumerate(arrived(state, feed)):
         if request["phase"] in (NOT_ADMITTED, PREFILLING, PREEMPTED):
             slack = NO_DEADLINE_S if request["generated"] else request["arrival"] + TARGET_S - engine["now"]
             rows.append((r, int(request["context"] - request["computed"]), float(slack)))
@@ -73,12 +77,12 @@ def _queue(state: State) -> list[tuple[int, int, float]]:
 @settings(max_examples=100, deadline=None)
 @given(cases())
 def test_queue_rows_are_the_first_requests_in_order_of_service(case: Case) -> None:
-    state = case.state()
-    for moment, *_ in iterate(state, case):
+    state, feed = case.system()
+    for moment, *_ in iterate(state, feed, case):
         if moment != "begin":
             continue
         queue = _look(state).queue[0]
-        expected = [(tokens, np.float32(slack)) for _, tokens, slack in _queue(state)[:QUEUE_ROWS]]
+        expected = [(tokens, np.float32(slack)) for _, tokens, slack in _queue(state, feed)[:QUEUE_ROWS]]
         expected += [(0.0, 0.0)] * (QUEUE_ROWS - len(expected))
         assert [tuple(row) for row in queue[:QUEUE_ROWS]] == expected
 
@@ -86,20 +90,20 @@ def test_queue_rows_are_the_first_requests_in_order_of_service(case: Case) -> No
 @settings(max_examples=100, deadline=None)
 @given(cases())
 def test_the_last_row_sums_the_tokens_of_the_requests_that_are_not_listed(case: Case) -> None:
-    state = case.state()
-    for moment, *_ in iterate(state, case):
+    state, feed = case.system()
+    for moment, *_ in iterate(state, feed, case):
         if moment == "begin":
-            rest = _queue(state)[QUEUE_ROWS:]
+            rest = _queue(state, feed)[QUEUE_ROWS:]
             assert _look(state).queue[0, QUEUE_ROWS, 0] == sum(tokens for _, tokens, _ in rest)
 
 
 @settings(max_examples=100, deadline=None)
 @given(cases())
 def test_the_last_row_has_the_smallest_slack_of_the_requests_that_are_not_listed(case: Case) -> None:
-    state = case.state()
-    for moment, *_ in iterate(state, case):
+    state, feed = case.system()
+    for moment, *_ in iterate(state, feed, case):
         if moment == "begin":
-            rest = _queue(state)[1:]
+            rest = _queue(state, feed)[1:]
             smallest = min((slack for *_, slack in rest), default=0.0)
             assert _look(state, rows=1).queue[0, 1, 1] == np.float32(smallest)
 
@@ -124,31 +128,31 @@ def _state_with_one_preempted_and_two_new() -> State:
     """At 2.5 s: one request decodes, one was preempted after its first token, two have just arrived."""
     requests = ((0.0, 2, 4), (0.0, 2, 3), (2.0, 4, 1), (2.5, 1, 1))
     case = Case(1, 5, 0, 4, tuple((a, p, o, (False,) * o) for a, p, o in requests), ((0, 8),))
-    state = case.state()
+    state, feed = case.system()
     for seconds in (1.0, 1.5):
-        wake(state)
+        wake(state, feed)
         plan(state, 0, 0, 8)
         accept(state, case)
         commit(state, 0, seconds)
-    wake(state)
-    assert state.requests["phase"][0].tolist() == [DECODING, PREEMPTED, NOT_ADMITTED, NOT_ADMITTED]
+    wake(state, feed)
+    assert state.requests["phase"].tolist() == [DECODING, PREEMPTED, NOT_ADMITTED, NOT_ADMITTED]
     return state
 
 
 def test_the_smallest_slack_behind_two_preempted_requests_is_that_of_the_new_one() -> None:
     requests = ((0.0, 1, 9), (0.0, 1, 9), (0.0, 1, 9), (1.0, 4, 1))
     case = Case(1, 10, 0, 4, tuple((a, p, o, (False,) * o) for a, p, o in requests), ((0, 8),))
-    state = case.state()
+    state, feed = case.system()
     for _ in range(6):
-        wake(state)
+        wake(state, feed)
         plan(state, 0, 0, 8)
         accept(state, case)
         commit(state, 0, 0.25)
-    wake(state)
-    phases = state.requests["phase"][0].tolist()
+    wake(state, feed)
+    phases = state.requests["phase"].tolist()
     assert phases.count(PREEMPTED) >= 1
     assert phases[3] == NOT_ADMITTED
-    rest = _queue(state)
+    rest = _queue(state, feed)
     assert rest[-1][0] == 3
     for rows in range(1, len(rest)):
         slack = min(slack for *_, slack in rest[rows:])
@@ -158,18 +162,18 @@ def test_the_smallest_slack_behind_two_preempted_requests_is_that_of_the_new_one
 @settings(max_examples=100, deadline=None)
 @given(cases())
 def test_the_load_equals_what_the_request_table_says(case: Case) -> None:
-    state = case.state()
-    for moment, *_ in iterate(state, case):
+    state, feed = case.system()
+    for moment, *_ in iterate(state, feed, case):
         if moment != "begin":
             continue
-        engine, requests = state.engines[0], state.requests[0, : state.engines["released"][0]]
+        engine, requests = Figures(state), arrived(state, feed)
         load = _look(state).load[0]
         decoding, filling = requests["phase"] == DECODING, requests["phase"] == PREFILLING
         remaining = requests["context"] - requests["computed"]
         assert load[NUM_DECODES] == decoding.sum()
         assert load[DECODE_KV_TOKENS] == requests["computed"][decoding].sum()
-        assert load[NUM_WAITING] == len(_queue(state))
-        assert load[WAITING_TOKENS] == sum(tokens for _, tokens, _ in _queue(state))
+        assert load[NUM_WAITING] == len(_queue(state, feed))
+        assert load[WAITING_TOKENS] == sum(tokens for _, tokens, _ in _queue(state, feed))
         assert load[PREFILLING_TOKENS] == remaining[filling].sum()
         free = case.total_blocks - requests["blocks"].sum() - case.watermark_blocks
         assert load[FREE_KV_TOKENS] == max(0, free) * case.block_size
@@ -182,23 +186,23 @@ def test_the_load_equals_what_the_request_table_says(case: Case) -> None:
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_the_last_columns_describe_the_last_batch(case: Case) -> None:
-    state = case.state()
+    state, feed = case.system()
     planned: list[tuple[int, int]] = []
     kv_tokens, generated, seconds = 0, 0, 0.0
-    for moment, candidates, _ in iterate(state, case):
+    for moment, candidates, _ in iterate(state, feed, case):
         if moment == "planned":
             planned = batch(state)
-            decodes = [r for r, _ in planned[: state.engines["num_decodes"][0]]]
+            decodes = [r for r, _ in planned[: state.batches["num_decodes"][0]]]
             prefill_tokens = sum(tokens for _, tokens in planned[len(decodes) :])
-            kv_tokens = sum(state.requests["computed"][0, r] for r in decodes)
-            generated = state.requests["generated"][0].sum()
+            kv_tokens = sum(state.requests["computed"][r] for r in decodes)
+            generated = state.requests["generated"].sum()
             seconds = elapsed(state, case)
         elif moment == "committed":
             load = _look(state).load[0]
             assert load[LAST_NUM_DECODES] == len(decodes)
             assert load[LAST_PREFILL_TOKENS] == prefill_tokens
             assert load[LAST_DECODE_KV_TOKENS] == kv_tokens
-            assert load[LAST_EMITTED_TOKENS] == state.requests["generated"][0].sum() - generated
+            assert load[LAST_EMITTED_TOKENS] == state.requests["generated"].sum() - generated
             assert load[LAST_ITERATION_S] == np.float32(seconds)
             assert load[LAST_CANDIDATES] == candidates
 
@@ -206,24 +210,25 @@ def test_the_last_columns_describe_the_last_batch(case: Case) -> None:
 @settings(max_examples=100, deadline=None)
 @given(cases(), st.integers(1, 4))
 def test_counters_cover_exactly_the_time_since_the_last_observation(case: Case, every: int) -> None:
-    state = case.state()
+    state, feed = case.system()
+    observer = new_seen(1)
     seen = {"now": 0.0, "arrivals": 0, "finished": 0, "emitted": 0, "preemptions": 0, "iterations": 0}
     tokens = {"arrived": 0, "finished": 0}
-    for count, (moment, *_) in enumerate(iterate(state, case)):
+    for count, (moment, *_) in enumerate(iterate(state, feed, case)):
         if moment != "begin" or (count // 3) % every:
             continue
-        load = _look(state).load[0]
-        engine, requests = state.engines[0], state.requests[0]
+        load = _look(state, seen=observer).load[0]
+        engine, requests = Figures(state), state.requests
         finished = requests["phase"] == FINISHED
         now = {
             "now": float(engine["now"]),
-            "arrivals": int(engine["released"]),
+            "arrivals": int(feed.next[0]),
             "finished": int(finished.sum()),
             "emitted": int(requests["generated"].sum()),
             "preemptions": int(requests["preemptions"].sum()),
             "iterations": count // 3,
         }
-        arrived = int(requests["prompt"][: engine["released"]].sum())
+        arrived = int(requests["prompt"][: feed.next[0]].sum())
         finished_tokens = int(requests["generated"][finished].sum())
         assert load[INTERVAL_S] == np.float32(now["now"] - seen["now"])
         assert load[ARRIVALS] == now["arrivals"] - seen["arrivals"]
@@ -239,13 +244,14 @@ def test_counters_cover_exactly_the_time_since_the_last_observation(case: Case, 
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_a_second_look_at_once_sees_the_same_engine_and_empty_counters(case: Case) -> None:
-    state = case.state()
+    state, feed = case.system()
     since = [INTERVAL_S, ITERATIONS, ARRIVALS, ARRIVED_TOKENS, FINISHED_REQUESTS, FINISHED_TOKENS, EMITTED_TOKENS]
     since.append(PREEMPTIONS)
-    for moment, *_ in iterate(state, case):
+    observer = new_seen(1)
+    for moment, *_ in iterate(state, feed, case):
         if moment != "begin":
             continue
-        first, second = _look(state), _look(state)
+        first, second = _look(state, seen=observer), _look(state, seen=observer)
         assert np.array_equal(first.queue, second.queue)
         assert not second.load[0, since].any()
         assert not second.drafted.any()
@@ -257,17 +263,17 @@ def test_a_second_look_at_once_sees_the_same_engine_and_empty_counters(case: Cas
 @settings(max_examples=100, deadline=None)
 @given(cases(), st.integers(1, 4), st.integers(1, 6))
 def test_drafted_and_accepted_by_depth_equal_a_count_one_by_one(case: Case, every: int, depth: int) -> None:
-    state = case.state()
-    drafted, accepted = np.zeros(depth), np.zeros(depth)
-    for count, (moment, *_) in enumerate(iterate(state, case)):
+    state, feed = case.system()
+    drafted, accepted, observer = np.zeros(depth), np.zeros(depth), new_seen(1)
+    for count, (moment, *_) in enumerate(iterate(state, feed, case)):
         if moment == "committed":
-            decodes = batch(state)[: state.engines["num_decodes"][0]]
+            decodes = batch(state)[: state.batches["num_decodes"][0]]
             for (_, tokens), right in zip(decodes, state.accepted[0].tolist(), strict=False):
                 for d in range(1, min(depth, tokens - 1) + 1):
                     drafted[d - 1] += right >= d - 1
                     accepted[d - 1] += right >= d
         elif moment == "begin" and (count // 3) % every == 0:
-            observation = _look(state, depth=depth)
+            observation = _look(state, depth=depth, seen=observer)
             assert np.array_equal(observation.drafted[0], drafted)
             assert np.array_equal(observation.accepted[0], accepted)
             drafted[:], accepted[:] = 0.0, 0.0
@@ -276,17 +282,17 @@ def test_drafted_and_accepted_by_depth_equal_a_count_one_by_one(case: Case, ever
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_rates_count_the_decoding_requests_by_their_own_acceptance(case: Case) -> None:
-    state = case.state()
-    right = np.zeros(len(state.requests[0]))
-    wrong = np.zeros(len(state.requests[0]))
-    for moment, *_ in iterate(state, case):
+    state, feed = case.system()
+    right = np.zeros(len(state.requests))
+    wrong = np.zeros(len(state.requests))
+    for moment, *_ in iterate(state, feed, case):
         if moment == "committed":
-            decodes = batch(state)[: state.engines["num_decodes"][0]]
+            decodes = batch(state)[: state.batches["num_decodes"][0]]
             for (request, tokens), accepted in zip(decodes, state.accepted[0].tolist(), strict=False):
                 right[request] += accepted
                 wrong[request] += accepted < tokens - 1
         elif moment == "begin":
-            decoding = state.running[0, : state.engines["num_decoding"][0]]
+            decoding = state.running[0, : state.instances["num_decoding"][0]]
             rates = (right[decoding] + PRIOR_RATE * PRIOR_COUNT) / (right[decoding] + wrong[decoding] + PRIOR_COUNT)
             expected = np.histogram(np.floor(rates * RATE_BANDS), np.arange(RATE_BANDS + 1))[0]
             assert np.array_equal(_look(state).rates[0], expected)
@@ -296,23 +302,23 @@ def test_rates_count_the_decoding_requests_by_their_own_acceptance(case: Case) -
 @given(cases(), st.data())
 def test_nothing_observed_depends_on_what_has_not_happened_yet(case: Case, data: st.DataObject) -> None:
     iterations = data.draw(st.integers(0, 12), label="iterations before the look")
-    state = case.state()
-    _advance(state, case, iterations)
+    state, feed = case.system()
+    _advance(state, feed, case, iterations)
     changed = _other_future(case, state, data)
-    other = changed.state()
-    _advance(other, changed, iterations)
+    other, feed = changed.system()
+    _advance(other, feed, changed, iterations)
     for one, two in zip(_look(state), _look(other), strict=True):
         assert np.array_equal(one, two)
 
 
-def _advance(state: State, case: Case, iterations: int) -> None:
+def _advance(state: State, feed: Feed, case: Case, iterations: int) -> None:
     for candidates, token_budget in islice(cycle(case.actions), iterations):
-        if not wake(state):
+        if not wake(state, feed):
             return
         plan(state, 0, candidates, token_budget)
         accept(state, case)
         commit(state, 0, elapsed(state, case))
-    wake(state)
+    wake(state, feed)
 
 
 def _other_future(case: Case, state: State, data: st.DataObject) -> Case:
@@ -320,17 +326,17 @@ def _other_future(case: Case, state: State, data: st.DataObject) -> Case:
 
     A request whose last draft was already cut by its output limit keeps its length: an engine knows limits it met.
     """
-    now = float(state.engines["now"][0])
+    now = float(state.instances["now"][0])
     capacity = case.block_size * case.total_blocks
     widest = 1 + max(candidates for candidates, _ in case.actions)
     requests = []
     arrival = now
-    for row, (arrived, prompt, output, agrees) in zip(state.requests[0], case.requests, strict=True):
+    for row, (arrives, prompt, output, agrees) in zip(state.requests, case.requests, strict=True):
         generated = int(row["generated"])
         past = list(agrees[:generated])
-        if arrived > now:
+        if arrives > now:
             arrival += data.draw(st.sampled_from([0.25, 3.0]))
-            arrived = arrival
+            arrives = arrival
             prompt = data.draw(st.integers(1, capacity - 1))
             output = data.draw(st.integers(1, capacity - prompt))
         elif generated < output:
@@ -339,7 +345,7 @@ def _other_future(case: Case, state: State, data: st.DataObject) -> Case:
                 output = data.draw(st.integers(shortest, max(shortest, capacity - prompt)))
         future = output - generated
         past += data.draw(st.lists(st.booleans(), min_size=future, max_size=future))
-        requests.append((arrived, prompt, output, tuple(past)))
+        requests.append((arrives, prompt, output, tuple(past)))
     return replace(case, requests=tuple(requests))
 
 
@@ -352,13 +358,12 @@ def test_observation_arrays_have_the_documented_shapes() -> None:
 
 
 def test_engines_of_one_state_are_observed_separately() -> None:
-    state = core.allocate(2, 1, total_blocks=8, block_size=1, watermark_blocks=0, max_num_seqs=2, ttft_target=TARGET_S)
+    state = core.allocate(2, 2, total_blocks=8, block_size=1, watermark_blocks=0, max_num_seqs=2, ttft_target=TARGET_S)
     for e, prompt in enumerate((3, 5)):
-        core.load(state, e, np.zeros(1), np.array([prompt]), np.array([2]), np.zeros(2, dtype=np.int64))
-        state.engines["released"][e] = 1
-        state.engines["waiting_tokens"][e] = prompt
-    observation = allocate_observation(2, 1, 1)
-    observe(state, 1, observation)
+        core.enter(state, e, np.zeros(1), np.array([prompt]), np.array([2]), np.zeros(1, dtype=np.int64), TARGET_S)
+        submit(state, e, e)
+    observation, seen = allocate_observation(2, 1, 1), new_seen(2)
+    observe(state, 1, seen, observation)
     assert observation.queue[:, 0, 0].tolist() == [0.0, 5.0]
-    observe(state, 0, observation)
+    observe(state, 0, seen, observation)
     assert observation.queue[:, 0, 0].tolist() == [3.0, 5.0]

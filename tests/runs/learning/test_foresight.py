@@ -29,10 +29,10 @@ def _iteration(tmp_path: object, horizon_s: float) -> tuple[GovernorVecEnv, list
 
 
 def _assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    for name, array in ours["state"].items():
-        other = theirs["state"][name]
-        for field in array.dtype.names or (...,):
-            np.testing.assert_array_equal(array[field], other[field], err_msg=f"{name} {field}")
+    for part in ("state", "feed", "seen"):
+        for array, other in zip(ours["simulator"][part], theirs["simulator"][part], strict=True):
+            for field in array.dtype.names or (...,):
+                np.testing.assert_array_equal(array[field], other[field], err_msg=f"{part} {field}")
     for one, other in zip(ours["memory"], theirs["memory"], strict=True):
         for name, array in one.items():
             np.testing.assert_array_equal(array, other[name], err_msg=name)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from controllers.learned import Learned, new_rules
+from controllers.learned import Learned, SightMemory, policy_params
+from controllers.network import new_network_memory
 from controllers.policy import Policy, Residual
 from engine.plant import Plant
 from runs.evaluation import Targets, load_lookup
@@ -100,7 +101,11 @@ def test_the_policy_that_is_served_chooses_what_the_one_that_was_trained_would(n
     env, normalizer = run.env, run.normalizer
     inputs = env.reset()
     state, starts = None, np.ones(env.num_envs, dtype=bool)
-    one_each = [new_rules(policy, group.plant, 1.0, 0.04) for group in env.groups for _ in range(group.count)]
+    one_each = [
+        (policy_params(policy, group.plant, 1.0, 0.04), new_network_memory(policy.network, 1))
+        for group in env.groups
+        for _ in range(group.count)
+    ]
     agreed = total = 0
     for _ in range(60):
         kwargs: dict[str, Any] = {}
@@ -118,29 +123,21 @@ def test_the_policy_that_is_served_chooses_what_the_one_that_was_trained_would(n
     assert agreed >= 0.99 * total
 
 
-def _served(env: Any, rules: list[Any], starts: Any) -> Any:
+def _served(env: Any, policies: list[Any], starts: Any) -> Any:
     from runs.learning.vec_env import _choose_all
 
     pairs = np.zeros((env.num_envs, 2), dtype=np.int64)
     i = 0
     for group in env.groups:
         for e in range(group.count):
-            own = rules[i]
+            params, room = policies[i]
             if starts[i]:
-                own.scratch.state[:] = 0.0
-                own.scratch.cell[:] = 0.0
+                room.state[:] = 0.0
+                room.cell[:] = 0.0
             # The kernel asks from engine 0 on: give it this engine alone.
             fields = type(group.observation)(*(array[e : e + 1] for array in group.observation))
-            sight = group.sight._replace(
-                memory=group.sight.memory._replace(
-                    **{
-                        f: getattr(group.sight.memory, f)[e : e + 1]
-                        for f in group.sight.memory._fields
-                        if f != "seconds"
-                    }
-                )
-            )
-            _choose_all(fields, sight, group.base[e : e + 1], own, pairs[i : i + 1])
+            memory = SightMemory(*(type(part)(*(array[e : e + 1] for array in part)) for part in group.memory))
+            _choose_all(fields, memory, group.base[e : e + 1], params, room, pairs[i : i + 1])
             i += 1
     return pairs
 

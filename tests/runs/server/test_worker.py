@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from controllers.fixed import Fixed
 from engine.backends.torch.engine import TorchEngine
 from engine.core.metrics import request_table
-from engine.core.state import REQUEST, State
+from engine.core.state import CANCELLED, FINISHED, REQUEST
 from engine.speculation.sampling import GREEDY
 from runs.server import worker as working
 from runs.server.guard import Guarded
@@ -47,8 +48,8 @@ async def read(one: Ticket) -> tuple[list[int], str]:
             return tokens, emission.finish
 
 
-def serving(worker: Worker, client: Callable[[], Awaitable[None]]) -> State:
-    """Run a client beside the worker, then close it; all that happened."""
+def serving(worker: Worker, client: Callable[[], Awaitable[None]]) -> NDArray[np.void]:
+    """Run a client beside the worker, then close it; the rows of all requests."""
 
     async def both() -> None:
         worker.start(asyncio.get_running_loop())
@@ -87,14 +88,13 @@ def test_memory_and_tables_stay_flat_over_thousands_of_requests_and_history_is_w
         gc.collect()
         grown = tracemalloc.get_traced_memory()[0] - before
         tracemalloc.stop()
-        rows = engine.state.requests.shape[1]
+        rows = len(engine.state.requests)
         assert rows <= 2 * RETIRE_AT, "the request table does not grow"
         assert len(engine.table.seat_of) <= rows
         assert grown < 8 * served, "a request leaves next to nothing behind"
 
-    state = serving(worker, client)
-    table = request_table(state)
-    assert len(table["request"]) == served == int(state.engines["num_finished"][0])
+    table = request_table(serving(worker, client))
+    assert len(table["request"]) == served == int(engine.state.totals["finished"][0])
     assert (np.diff(table["arrival_s"]) >= 0).all()
     assert (table["finish_s"] >= table["first_token_s"]).all()
     assert table["generated_tokens"].tolist() == [1 + i % 40 % 2 for i in range(served)]
@@ -148,9 +148,10 @@ def test_places_are_bounded_and_free_again_when_clients_leave(tmp_path: Path) ->
         assert (await read(late))[1] == "length"
         worker.leave(late)
 
-    state = serving(worker, client)
-    assert (state.engines["num_cancelled"][0], state.engines["num_finished"][0]) == (3, 1)
-    assert state.engines["free_blocks"][0] == 64
+    serving(worker, client)
+    state = worker.engine.state
+    assert (state.totals["cancelled"][0], state.totals["finished"][0]) == (3, 1)
+    assert state.instances["free_blocks"][0] == 64
 
 
 def test_a_drain_finishes_what_was_accepted_and_accepts_nothing_more(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_a_drain_finishes_what_was_accepted_and_accepts_nothing_more(tmp_path: P
         assert await draining
         assert {(await read(one))[1] for one in accepted} == {"length"}
 
-    assert serving(worker, client).engines["num_finished"][0] == 20
+    assert (serving(worker, client)["phase"] == FINISHED).sum() == 20
 
 
 def test_a_drain_that_takes_too_long_drops_the_rest_and_says_so(tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ def test_a_drain_that_takes_too_long_drops_the_rest_and_says_so(tmp_path: Path) 
         assert not await worker.drain(0.0)
         assert (await read(slow))[1] == "abort"
 
-    assert serving(worker, client).engines["num_cancelled"][0] == 1
+    assert (serving(worker, client)["phase"] == CANCELLED).sum() == 1
 
 
 def test_when_the_engine_fails_every_open_request_hears_of_it(
@@ -190,7 +191,7 @@ def test_when_the_engine_fails_every_open_request_hears_of_it(
     worker = worker_on(engine, tmp_path)
     step, ended = engine.step, []
     monkeypatch.setattr(
-        engine, "step", lambda *action: step(*action) if engine.state.engines["iterations"][0] < 5 else 1 / 0
+        engine, "step", lambda *action: step(*action) if engine.state.totals["iterations"][0] < 5 else 1 / 0
     )
     worker.on_broken = lambda: ended.append(True)
 
@@ -234,5 +235,4 @@ def test_a_full_disk_costs_rows_and_nothing_else(tmp_path: Path, caplog: pytest.
     ledger.add(rows)
     assert ledger.lost == 6
     assert caplog.text.count("will miss requests: the disk is full") == 1
-    state = models.engine(MODEL, "none", models.limits()).state
-    assert ledger.whole(state).requests["prompt"][0].tolist() == [1, 2, 3]
+    assert ledger.whole(np.zeros(0, dtype=REQUEST))["prompt"].tolist() == [1, 2, 3]

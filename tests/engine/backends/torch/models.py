@@ -22,6 +22,7 @@ from engine.speculation.drafter import Drafter, NoDrafter
 from engine.speculation.model import ModelDrafter
 from engine.speculation.ngram import NgramDrafter
 from engine.speculation.tree import Branches
+from tests.engine.core.cases import Figures
 
 VOCABULARY = 40
 LAYERS = 2
@@ -162,6 +163,6 @@ def assert_generates_as_target(
         pass
     for i, (number, prompt) in enumerate(zip(numbers, asked, strict=True)):
         assert served.output(number) == generated(kind, prompt, max_tokens - i % 3)
-    state = served.state.engines[0]
-    assert state["num_finished"] == len(numbers)
+    state = Figures(served.state)
+    assert state["finished"] == len(numbers)
     assert state["free_blocks"] == served.limits.total_blocks

@@ -67,7 +67,7 @@ def test_sampled_outputs_are_distributed_as_the_constrained_targets() -> None:
     observed = np.zeros((vocabulary,) * 3)
     for number in range(requests):
         observed[tuple(served.collect(number))] += 1
-    assert served.state.engines["total_accepted"][0] > 500
+    assert served.state.totals["accepted"][0] > 500
     expected = np.zeros_like(observed)
     for output in itertools.product(range(vocabulary), repeat=3):
         with torch.inference_mode():

@@ -10,6 +10,7 @@ import pytest
 from engine.backends.torch.engine import TorchEngine
 from tests.engine.backends.torch.models import assert_generates_as_target, engine, limits, paged, prompts
 from tests.engine.backends.torch.models import model as tiny
+from tests.engine.core.cases import Figures
 
 LENGTHS = (3, 10, 30, 17, 44, 5, 9, 1)
 MAX_TOKENS = 24
@@ -22,13 +23,13 @@ _serve = partial(assert_generates_as_target, lengths=LENGTHS, max_tokens=MAX_TOK
 def test_every_model_and_drafter_generates_what_the_target_alone_does(kind: str, draft_with: str) -> None:
     served = engine(kind, draft_with, limits())
     _serve(served, [(3, 16)], kind)
-    state = served.state.engines[0]
+    state = Figures(served.state)
     if draft_with != "none":
-        assert state["total_drafted"] > 0
+        assert state["drafted"] > 0
     if draft_with == "copy":
-        assert state["total_accepted"] == state["total_drafted"], "the target's own choices are always accepted"
+        assert state["accepted"] == state["drafted"], "the target's own choices are always accepted"
     if draft_with == "ngram":
-        assert state["total_accepted"] > 0
+        assert state["accepted"] > 0
 
 
 @pytest.mark.parametrize("draft_with", ["ngram", "copy", "model"])
@@ -36,10 +37,10 @@ def test_every_model_and_drafter_generates_what_the_target_alone_does(kind: str,
 def test_any_number_of_candidates_gives_the_same_tokens(draft_with: str, candidates: int) -> None:
     served = engine("llama", draft_with, limits())
     _serve(served, [(candidates, 64)], "llama")
-    state = served.state.engines[0]
-    assert (state["total_drafted"] > 0) == (candidates > 0)
+    state = Figures(served.state)
+    assert (state["drafted"] > 0) == (candidates > 0)
     if draft_with == "copy":
-        assert state["total_accepted"] == state["total_drafted"]
+        assert state["accepted"] == state["drafted"]
 
 
 @pytest.mark.parametrize("token_budget", [1, 2, 7, 16, 33, 128, 2048])
@@ -54,9 +55,9 @@ def test_changing_c_and_n_in_every_iteration_gives_the_same_tokens() -> None:
     for draft_with in ("copy", "model"):
         served = engine("llama", draft_with, limits())
         _serve(served, actions, "llama")
-        state = served.state.engines[0]
+        state = Figures(served.state)
         if draft_with == "copy":
-            assert state["total_accepted"] == state["total_drafted"] > 0
+            assert state["accepted"] == state["drafted"] > 0
 
 
 @pytest.mark.parametrize("draft_with", ["none", "ngram", "copy"])
@@ -67,7 +68,7 @@ def test_preempted_requests_continue_as_if_nothing_had_happened(
     served = engine("llama", draft_with, limits(total_blocks=total_blocks, max_num_seqs=max_num_seqs))
     _serve(served, [(4, 20)], "llama")
     if total_blocks == 18:
-        assert served.state.engines[0]["preemptions"] > 0
+        assert served.state.totals[0]["preemptions"] > 0
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 48])
@@ -90,7 +91,7 @@ def test_exact_logits_do_not_depend_on_the_rest_of_the_batch() -> None:
     served.step(0, 4096)
     table = served.table
     seats = served.table.seat_of[:4]
-    lengths = served.state.requests["computed"][0, :4].astype(np.int64)
+    lengths = served.state.requests["computed"][:4].astype(np.int64)
     counts = np.array([1, 3, 1, 7])
     starts = lengths - counts
     together = target.forward(table, seats, starts, counts, counts).numpy()

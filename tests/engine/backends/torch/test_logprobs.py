@@ -55,8 +55,8 @@ def test_logprobs_are_a_plain_forwards_under_preemption_and_speculation(
         for number, scored in served.logprobs.items():
             found[number] += scored
     assert silent not in found
-    assert served.state.engines["preemptions"][0] > 0
-    assert draft_with == "none" or served.state.engines["total_accepted"][0] > 0
+    assert served.state.totals["preemptions"][0] > 0
+    assert draft_with == "none" or served.state.totals["accepted"][0] > 0
     for number, prompt, wants in zip(numbers, asked, wants_prompt, strict=True):
         tokens = prompt + served.output(number)
         first = 1 if wants else len(prompt)

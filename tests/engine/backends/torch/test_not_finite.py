@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.backends.replay import replay
 from engine.backends.torch.engine import TorchEngine
 from engine.core.metrics import request_table
+from engine.simulator.replay import replay
 from engine.speculation.drafter import NoDrafter
 from engine.speculation.model import ModelDrafter
 from engine.speculation.ngram import NgramDrafter
@@ -65,11 +65,12 @@ def test_it_fails_alone_whatever_it_leaves_in_the_cache(kind: str, draft_with: s
     assert sorted(failed) == wrong
     assert [engine.output(number) for number in good] == [models.generated(kind, prompt, TOKENS) for prompt in prompts]
     assert not any(engine.output(number) for number in wrong)
-    state = engine.state.engines[0]
-    assert (state["num_finished"], state["num_cancelled"], state["free_blocks"]) == (len(good), len(wrong), 24)
+    totals = engine.state.totals[0]
+    assert (totals["finished"], totals["cancelled"]) == (len(good), len(wrong))
+    assert engine.state.instances["free_blocks"][0] == 24
     assert engine.recording is not None
-    replayed = request_table(replay(engine.recording, bounds, 1.0))
-    for name, column in request_table(engine.state).items():
+    replayed = request_table(replay(engine.recording, bounds, 1.0).requests)
+    for name, column in request_table(engine.requests).items():
         np.testing.assert_array_equal(replayed[name], column, err_msg=name)
 
 

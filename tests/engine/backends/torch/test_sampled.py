@@ -59,7 +59,7 @@ def test_outputs_are_distributed_as_the_targets_own(draft_with: str, candidates:
     counts = np.zeros((VOCABULARY,) * TOKENS)
     for number in range(REQUESTS):
         counts[tuple(served.collect(number))] += 1
-    assert served.state.engines["total_accepted"][0] > 500
+    assert served.state.totals["accepted"][0] > 500
     expected = _joint().ravel() * REQUESTS
     assert not counts.ravel()[expected == 0].any()
     large = expected >= 5

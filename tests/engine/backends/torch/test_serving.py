@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 
 from engine.backends.real import RequestError
-from engine.backends.replay import Recording, ReplayError, replay
 from engine.backends.torch.engine import TorchEngine
 from engine.core.metrics import request_table
 from engine.core.state import CANCELLED, FINISHED, State
 from engine.limits import Prefill
+from engine.simulator.replay import Recording, ReplayError, replay
 from engine.speculation.allocation import CHAINS, Speculation
 from engine.speculation.sampling import Sampling
 from tests.engine.backends.torch.models import ManualClock, drafter, engine, generated, limits, model, paged, prompts
+from tests.engine.core.cases import Figures
 
 TTFT_TARGET_S = 1.0
 
@@ -52,7 +53,7 @@ def _storm(served: TorchEngine, requests: int, seed: int, *, check: bool = True)
         assert output == emitted.get(number, []), "what was emitted is what was stored, once and in order"
         if check:
             assert output == generated("llama", prompt, 24)[: len(output)]
-        row = served.state.requests[0, number]
+        row = served.state.requests[number]
         assert row["generated"] == len(output) <= most
         if row["phase"] == FINISHED:
             assert row["output"] == len(output)
@@ -70,10 +71,10 @@ def test_a_storm_of_preemptions_and_cancellations_loses_and_duplicates_nothing(
 ) -> None:
     served = engine("llama", draft_with, limits(total_blocks=26, max_num_seqs=6), how)
     asked = _storm(served, 60, seed=3)
-    state = served.state.engines[0]
-    phases = served.state.requests["phase"][0, : len(asked)]
+    state = Figures(served.state)
+    phases = served.state.requests["phase"][: len(asked)]
     assert np.isin(phases, (FINISHED, CANCELLED)).all()
-    assert state["num_finished"] + state["num_cancelled"] == len(asked)
+    assert state["finished"] + state["cancelled"] == len(asked)
     assert state["preemptions"] > 3
     assert (phases == CANCELLED).sum() > 3
     assert state["free_blocks"] == served.limits.total_blocks
@@ -83,7 +84,7 @@ def test_a_storm_of_preemptions_and_cancellations_loses_and_duplicates_nothing(
 
 def _assert_same_rows(again: State, served: TorchEngine, count: int) -> None:
     for name in again.requests.dtype.names:
-        rows = (state.requests[name][0, :count] for state in (again, served.state))
+        rows = (state.requests[name][:count] for state in (again, served.state))
         np.testing.assert_array_equal(*rows, err_msg=name)
 
 
@@ -93,7 +94,7 @@ def test_however_prompts_are_scheduled_a_storm_loses_nothing_and_replays(prefill
     served = engine("llama", "near", bounds, record=True, clock=ManualClock(), ttft_target=TTFT_TARGET_S)
     asked = _storm(served, 30, seed=5)
     assert served.recording is not None
-    assert served.state.engines["preemptions"][0] > 0
+    assert served.state.totals["preemptions"][0] > 0
     _assert_same_rows(replay(served.recording, bounds, TTFT_TARGET_S), served, len(asked))
 
 
@@ -106,16 +107,17 @@ def test_replay_gives_the_recorded_runs_timeline(draft_with: str, how: Speculati
     assert served.recording is not None
     served.recording.save(tmp_path / "run.npz")
     again = replay(Recording.load(tmp_path / "run.npz"), bounds, TTFT_TARGET_S)
-    recorded = request_table(served.state)
-    assert served.state.engines["preemptions"][0] > 0
-    assert served.state.engines["num_cancelled"][0] > 0
-    for name, column in request_table(again).items():
+    recorded = request_table(served.requests)
+    assert served.state.totals["preemptions"][0] > 0
+    assert served.state.totals["cancelled"][0] > 0
+    for name, column in request_table(again.requests).items():
         np.testing.assert_array_equal(column, recorded[name], err_msg=name)
     _assert_same_rows(again, served, len(asked))
     for name in ("itl", "stopped", "exhausted"):
         np.testing.assert_array_equal(getattr(again, name), getattr(served.state, name), err_msg=name)
-    for name in ("iterations", "total_emitted", "total_drafted", "total_accepted", "busy_s", "last_end", "violations"):
-        assert again.engines[name][0] == served.state.engines[name][0], name
+    for name in again.totals.dtype.names or ():
+        assert again.totals[name][0] == served.state.totals[name][0], name
+    assert again.instances["last_end"][0] == served.state.instances["last_end"][0]
 
 
 def test_replay_in_real_time_with_arrivals_known_before() -> None:
@@ -128,7 +130,7 @@ def test_replay_in_real_time_with_arrivals_known_before() -> None:
     assert served.recording is not None
     again = replay(served.recording, bounds, 1.0)
     _assert_same_rows(again, served, 4)
-    assert (again.requests["phase"][0, :4] == FINISHED).all()
+    assert (again.requests["phase"][:4] == FINISHED).all()
 
 
 def test_replay_on_other_limits_is_refused() -> None:
@@ -149,7 +151,7 @@ def test_output_ends_with_the_stop_token_wherever_it_falls_in_a_chain() -> None:
         number = served.submit(prompt, 24, stop=[stop])
         served.run(5, 64)
         assert served.output(number) == whole[: whole.index(stop) + 1]
-        row = served.state.requests[0, number]
+        row = served.state.requests[number]
         assert (row["phase"], row["output"]) == (FINISHED, whole.index(stop) + 1)
 
 
@@ -220,7 +222,7 @@ def test_actions_may_change_in_every_iteration_of_a_sampled_run() -> None:
     while served.step(*next(turns)):
         pass
     assert all(len(served.output(number)) == 16 for number in numbers)
-    assert served.state.engines["total_accepted"][0] > 0
+    assert served.state.totals["accepted"][0] > 0
 
 
 def test_a_candidate_that_was_not_proposed_counts_as_not_accepted() -> None:
@@ -230,9 +232,9 @@ def test_a_candidate_that_was_not_proposed_counts_as_not_accepted() -> None:
     served.step(4, 64)
     observation = served.new_observation()
     served.observe(observation)
-    request = served.state.requests[0, 0]
+    request = served.state.requests[0]
     while (left := int(request["output"] - request["generated"])) > 0:
         served.step(4, 64)
         served.observe(observation)
         assert observation.drafted[0, 0] == (1 if left > 1 else 0), "a candidate was asked for wherever one fits"
-    assert served.state.engines["total_drafted"][0] < served.state.engines["total_decode_steps"][0]
+    assert served.state.totals["drafted"][0] < served.state.totals["decode_steps"][0]

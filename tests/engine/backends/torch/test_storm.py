@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 from engine.backends.torch.engine import TorchEngine
 from engine.backends.torch.table import CacheTable
-from engine.core.live import cancel
+from engine.core.membership import cancel
 from engine.core.state import CANCELLED, FINISHED
 from engine.limits import EngineLimits
 from engine.speculation.ngram import NgramDrafter
 from tests.engine.backends.torch.models import ManualClock, generated, limits, model, paged, prompts
-from tests.engine.core.cases import Case, batch, cases, iterate
+from tests.engine.core.cases import Case, Figures, batch, cases, iterate
 
 REQUESTS = 2000
 MOST_TOKENS = 24
-ROW_BYTES = 256
+ROW_BYTES = 512
 """What a request that is over may leave behind: its row of times and counts."""
 
 BOUNDS = limits(total_blocks=26, max_num_seqs=6)
@@ -38,7 +38,7 @@ def _capacity() -> float:
     for _ in range(200):
         served.submit(PROMPTS[random.integers(len(PROMPTS))], int(random.integers(1, MOST_TOKENS)), arrival=0.0)
     served.run(3, 32)
-    return 200 / float(served.state.engines["now"][0])
+    return 200 / float(served.state.instances["now"][0])
 
 
 class _Storm:
@@ -66,7 +66,7 @@ class _Storm:
             served.step(int(random.integers(0, 6)), int(random.integers(1, 60)))
             for number, tokens in served.emitted:
                 emitted.setdefault(number, []).extend(tokens)
-            for number in [n for n, _ in served.emitted if served.state.requests["phase"][0, n] == FINISHED]:
+            for number in [n for n, _ in served.emitted if served.state.requests["phase"][n] == FINISHED]:
                 prompt, most = asked.pop(number)
                 output = served.collect(number)
                 assert output == emitted.pop(number) == generated("llama", prompt, MOST_TOKENS)[:most]
@@ -108,15 +108,15 @@ def test_twice_the_capacity_loses_nothing_and_leaves_no_memory_behind() -> None:
     finally:
         tracemalloc.stop()
     assert grown < ROW_BYTES * REQUESTS
-    state = served.state.engines[0]
+    state = Figures(served.state)
     assert storm.finished + storm.cancelled == REQUESTS
-    assert (state["num_finished"], state["num_cancelled"]) == (storm.finished, storm.cancelled)
+    assert (state["finished"], state["cancelled"]) == (storm.finished, storm.cancelled)
     assert storm.cancelled > REQUESTS // 50
     assert state["preemptions"] > REQUESTS // 10, "the pool was meant to be too small"
     assert state["free_blocks"] == BOUNDS.total_blocks
-    phases = served.state.requests["phase"][0, :REQUESTS]
+    phases = served.state.requests["phase"][:REQUESTS]
     assert np.isin(phases, (FINISHED, CANCELLED)).all()
-    assert state["total_accepted"] > 0
+    assert state["accepted"] > 0
     assert not drafter._indices
 
 
@@ -124,13 +124,13 @@ def test_twice_the_capacity_loses_nothing_and_leaves_no_memory_behind() -> None:
 @given(cases(), st.lists(st.tuples(st.integers(0, 30), st.integers(0, 7)), max_size=12))
 def test_named_blocks_are_the_counted_ones_whatever_is_cancelled(case: Case, drops: list[tuple[int, int]]) -> None:
     """Requests are cancelled between iterations, while they wait, prefill, decode or are preempted."""
-    state = case.state()
+    state, feed = case.system()
     table = CacheTable(EngineLimits(**case.limits, max_model_len=case.block_size * case.total_blocks))
     iteration = 0
-    for moment, _, _ in iterate(state, case):
+    for moment, _, _ in iterate(state, feed, case):
         if moment == "committed":
             for when, r in drops:
-                if when == iteration and r < state.engines["released"][0]:
+                if when == iteration and r < feed.next[0]:
                     cancel(state, 0, r)
             iteration += 1
         if moment != "planned":
@@ -139,13 +139,13 @@ def test_named_blocks_are_the_counted_ones_whatever_is_cancelled(case: Case, dro
         named = np.concatenate([table.blocks[seat, : table.held[seat]] for seat in range(len(table.held))])
         assert len(np.unique(named)) == len(named)
         assert len(named) + table.free_blocks == case.total_blocks
-        assert table.free_blocks == state.engines["free_blocks"][0]
+        assert table.free_blocks == state.instances["free_blocks"][0]
         for r, tokens in batch(state):
-            row = state.requests[0, r]
+            row = state.requests[r]
             seat = table.seat_of[r]
             assert table.owner[seat] == r
             assert table.held[seat] == row["blocks"]
             assert row["computed"] + tokens <= row["blocks"] * case.block_size, "every token has a slot"
-    phases = state.requests["phase"][0, : len(case.requests)]
+    phases = state.requests["phase"][: len(case.requests)]
     assert np.isin(phases, (FINISHED, CANCELLED)).all()
-    assert state.engines["free_blocks"][0] == case.total_blocks
+    assert state.instances["free_blocks"][0] == case.total_blocks

@@ -14,10 +14,10 @@ from tests.engine.core.cases import Case, batch, cases, iterate
 @given(cases())
 def test_seats_and_blocks_follow_the_scheduler(case: Case) -> None:
     """Through preemptions, a full pool and every seat taken; a request keeps its blocks while it runs."""
-    state = case.state()
+    state, feed = case.system()
     table = CacheTable(EngineLimits(**case.limits, max_model_len=case.block_size * case.total_blocks))
     before: dict[int, list[int]] = {}
-    for moment, _, _ in iterate(state, case):
+    for moment, _, _ in iterate(state, feed, case):
         if moment != "planned":
             continue
         entered = table.follow(state)
@@ -27,12 +27,12 @@ def test_seats_and_blocks_follow_the_scheduler(case: Case) -> None:
             if r >= 0:
                 now[r] = table.blocks[seat, : table.held[seat]].tolist()
                 assert table.seat_of[r] == seat
-                assert len(now[r]) == state.requests["blocks"][0, r]
+                assert len(now[r]) == state.requests["blocks"][r]
                 named += now[r]
         assert len(set(named)) == len(named)
         assert not set(named) & set(table.blocks[table.scratch_seat, : table.num_blocks - case.total_blocks].tolist())
         assert table.free_blocks + len(named) == case.total_blocks
-        assert table.free_blocks == state.engines["free_blocks"][0]
+        assert table.free_blocks == state.instances["free_blocks"][0]
         for r, _ in batch(state):
             assert (r in entered) == (r not in before)
             if r in before:

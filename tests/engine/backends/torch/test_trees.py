@@ -23,6 +23,7 @@ from tests.engine.backends.torch.models import (
     prompts,
 )
 from tests.engine.backends.torch.models import drafter as drafter_of
+from tests.engine.core.cases import Figures
 
 LENGTHS = (3, 30, 17, 9, 1)
 MAX_TOKENS = 20
@@ -57,10 +58,10 @@ def test_every_allocation_and_branching_generates_what_the_target_alone_does(how
     """With c from 0 to 8 in turn and chunks of many sizes, so that drafters have to catch up and batches are mixed."""
     served = _engine("llama", draft_with, how)
     _serve(served, [(4, 16), (8, 5), (1, 64), (0, 7), (6, 16), (2, 3), (7, 16), (3, 1), (5, 2048)], "llama")
-    state = served.state.engines[0]
-    assert state["total_drafted"] > 0
+    state = Figures(served.state)
+    assert state["drafted"] > 0
     if draft_with != "model":
-        assert state["total_accepted"] > 0
+        assert state["accepted"] > 0
     if draft_with == "near" and how.branching > 1:
         assert served.left_first_branch > 0, "a second choice was right and was used"
     if how.branching == 1:
@@ -72,7 +73,7 @@ def test_every_allocation_and_branching_generates_what_the_target_alone_does(how
 def test_other_families_and_windows_see_positions_by_depth(how: Speculation, kind: str) -> None:
     served = _engine(kind, "near", how)
     _serve(served, [(5, 16), (8, 16)], kind)
-    assert served.state.engines["total_accepted"][0] > 0
+    assert served.state.totals["accepted"][0] > 0
     if how.branching > 1:
         assert served.left_first_branch > 0
 
@@ -82,9 +83,9 @@ def test_other_families_and_windows_see_positions_by_depth(how: Speculation, kin
 def test_any_number_of_candidates_gives_the_same_tokens(allocation: str, candidates: int) -> None:
     served = _engine("llama", "near", Speculation(allocation, branching=2))  # type: ignore[arg-type]
     _serve(served, [(candidates, 64)], "llama")
-    state = served.state.engines[0]
-    assert (state["total_drafted"] > 0) == (candidates > 0)
-    assert state["total_drafted"] <= candidates * state["total_decode_steps"]
+    state = Figures(served.state)
+    assert (state["drafted"] > 0) == (candidates > 0)
+    assert state["drafted"] <= candidates * state["decode_steps"]
 
 
 @pytest.mark.parametrize("draft_depth", [1, 2, 6])
@@ -105,7 +106,7 @@ def test_no_accepted_path_is_longer_than_the_draft_is_deep(draft_depth: int) -> 
 def test_preempted_requests_continue_as_if_nothing_had_happened(how: Speculation) -> None:
     served = _engine("llama", "near", how, total_blocks=14)
     _serve(served, [(6, 20)], "llama")
-    assert served.state.engines["preemptions"][0] > 0
+    assert served.state.totals["preemptions"][0] > 0
 
 
 def test_global_allocation_gives_some_requests_more_than_c() -> None:
@@ -115,7 +116,7 @@ def test_global_allocation_gives_some_requests_more_than_c() -> None:
     for i, prompt in enumerate(prompts(LENGTHS)):
         served.submit(prompt, MAX_TOKENS - i % 3)
     while served.step(3, 64):
-        decodes = int(served.state.engines["num_decodes"][0])
+        decodes = int(served.state.batches["num_decodes"][0])
         tokens = served.state.batch_tokens[0, :decodes]
         assert tokens.sum() <= 4 * decodes
         most = max(most, int(tokens.max(initial=0)))
@@ -202,7 +203,7 @@ def test_seconds_of_drafter_and_target_are_told_apart() -> None:
     assert served.draft_s == 0.0 < served.forward_s
     served.step(3, 8)
     assert served.draft_s > 0.0
-    assert served.draft_s + served.forward_s < served.state.engines["last_elapsed"][0]
+    assert served.draft_s + served.forward_s < served.state.batches["elapsed"][0]
 
 
 def test_noise_makes_another_model() -> None:

@@ -26,6 +26,7 @@ from engine.speculation.model import ModelDrafter
 from engine.speculation.sampling import Sampling
 from tests.engine.backends.torch import models
 from tests.engine.backends.torch.models import VOCABULARY, limits, prompts, trees
+from tests.engine.core.cases import Figures
 
 pytest.importorskip("triton")
 
@@ -145,9 +146,9 @@ def test_promised_candidates_are_the_drafters_tokens(speculation: Speculation, m
         drawn = Sampling(temperature=0.7, seed=5)
         numbers = [served.submit(prompt, 6, *([drawn] if i == 2 else [])) for i, prompt in enumerate(asked)]
         served.run(3, 12)
-        engine_row = served.state.engines[0]
+        engine_row = Figures(served.state)
         assert engine_row["free_blocks"] == served.limits.total_blocks
-        found.append(([served.output(number) for number in numbers], served.state.requests["accepted"][0].tolist()))
+        found.append(([served.output(number) for number in numbers], served.state.requests["accepted"].tolist()))
     assert found[0] == found[1]
     for prompt, output in zip(asked[:2], found[0][0], strict=False):
         ids = torch.tensor(prompt)[None]

@@ -62,7 +62,7 @@ def test_tokens_do_not_depend_on_c_and_n(engine: Any) -> None:
     assert [len(tokens) for tokens in expected] == [OUTPUT] * 9
     assert _outputs(engine, ACTIONS) == expected
     # c is drafted at the end of a step and verified in the next, by all of its decodes.
-    assert request_table(engine.state)["drafted_tokens"].sum() > 0
+    assert request_table(engine.requests)["drafted_tokens"].sum() > 0
 
 
 def test_a_controller_sees_what_the_request_table_says(engine: Any) -> None:
@@ -109,7 +109,7 @@ def test_a_stop_token_ends_an_output(engine: Any) -> None:
     number = engine.submit(tokens[180:231], OUTPUT, GREEDY, stop=[stop])
     engine.run(4, 512)
     assert engine.output(number) == expected[: expected.index(stop) + 1]
-    table = request_table(engine.state)
+    table = request_table(engine.requests)
     assert table["output_tokens"][0] == table["generated_tokens"][0] == expected.index(stop) + 1
 
 

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm runs this in an environment of its own")
 
 from engine.backends.guard import View
-from engine.backends.simulator import ITERATION, Simulator, log_iteration
 from engine.backends.vllm import GovernedAsyncScheduler, GovernedScheduler
 from engine.config import EngineConfig
 from engine.core.telemetry import LOAD_FIELDS, Observation, as_dict
 from engine.latency.model import LatencyModel
+from engine.simulator.loop import ITERATION, log_iteration
+from engine.simulator.simulator import Simulator
 from engine.workload.agreement import DrafterAgreement
 from engine.workload.workload import Workload
 from tests.engine.backends.vllm.fake_engine import FakeEngine, Setup, controller_file, scheduler
@@ -64,7 +65,7 @@ def _simulated(workload: Workload, actions: list[tuple[int, int]], blocks: int, 
         more = simulator.step(0, *actions[len(seen) - 1])
         log_iteration(simulator.state, 0, rows, len(seen) - 1)
     state = simulator.state
-    return Simulated(rows[: len(seen)], seen, state.requests[0], int(state.engines[0]["preemptions"]))
+    return Simulated(rows[: len(seen)], seen, state.requests, int(state.totals[0]["preemptions"]))
 
 
 class _Played:

@@ -9,12 +9,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.simulator import Simulator, run_iteration
 from engine.compiled import kernel
 from engine.core import state as core
 from engine.core.blocks import blocks_for
-from engine.core.state import DECODING, State
+from engine.core.feed import new_feed
+from engine.core.fork import fork
+from engine.core.state import DECODING, NOBODY
 from engine.latency.model import iteration_time, prefill_attention_time, unread_time
+from engine.simulator.loop import System, run_iteration
+from engine.simulator.simulator import Simulator
 
 UNBOUNDED = 1e300
 FORESEEN = -1
@@ -25,12 +28,12 @@ class Scratch(NamedTuple):
     """Copies of an engine and room to think.
 
     origin: the engine now, its unfinished requests and the next arrivals in order of arrival · trial: where rollouts
-    run · weights, limits: (C + 2,) by number of candidates that a request can use and can have · choices: the c to
-    choose from · budgets: the n to choose from.
+    run, see `fork` · weights, limits: (C + 2,) by number of candidates that a request can use and can have · choices:
+    the c to choose from · budgets: the n to choose from.
     """
 
-    origin: State
-    trial: State
+    origin: System
+    trial: System
     weights: NDArray[np.float64]
     limits: NDArray[np.int64]
     choices: NDArray[np.int64]
@@ -81,20 +84,20 @@ class Rolled(NamedTuple):
 
 def new_scratch(simulator: Simulator, choices: NDArray[np.int64], budgets: NDArray[np.int64]) -> Scratch:
     """Empty scratch space for a simulator's engine 0."""
-    requests = len(simulator.workloads[0].arrival)
-    limits = simulator.limits
+    system, limits = simulator.system, simulator.limits
 
-    def room() -> State:
-        return core.allocate(
+    def room() -> System:
+        state = core.allocate(
             1,
-            requests,
+            len(simulator.workloads[0].arrival),
             total_blocks=limits.total_blocks,
             block_size=limits.block_size,
             watermark_blocks=limits.watermark_blocks,
             max_num_seqs=limits.max_num_seqs,
-            ttft_target=float(simulator.state.engines[0]["ttft_target"]),
+            ttft_target=float(system.state.limits["ttft_target"][0]),
             prefill=limits.prefill,
         )
+        return system._replace(state=state, feed=new_feed(1))
 
     widest = int(choices.max()) + 2
     return Scratch(
@@ -108,95 +111,34 @@ def new_scratch(simulator: Simulator, choices: NDArray[np.int64], budgets: NDArr
 
 
 @kernel
-def copy_unfinished(state, origin, until):
-    """Make `origin` the engine as it is, with only the unfinished requests and the arrivals up to `until` (s).
-
-    Returns the prompt tokens that wait or arrive. Rows are renumbered in order, and the scheduler only ever compares
-    their order: running requests arrived before preempted ones, these before new ones.
-    """
-    engine = state.engines[0]
-    origin.engines[0] = state.engines[0]
-    copy = origin.engines[0]
-    rows = 0
-    past_deadline = 0
-    for i in range(engine.num_running):
-        r = state.running[0, i]
-        origin.requests[0, rows] = state.requests[0, r]
-        origin.running[0, i] = rows
-        past_deadline += r < engine.next_deadline
-        rows += 1
-    for i in range(engine.num_preempted - 1, -1, -1):
-        r = state.preempted[0, i]
-        origin.requests[0, rows] = state.requests[0, r]
-        origin.preempted[0, i] = rows
-        past_deadline += r < engine.next_deadline
-        rows += 1
-    copy.next_new = rows
-    work = engine.waiting_tokens
-    r = engine.next_new
-    while r < engine.num_requests:
-        if r >= engine.released:
-            if state.requests[0, r].arrival > until:
-                break
-            work += state.requests[0, r].prompt
-        origin.requests[0, rows] = state.requests[0, r]
-        past_deadline += r < engine.next_deadline
-        rows += 1
-        r += 1
-    copy.released = copy.next_new + engine.released - engine.next_new
-    copy.num_requests = rows
-    copy.next_deadline = past_deadline
-    copy.tpot_cost = 0.0
-    copy.lateness = 0.0
-    copy.violations = 0
-    return work
-
-
-@kernel
-def _copy(origin, trial):
-    engine = origin.engines[0]
-    trial.engines[0] = origin.engines[0]
-    for r in range(engine.num_requests):
-        trial.requests[0, r] = origin.requests[0, r]
-    for i in range(engine.num_running):
-        trial.running[0, i] = origin.running[0, i]
-    for i in range(engine.num_preempted):
-        trial.preempted[0, i] = origin.preempted[0, i]
-
-
-@kernel
-def _next_prefill(state, e, tables, token_budget):
+def _next_prefill(state, i, tables, token_budget):
     """(requests, tokens, attention in s, prompts completed) of the prefill that a budget would give now."""
-    engine = state.engines[e]
+    instance = state.instances[i]
+    limits = state.limits[i]
     left = token_budget
     requests, completed = 0, 0
     attention = 0.0
-    free_blocks = engine.free_blocks
-    free_seqs = engine.max_num_seqs - engine.num_running
-    reserve = engine.watermark_blocks if engine.num_running > 0 else 0
-    position = engine.num_decoding
-    preempted = engine.num_preempted
-    new = engine.next_new
+    free_blocks = instance.free_blocks
+    free_seqs = limits.max_num_seqs - instance.num_running
+    reserve = limits.watermark_blocks if instance.num_running > 0 else 0
+    position = instance.num_decoding
+    queued = instance.head
     while left > 0:
-        if position < engine.num_running:
-            r = state.running[e, position]
+        if position < instance.num_running:
+            r = state.running[i, position]
             position += 1
         else:
-            if preempted > 0:
-                preempted -= 1
-                r = state.preempted[e, preempted]
-            else:
-                if new >= engine.released:
-                    break
-                r = np.int32(new)
-                new += 1
-            need = blocks_for(state.requests[e, r].context, engine.block_size)
+            if queued == NOBODY:
+                break
+            r = queued
+            queued = state.requests[r].next
+            need = blocks_for(state.requests[r].context, limits.block_size)
             if free_seqs <= 0 or need + reserve > free_blocks:
                 break
             free_seqs -= 1
             free_blocks -= need
-            reserve = engine.watermark_blocks
-        request = state.requests[e, r]
+            reserve = limits.watermark_blocks
+        request = state.requests[r]
         remaining = request.context - request.computed
         chunk = min(left, remaining)
         attention += prefill_attention_time(tables, chunk, request.computed)
@@ -207,14 +149,15 @@ def _next_prefill(state, e, tables, token_budget):
 
 
 @kernel
-def foreseen_candidates(state, e, tables, draws, scratch, token_budget, token_s):
+def foreseen_candidates(system, i, scratch, token_budget, token_s):
     """The c whose tokens are worth most beyond the time they take, with the agreements to come in view.
 
     A second of the iteration costs every decoding request 1 / (output - 1), a token spares its request `token_s`
     of them: c minimises sum(w) T(c) - token_s sum(w_i tokens_i(c)).
     """
-    engine = state.engines[e]
-    decodes = engine.num_decoding
+    state, tables = system.state, system.tables
+    instance = state.instances[i]
+    decodes = instance.num_decoding
     choices, weights, limits = scratch.choices, scratch.weights, scratch.limits
     widest = choices[choices.shape[0] - 1]
     if decodes == 0 or widest == 0:
@@ -222,16 +165,16 @@ def foreseen_candidates(state, e, tables, draws, scratch, token_budget, token_s)
     for k in range(widest + 2):
         weights[k] = 0.0
         limits[k] = 0
-    for i in range(decodes):
-        request = state.requests[e, state.running[e, i]]
+    for position in range(decodes):
+        request = state.requests[state.running[i, position]]
         most = min(request.output - request.generated - 1, widest)
-        run = draws.run_lengths[e, request.first_position + request.generated]
+        run = system.trace.run_lengths[request.first_position + request.generated]
         weights[min(most, run)] += 1.0 / (request.output - 1)
         limits[most] += 1
     for k in range(widest - 1, -1, -1):
         weights[k] += weights[k + 1]
         limits[k] += limits[k + 1]
-    prefills, prefill_tokens, attention, completed = _next_prefill(state, e, tables, token_budget)
+    prefills, prefill_tokens, attention, completed = _next_prefill(state, i, tables, token_budget)
     best = UNBOUNDED
     chosen = choices[0]
     depth = 0
@@ -246,10 +189,10 @@ def foreseen_candidates(state, e, tables, draws, scratch, token_budget, token_s)
         while steps > 0 and limits[steps] == 0:
             steps -= 1
         seconds = iteration_time(
-            tables, decodes, rows, steps, engine.kv_tokens, prefills, prefill_tokens, attention, rows + completed
+            tables, decodes, rows, steps, instance.kv_tokens, prefills, prefill_tokens, attention, rows + completed
         )
         if steps > 0:
-            seconds += unread_time(tables, min(engine.unread_tokens, engine.kv_tokens))
+            seconds += unread_time(tables, min(instance.unread_tokens, instance.kv_tokens))
         cost = weights[0] * seconds - token_s * gained
         if cost < best:
             best = cost
@@ -258,18 +201,18 @@ def foreseen_candidates(state, e, tables, draws, scratch, token_budget, token_s)
 
 
 @kernel
-def remaining_cost(state, outlook):
-    """What the unfinished requests of engine 0 will be charged, estimated.
+def remaining_cost(state, feed, outlook):
+    """What the unfinished requests of a fork will be charged, estimated.
 
     A decoding request takes `token_s` per token; prompts are computed in order of arrival at `prefill_s` per
     token, each when it has arrived and those before it are done.
     """
-    engine = state.engines[0]
+    now = state.instances[0].now
     cost = 0.0
-    free_at = engine.now
+    free_at = now
     tokens_left = 0
-    for r in range(engine.num_requests):
-        request = state.requests[0, r]
+    for r in range(feed.end[0]):
+        request = state.requests[r]
         left = request.output - request.generated
         if left <= 0:
             continue
@@ -280,47 +223,49 @@ def remaining_cost(state, outlook):
             free_at = max(free_at, request.arrival) + prompt * outlook.prefill_s
             if math.isnan(request.first_token):
                 left -= 1
-                deadline = request.arrival + engine.ttft_target
+                deadline = request.arrival + request.ttft_target
                 if free_at > deadline:
-                    cost += outlook.lateness * (free_at - max(deadline, engine.now))
-                    if r >= engine.next_deadline:
+                    cost += outlook.lateness * (free_at - max(deadline, now))
+                    if request.late == 0:
                         cost += outlook.violation
             else:
-                cost += outlook.second * weight * (free_at - engine.now)
+                cost += outlook.second * weight * (free_at - now)
         cost += outlook.second * weight * left * outlook.token_s
     return cost + outlook.interference * tokens_left
 
 
 @kernel
-def roll(scratch, tables, draws, plan, switch, until, decision_s, outlook, most):
-    """Run the copied engine under `plan` until its clock passes `until` (s), and charge it.
+def roll(scratch, plan, switch, until, decision_s, outlook, most):
+    """Run a copy of the engine under `plan` until its clock passes `until` (s), and charge it.
 
     `plan.first` holds for iterations that begin before `switch` (s). A rollout that is charged more than `most` ends
     there, because what is charged is never paid back; its cost is then only known to be larger.
     """
-    trial = scratch.trial
-    _copy(scratch.origin, trial)
-    engine = trial.engines[0]
-    begin = engine.now
+    origin, trial = scratch.origin, scratch.trial
+    fork(origin.state, 0, origin.feed, trial.state, trial.feed, math.inf)
+    instance = trial.state.instances[0]
+    batch = trial.state.batches[0]
+    totals = trial.state.totals[0]
+    begin = instance.now
     decoding_s = 0.0
     tokens = 0.0
     cost = 0.0
     more = True
-    while more and engine.now < until and cost <= most:
-        budget = plan.first if engine.now < switch else plan.tail
+    while more and instance.now < until and cost <= most:
+        budget = plan.first if instance.now < switch else plan.tail
         candidates = plan.fixed
         if candidates == FORESEEN:
-            candidates = foreseen_candidates(trial, 0, tables, draws, scratch, budget, plan.worth * outlook.token_s)
-        more = run_iteration(trial, 0, tables, draws, candidates, budget, decision_s)
-        decoding_s += engine.last_elapsed * engine.num_decodes
-        tokens += engine.emitted_tokens - engine.prompts_completed
+            candidates = foreseen_candidates(trial, 0, scratch, budget, plan.worth * outlook.token_s)
+        more = run_iteration(trial, 0, candidates, budget, decision_s)
+        decoding_s += batch.elapsed * batch.num_decodes
+        tokens += batch.emitted_tokens - batch.prompts_completed
         cost = (
-            outlook.second * engine.tpot_cost
-            + outlook.violation * engine.violations
-            + outlook.lateness * engine.lateness
+            outlook.second * totals.tpot_cost
+            + outlook.violation * totals.violations
+            + outlook.lateness * totals.lateness
         )
-    seconds = engine.now - begin
-    tpot_s = engine.tpot_cost
+    seconds = instance.now - begin
+    tpot_s = totals.tpot_cost
     if cost <= most:
-        cost += remaining_cost(trial, outlook)
+        cost += remaining_cost(trial.state, trial.feed, outlook)
     return Rolled(cost, decoding_s, tokens, tpot_s, seconds)

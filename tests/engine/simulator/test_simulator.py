@@ -11,20 +11,23 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from controllers.analytic import Analytic
-from controllers.controller import CompiledController
-from controllers.fixed import Fixed
+from controllers.compiled import KernelController
+from controllers.fixed import Fixed, constant
 from controllers.sarathi import Sarathi
-from engine.backends.simulator import ITERATION, Simulator
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
+from engine.core.metrics import request_table
 from engine.core.state import FINISHED, PREFILL_ORDERS
 from engine.latency.lookup import LookupTable
 from engine.latency.model import LatencyModel
 from engine.limits import Prefill
 from engine.plant import Plant
+from engine.simulator.loop import ITERATION
+from engine.simulator.simulator import Simulator
 from engine.workload.agreement import IidAgreement
 from engine.workload.source import TraceSource
 from engine.workload.workload import Workload, WorkloadError
+from tests.engine.core.cases import Figures
 
 A100 = EngineConfig(name="vicuna 7B", latency="vicuna_7b_a100")
 TIGHT = EngineConfig(name="tight", latency="vicuna_7b_a100", num_kv_blocks=60, max_num_seqs=8, watermark=0.02)
@@ -57,19 +60,19 @@ def _run(
 ) -> tuple[Simulator, NDArray[np.void]]:
     """A simulator after its last request has finished, and its iteration log."""
     simulator = _simulator(workload, config, latency)
-    loop = simulator.constant_loop(candidates, token_budget, decision_s)
+    loop = simulator.loop(constant(candidates, token_budget), decision_s)
     log, _ = simulator.run_to_end(loop, record_iterations=True)
     return simulator, log
 
 
 def _assert_conserved(simulator: Simulator, log: NDArray[np.void]) -> None:
     """Every request has finished exactly once with its exact tokens, and memory was never over-committed."""
-    engine, requests, workload = simulator.state.engines[0], simulator.state.requests[0], simulator.workloads[0]
+    engine, requests, workload = Figures(simulator.state), simulator.requests(), simulator.workloads[0]
     requests = requests[: workload.num_requests]
-    assert engine["num_finished"] == workload.num_requests
+    assert engine["finished"] == workload.num_requests
     assert np.all(requests["phase"] == FINISHED)
     assert np.array_equal(requests["generated"], workload.output_tokens)
-    assert engine["total_emitted"] == workload.num_positions
+    assert engine["emitted_tokens"] == workload.num_positions
     assert np.all(requests["first_token"] > requests["arrival"])
     assert np.all(requests["admitted"] >= requests["arrival"])
     assert np.all(requests["last_token"] >= requests["first_token"])
@@ -86,7 +89,7 @@ def _assert_conserved(simulator: Simulator, log: NDArray[np.void]) -> None:
 
 def _assert_never_idle_with_work(simulator: Simulator, log: NDArray[np.void]) -> None:
     """Between iterations the clock jumps only over times at which every released request has finished."""
-    engine, requests = simulator.state.engines[0], simulator.state.requests[0]
+    engine, requests = Figures(simulator.state), simulator.requests()
     requests = requests[: simulator.workloads[0].num_requests]
     begin = np.concatenate([[0.0], log["end_s"][:-1]])
     jumped = log["start_s"] - begin > 1e-9
@@ -125,7 +128,7 @@ def test_every_request_finishes_exactly_once_with_its_exact_tokens(
     simulator, log = _run(workload, candidates, token_budget, config)
     _assert_conserved(simulator, log)
     _assert_never_idle_with_work(simulator, log)
-    assert (simulator.state.engines["preemptions"][0] > 0) == (config is TIGHT and token_budget > 1)
+    assert (simulator.state.totals["preemptions"][0] > 0) == (config is TIGHT and token_budget > 1)
 
 
 @CONFIGS
@@ -168,8 +171,8 @@ def test_conservation_holds_on_random_workloads_and_engines(
 def test_littles_law_holds_from_the_request_table_and_from_the_iteration_log(config: EngineConfig, rate: float) -> None:
     workload = _workload(1, 1000, rate)
     simulator, log = _run(workload, config=config)
-    requests = simulator.state.requests[0]
-    span = float(simulator.state.engines["last_end"][0])
+    requests = simulator.requests()
+    span = float(simulator.state.instances["last_end"][0])
     rate_times_wait = (len(requests) / span) * (requests["last_token"] - requests["arrival"]).mean()
     events = np.concatenate([requests["arrival"], requests["last_token"]])
     steps = np.repeat([1, -1], len(requests))
@@ -182,7 +185,7 @@ def test_littles_law_holds_from_the_request_table_and_from_the_iteration_log(con
 def test_littles_law_is_an_identity_of_the_iteration_log() -> None:
     workload = _workload(2, 2000, 20.0)
     simulator, log = _run(workload)
-    requests = simulator.state.requests[0]
+    requests = simulator.requests()
     in_system = (requests["last_token"] - requests["arrival"]).sum()
     assert _in_system_from_log(workload, log) == pytest.approx(in_system, rel=1e-6)
 
@@ -193,7 +196,7 @@ def _single_server(arrival: NDArray[np.float64], prompt: NDArray[np.int64], late
     workload = Workload.build("single server", arrival, prompt, one, IidAgreement(alpha=0.5), 0)
     config = EngineConfig(name="single server", latency="linear", max_num_seqs=1)
     simulator = _simulator(workload, config, latency)
-    simulator.run_to_end(simulator.constant_loop(0, 65536))
+    simulator.run_to_end(simulator.loop(constant(0, 65536)))
     return simulator
 
 
@@ -210,7 +213,7 @@ def test_one_seat_and_constant_service_is_the_m_d_1_queue(utilisation: float) ->
     service_s, requests = 0.05, 400_000
     arrival = np.cumsum(np.random.default_rng(3).exponential(service_s / utilisation, requests))
     simulator = _single_server(arrival, np.ones(requests, dtype=np.int64), LatencyModel.linear(service_s))
-    table = simulator.state.requests[0]
+    table = simulator.requests()
     np.testing.assert_allclose(table["last_token"] - table["admitted"], service_s, atol=1e-9)
     wait = table["admitted"] - arrival
     np.testing.assert_allclose(wait, _lindley(arrival, np.full(requests, service_s)), atol=1e-5)
@@ -225,15 +228,15 @@ def test_one_seat_and_geometric_prompts_is_the_m_m_1_queue(utilisation: float) -
     prompt = rng.geometric(1.0 / mean_tokens, requests)
     arrival = np.cumsum(rng.exponential(mean_tokens * per_token_s / utilisation, requests))
     simulator = _single_server(arrival, prompt, LatencyModel.linear(0.0, per_token_s))
-    table = simulator.state.requests[0]
+    table = simulator.requests()
     np.testing.assert_allclose(table["last_token"] - table["admitted"], prompt * per_token_s, atol=1e-8)
     in_system = (table["last_token"] - arrival).mean()
     service_rate = 1.0 / (mean_tokens * per_token_s)
     assert in_system == pytest.approx(1.0 / (service_rate * (1.0 - utilisation)), rel=0.03)
 
 
-def _table_bytes(simulator: Simulator) -> bytes:
-    return simulator.state.requests.tobytes()
+def _table_bytes(simulator: Simulator, i: int = 0) -> bytes:
+    return b"".join(column.tobytes() for column in request_table(simulator.requests(i)).values())
 
 
 @CONFIGS
@@ -241,18 +244,18 @@ def test_the_same_workload_twice_gives_identical_bytes(config: EngineConfig) -> 
     (one, first), (two, second) = (_run(_workload(5), config=config) for _ in range(2))
     assert _table_bytes(one) == _table_bytes(two)
     assert first.tobytes() == second.tobytes()
-    assert one.state.engines.tobytes() == two.state.engines.tobytes()
+    assert one.state.totals.tobytes() == two.state.totals.tobytes()
 
 
 def test_a_used_simulator_repeats_a_run_bit_for_bit() -> None:
     workload = _workload(6)
     simulator, first = _run(workload, config=TIGHT)
-    table, engines = _table_bytes(simulator), simulator.state.engines.tobytes()
+    table, engines = _table_bytes(simulator), simulator.state.totals.tobytes()
     simulator.load(0, workload)
-    second, _ = simulator.run_to_end(simulator.constant_loop(3, 256), record_iterations=True)
+    second, _ = simulator.run_to_end(simulator.loop(constant(3, 256)), record_iterations=True)
     assert first.tobytes() == second.tobytes()
     assert _table_bytes(simulator) == table
-    assert simulator.state.engines.tobytes() == engines
+    assert simulator.state.totals.tobytes() == engines
 
 
 @CONFIGS
@@ -261,12 +264,12 @@ def test_the_loop_is_the_same_stepwise_logged_and_in_chunks(config: EngineConfig
     workload = _workload(7)
     logged, log = _run(workload, config=config, decision_s=decision_s)
     unlogged = _simulator(workload, config)
-    unlogged.run_to_end(unlogged.constant_loop(3, 256, decision_s))
+    unlogged.run_to_end(unlogged.loop(constant(3, 256), decision_s))
     stepwise = _simulator(workload, config)
     while stepwise.step(0, 3, 256, decision_s):
         pass
     chunks = _simulator(workload, config)
-    loop, more, rows = chunks.constant_loop(3, 256, decision_s), True, []
+    loop, more, rows = chunks.loop(constant(3, 256), decision_s), True, []
     while more:
         part = np.zeros(17, dtype=ITERATION)
         count, more = loop(17, part)
@@ -274,7 +277,7 @@ def test_the_loop_is_the_same_stepwise_logged_and_in_chunks(config: EngineConfig
     assert np.concatenate(rows).tobytes() == log.tobytes()
     for other in (unlogged, stepwise, chunks):
         assert _table_bytes(other) == _table_bytes(logged)
-        assert other.state.engines.tobytes() == logged.state.engines.tobytes()
+        assert other.state.totals.tobytes() == logged.state.totals.tobytes()
         assert np.array_equal(other.state.itl, logged.state.itl)
 
 
@@ -283,11 +286,11 @@ def test_a_decision_charge_shifts_the_clock_by_exactly_itself_every_iteration() 
     latency = LatencyModel.linear(2.0**-6)
     workload = Workload.build("one", [1.0], [1], [9], IidAgreement(alpha=0.0), 0)
     (free, _), (charged, log) = (_run(workload, 0, 64, A100, latency, decision_s) for decision_s in (0.0, charge))
-    iterations = int(free.state.engines["iterations"][0])
+    iterations = int(free.state.totals["iterations"][0])
     assert iterations == 9
-    shift = charged.state.requests["last_token"][0, 0] - free.state.requests["last_token"][0, 0]
+    shift = charged.requests()["last_token"][0] - free.requests()["last_token"][0]
     assert shift == iterations * charge
-    assert charged.state.engines["busy_s"][0] == iterations * 2.0**-6
+    assert charged.state.totals["busy_s"][0] == iterations * 2.0**-6
     np.testing.assert_array_equal(log["start_s"] - np.append(1.0, log["end_s"][:-1]), charge)
 
 
@@ -303,12 +306,11 @@ def test_a_larger_workload_can_follow_a_smaller_one_and_a_smaller_one_the_larger
     simulator, _ = _run(small)
     for workload in (large, small, large):
         simulator.load(0, workload)
-        log, _ = simulator.run_to_end(simulator.constant_loop(3, 256), record_iterations=True)
+        log, _ = simulator.run_to_end(simulator.loop(constant(3, 256)), record_iterations=True)
         _assert_conserved(simulator, log)
         fresh, expected = _run(workload)
         assert log.tobytes() == expected.tobytes()
-        count = workload.num_requests
-        assert simulator.state.requests[0, :count].tobytes() == fresh.state.requests[0].tobytes()
+        assert _table_bytes(simulator) == _table_bytes(fresh)
 
 
 def test_engines_of_one_simulator_do_not_touch_each_other() -> None:
@@ -319,12 +321,12 @@ def test_engines_of_one_simulator_do_not_touch_each_other() -> None:
         more = [running and together.step(e, e, 128) for e, running in enumerate(more)]
     for e, workload in enumerate(workloads):
         alone, _ = _run(workload, e, 128)
-        assert together.state.requests[e, : workload.num_requests].tobytes() == alone.state.requests[0].tobytes()
+        assert _table_bytes(together, e) == _table_bytes(alone)
 
 
 def test_more_candidates_never_change_what_is_generated_only_when() -> None:
     workload = _workload(13)
-    tables = [_run(workload, candidates)[0].state.requests[0] for candidates in (0, 2, 8)]
+    tables = [_run(workload, candidates)[0].state.requests for candidates in (0, 2, 8)]
     for table in tables:
         assert np.array_equal(table["generated"], workload.output_tokens)
     steps = [table["drafted"].sum() for table in tables]
@@ -346,12 +348,12 @@ def test_accepted_candidates_are_the_agreements_of_the_workload() -> None:
             emitted.append(1)
         position += 1
     assert log["emitted_tokens"].tolist() == emitted
-    assert simulator.state.requests["accepted"][0, 0] == sum(emitted) - len(emitted)
+    assert simulator.requests()["accepted"][0] == sum(emitted) - len(emitted)
 
 
 def test_progress_is_reported_up_to_the_last_request() -> None:
     simulator, seen = _simulator(_workload(14)), []
-    simulator.run_to_end(simulator.constant_loop(0, 64), on_progress=lambda *counts: seen.append(counts))
+    simulator.run_to_end(simulator.loop(constant(0, 64)), on_progress=lambda *counts: seen.append(counts))
     assert seen[-1] == (300, 300)
 
 
@@ -363,7 +365,7 @@ def test_a_request_that_can_never_fit_is_refused_by_row() -> None:
 
 TRACES = ("azure2023_code_0-30min.csv", "azure2023_conv_0-30min.csv")
 ENGINES = ("vicuna_7b_a100", "vicuna_13b_a100", "vicuna_33b_a100")
-GOVERNORS: dict[str, CompiledController] = {
+GOVERNORS: dict[str, KernelController] = {
     "fixed": Fixed(candidates=3, token_budget=512),
     "sarathi": Sarathi(total_budget=512),
     "analytic": Analytic(),
@@ -374,7 +376,7 @@ GOVERNORS: dict[str, CompiledController] = {
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("trace", TRACES)
 def test_recorded_traffic_is_served_to_the_last_token(
-    data_dir: Path, trace: str, engine: str, controller: CompiledController
+    data_dir: Path, trace: str, engine: str, controller: KernelController
 ) -> None:
     path = data_dir / "requests" / trace
     if not path.is_file():
@@ -390,10 +392,10 @@ def test_recorded_traffic_is_served_to_the_last_token(
         return LookupTable.load_or_fit(simulator.latency, *choices, limits.max_num_seqs, capacity)
 
     controller.reset(Plant(grid=grid, predict=predict))
-    log, _ = simulator.run_to_end(controller.loop(simulator, 0.0), record_iterations=True)
+    log, _ = simulator.run_to_end(simulator.loop(controller.current, 0.0), record_iterations=True)
     _assert_conserved(simulator, log)
     _assert_never_idle_with_work(simulator, log)
-    requests = simulator.state.requests[0]
+    requests = simulator.requests()
     if log["token_budget"].min() > 0:
         # With a budget of 0 a request in the middle of its prompt is in no batch, so the log does not count it.
         in_system = (requests["last_token"] - requests["arrival"]).sum()

@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engine.backends.drafting import RANK_EXPONENT, accept_shared, share_candidates
-from engine.backends.simulator import Simulator
+from controllers.fixed import constant
 from engine.config import EngineConfig
 from engine.core.scheduler import plan
 from engine.latency.model import LatencyModel
+from engine.simulator.candidates import RANK_EXPONENT, accept_shared, share_candidates
+from engine.simulator.simulator import Simulator
 from engine.workload.agreement import IidAgreement, MarkovAgreement
 from engine.workload.workload import Workload, offsets, run_lengths
+from tests.engine.core.cases import Figures
 
 LINEAR = LatencyModel.linear(0.01, 1e-4, per_draft_step_s=1e-3)
 OUTPUT = 24
@@ -66,16 +68,16 @@ def _decoding(workload: Workload, latency: LatencyModel = LINEAR, **settings: An
 
 
 def _share(simulator: Simulator, candidates: int) -> Shared:
-    state, draws = simulator.state, simulator.draws
+    state, sharing = simulator.state, simulator.system.sharing
     plan(state, 0, candidates, 0)
-    share_candidates(state, 0, draws, simulator.latency.tables)
-    accept_shared(state, 0, draws)
-    count = int(state.engines["num_decodes"][0])
+    share_candidates(state, 0, sharing, simulator.system.trace, simulator.latency.tables)
+    accept_shared(state, 0, sharing)
+    count = int(state.batches["num_decodes"][0])
     return Shared(
         (state.batch_tokens[0, :count] - 1).tolist(),
         state.accepted[0, :count].tolist(),
         state.reach[0, :count].tolist(),
-        int(state.engines["candidate_steps"][0]),
+        int(state.batches["candidate_steps"][0]),
     )
 
 
@@ -161,14 +163,14 @@ def test_global_expects_no_less_than_local_and_local_no_less_than_uniform(
 
 def _expected_of_shape(simulator: Simulator, confidence: NDArray[np.float32]) -> float:
     """Sum of the path probabilities of the fixed shape's nodes, as many as each request got."""
-    draws = simulator.draws
+    sharing = simulator.system.sharing
     total = 0.0
     for i, row in enumerate(confidence):
         paths: list[tuple[int, ...]] = []
         for node in range(simulator.state.batch_tokens[0, i] - 1):
-            parent = int(draws.shape_parents[node])
-            paths.append((*(paths[parent] if parent >= 0 else ()), int(draws.shape_ranks[node])))
-        values = _paths(row, draws.branching, 3)
+            parent = int(sharing.shape_parents[node])
+            paths.append((*(paths[parent] if parent >= 0 else ()), int(sharing.shape_ranks[node])))
+        values = _paths(row, sharing.branching, 3)
         total += sum(values[path] for path in paths)
     return total
 
@@ -220,7 +222,7 @@ def test_local_chains_are_the_chains_of_c_each(seed: int, c: int, blocks: int) -
     tables = []
     for more in ({}, {"allocation": "local", "draft_depth": 8}, {"allocation": "uniform", "draft_depth": 8}):
         simulator = _run(workload, c, num_kv_blocks=blocks, **more)
-        tables.append(simulator.state.requests[0].tobytes())
+        tables.append(simulator.state.requests.tobytes())
     # The drafter passes that a chain of its own choice needs are those of c: nothing is dropped.
     assert tables[0] == tables[1] == tables[2]
 
@@ -240,7 +242,7 @@ def _random(seed: int, requests: int) -> Workload:
 def _run(workload: Workload, c: int, **settings: Any) -> Simulator:
     config = EngineConfig(name="test", latency="vicuna_7b_a100", **settings)
     simulator = Simulator(config, [workload], ttft_target=1.0, latency=LINEAR)
-    simulator.run_to_end(simulator.constant_loop(c, 128))
+    simulator.run_to_end(simulator.loop(constant(c, 128)))
     return simulator
 
 
@@ -263,7 +265,7 @@ def test_every_request_gets_its_tokens_whoever_gets_the_candidates(
 ) -> None:
     workload = _random(seed, 25)
     simulator = _run(workload, c, num_kv_blocks=blocks, **way)
-    rows, engine = simulator.state.requests[0], simulator.state.engines[0]
+    rows, engine = simulator.state.requests, Figures(simulator.state)
     assert (rows["generated"] == workload.output_tokens).all()
     assert (rows["accepted"] <= rows["drafted"]).all()
     assert engine["free_blocks"] == engine["total_blocks"]
@@ -286,7 +288,7 @@ def test_expected_tokens_come_true_on_average() -> None:
     simulator = Simulator(config, [workload], ttft_target=1.0, latency=LINEAR)
     simulator.step(0, 0, 16 * size)
     shared = _share(simulator, 2)
-    expected = simulator.draws.gains[2 * size - 1] / size - 1.0
+    expected = simulator.system.sharing.gains[2 * size - 1] / size - 1.0
     accepted = np.array(shared.accepted)
     error = accepted.std() / np.sqrt(size)
     assert accepted.mean() == pytest.approx(expected, abs=4 * error + 0.02)
@@ -316,10 +318,10 @@ def test_those_behind_their_tpot_target_are_served_first() -> None:
     confidence = np.array([[0.9] * 6, [0.6] * 6], dtype=np.float32)
     workload = _workload(confidence, output=OUTPUT)
     behind = _decoding(workload, allocation="slo", tpot_target=0.05)
-    rows = behind.state.requests[0]
-    now = float(behind.state.engines["now"][0])
+    rows = behind.state.requests
+    now = float(behind.state.instances["now"][0])
     # One token each so far. The second request's first came long ago: it needs .12 / .05 = 2.4 expected tokens.
-    rows["first_token"][:2] = [now, now - 0.12 + float(behind.state.engines["last_elapsed"][0])]
+    rows["first_token"][:2] = [now, now - 0.12 + float(behind.state.batches["elapsed"][0])]
     shared = _share(behind, 2)
     # 1 + .6 + .36 + .216 + .13 + ... reaches 2.4 never within the draft depth of 4: it gets all four.
     assert shared.candidates == [0, 4]
@@ -332,7 +334,7 @@ def test_those_behind_their_tpot_target_are_served_first() -> None:
 def test_a_requests_own_acceptance_can_stand_for_confidence() -> None:
     confidence = np.array([[0.1] * 6, [0.9] * 6], dtype=np.float32)
     simulator = _decoding(_workload(confidence), allocation="global", score="acceptance")
-    rows = simulator.state.requests[0]
+    rows = simulator.state.requests
     rows["drafted"][:2], rows["accepted"][:2] = [100, 100], [95, 5]
     assert _share(simulator, 2).candidates == [4, 0]
 

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core.live import append, cancel, for_limits, stop_after
+from engine.core.feed import arrive, new_feed
+from engine.core.live import append, for_limits, stop_after
+from engine.core.membership import cancel
 from engine.core.redistribute import redistribute
-from engine.core.scheduler import advance_clock, commit, plan, release
+from engine.core.scheduler import commit, plan
 from engine.core.state import State
 from engine.files import read_arrays, write_arrays
 from engine.limits import EngineLimits
@@ -82,7 +84,7 @@ def replay(
     ttft_target: float,
     on_plan: Callable[[State], Any] | None = None,
 ) -> State:
-    """The scheduler's state after the recorded run.
+    """Return the scheduler's state after the recorded run; its request table holds the recorded requests in order.
 
     `on_plan` sees the state of every iteration once its batch is planned, before a drafter proposed its candidates.
 
@@ -90,20 +92,20 @@ def replay(
     those of the recorded engine.
     """
     state = for_limits(limits, max(1, len(recording.requests)), ttft_target)
+    feed = new_feed(1)
     for arrival, prompt, output in recording.requests:
-        append(state, 0, arrival, prompt, output)
+        append(state, feed, arrival, prompt, output)
     decodes: NDArray[np.int64] = np.array(recording.decodes, dtype=np.int64).reshape(-1, 3)
     stops, cancellations = list(recording.stops), list(recording.cancellations)
     used = 0
     for iteration, (start, elapsed, candidates, token_budget, num_decodes) in enumerate(recording.iterations):
         while cancellations and cancellations[0][0] == iteration:
             cancel(state, 0, cancellations.pop(0)[1])
-        advance_clock(state, 0, start)
-        release(state, 0)
-        if not plan(state, 0, candidates, token_budget) or state.engines["num_decodes"][0] != num_decodes:
+        arrive(state, 0, feed, start)
+        if not plan(state, 0, candidates, token_budget) or state.batches["num_decodes"][0] != num_decodes:
             raise ReplayError(
                 f"iteration {iteration} at {start:.6f} s: the recorded engine decoded {num_decodes} requests, the "
-                f"replay plans {state.engines['num_decodes'][0]}; replay with the recorded engine's limits"
+                f"replay plans {state.batches['num_decodes'][0]}; replay with the recorded engine's limits"
             )
         if on_plan is not None:
             on_plan(state)

@@ -13,26 +13,28 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from controllers.analytic import Analytic
-from controllers.controller import CompiledController
-from controllers.fixed import Fixed
+from controllers.bounds.clairvoyant import PeekingController, PeekingError
+from controllers.bounds.oracle import Oracle
+from controllers.bounds.oracle_grid import OracleGrid, best_fixed_pair
+from controllers.bounds.rollout import FORESEEN, UNBOUNDED, Outlook, Plan, Scratch, new_scratch, roll
+from controllers.controller import Controller
+from controllers.fixed import Fixed, constant
 from controllers.mpc import Mpc
-from controllers.oracle import Oracle
-from controllers.oracle_grid import OracleGrid, best_fixed_pair
-from controllers.peeking import PeekingController, PeekingError
-from controllers.rollout import FORESEEN, UNBOUNDED, Outlook, Plan, copy_unfinished, new_scratch, roll
-from engine.backends.simulator import Simulator
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
+from engine.core.fork import fork
 from engine.core.metrics import request_table
 from engine.core.objective import Prices, charged
 from engine.latency.lookup import LookupTable
 from engine.plant import Plant
+from engine.simulator.simulator import Simulator
 from engine.workload.arrivals import PoissonArrivals
 from engine.workload.lengths import NamedLengths
 from engine.workload.source import SyntheticSource
 from engine.workload.workload import Workload, offsets, run_lengths
 from runs.simulated import Charge, serve
 from tests.controllers.observed import observation
+from tests.engine.core.cases import Figures
 
 GRID = ActionGrid(candidate_choices=(0, 1, 2, 4, 8), budget_choices=(64, 256, 1024, 4096))
 
@@ -62,15 +64,15 @@ def _plant() -> Plant:
     return Plant(grid=GRID, predict=lambda: table)
 
 
-def _cost(controller: CompiledController, simulator: Simulator, charge: Charge = "constant") -> float:
+def _cost(controller: Controller, simulator: Simulator, charge: Charge = "constant") -> float:
     """Objective of a whole run, summed over requests."""
     serve(simulator, simulator.workloads[0], controller, _plant(), charge)
-    assert int(simulator.state.engines[0]["num_finished"]) == simulator.workloads[0].num_requests
+    assert int(simulator.state.totals[0]["finished"]) == simulator.workloads[0].num_requests
     return charged(simulator.state, 0, Prices())
 
 
 def _bytes(simulator: Simulator) -> bytes:
-    return b"".join(column.tobytes() for column in request_table(simulator.state).values())
+    return b"".join(column.tobytes() for column in request_table(simulator.requests()).values())
 
 
 def _written(arrival: list[float], prompt: list[int], rank: list[list[int]]) -> Workload:
@@ -152,10 +154,10 @@ def test_a_prompt_that_can_wait_is_held_back_until_the_decode_before_it_is_done(
     """Budgets that keep the second prompt's deadline slow the first request, unless they come after its last token."""
     simulator = _simulator(_written([0.0, 0.05], [64, 12000], [[1] * 40, [1] * 2]), ttft_target=1.7)
     oracle = _cost(Oracle(), simulator)
-    foresight = request_table(simulator.state)
+    foresight = request_table(simulator.requests())
     assert foresight["ttft_s"][1] <= 1.7
     assert oracle < 0.9 * _cost(OracleGrid(), simulator)
-    assert foresight["tpot_s"][0] < 0.9 * request_table(simulator.state)["tpot_s"][0]
+    assert foresight["tpot_s"][0] < 0.9 * request_table(simulator.requests())["tpot_s"][0]
 
 
 @pytest.mark.parametrize("blocks", [0, 300])
@@ -166,36 +168,44 @@ def test_a_copy_rolled_to_its_end_is_charged_what_the_engine_is(
 ) -> None:
     """Also with a cache so small that requests are preempted, which a copy renumbers."""
     simulator = _simulator(_workload(30.0, 80, 5), ttft_target=0.3, num_kv_blocks=blocks)
-    engine = simulator.state.engines[0]
+    engine = Figures(simulator.state)
     for _ in range(before):
         simulator.step(0, 2, 256)
-    while blocks and before and engine["num_preempted"] == 0:
+    while blocks and before and engine["preemptions"] == 0:
         simulator.step(0, 2, 256)
     prices = Prices().per_unit(0.3)
     scratch = new_scratch(simulator, GRID.candidates, GRID.budgets)
-    copy_unfinished(simulator.state, scratch.origin, 1e9)
+    _fork(simulator, scratch)
     earlier = charged(simulator.state, 0, Prices())
     outlook = Outlook(1.0, 1.0, 1.0, *prices)
     plan = Plan(pair[1], pair[1], 1.0, pair[0])
-    arguments = (simulator.latency.tables, simulator.draws, plan, 1e9, 1e9, 0.0, outlook, UNBOUNDED)
+    arguments = (plan, 1e9, 1e9, 0.0, outlook, UNBOUNDED)
     rolled = roll(scratch, *arguments)
     again = roll(scratch, *arguments)
-    simulator.run_to_end(simulator.constant_loop(*pair))
+    simulator.run_to_end(simulator.loop(constant(*pair)))
     assert rolled == again, "a rollout leaves its origin as it was"
     assert rolled.cost == pytest.approx(charged(simulator.state, 0, Prices()) - earlier, rel=1e-9)
+
+
+def _fork(simulator: Simulator, scratch: Scratch) -> None:
+    """Make the scratch's origin a copy of the simulator that has been charged nothing."""
+    origin = scratch.origin
+    fork(simulator.state, 0, simulator.system.feed, origin.state, origin.feed, 1e9)
+    for name in ("tpot_cost", "violations", "lateness"):
+        origin.state.totals[name] = 0
 
 
 def test_what_is_unfinished_is_charged_by_hand() -> None:
     """One request of 5 tokens decodes, one of 3 waits; a token takes 10 ms, a prompt token 1 ms."""
     simulator = _simulator(_written([0.0, 0.0], [64, 100], [[1] * 5, [1] * 3]), ttft_target=0.05)
     simulator.step(0, 0, 64)
-    now = float(simulator.state.engines[0]["now"])
+    now = float(simulator.state.instances["now"][0])
     scratch = new_scratch(simulator, GRID.candidates, GRID.budgets)
-    copy_unfinished(simulator.state, scratch.origin, 1e9)
+    _fork(simulator, scratch)
     outlook = Outlook(token_s=0.01, prefill_s=0.001, interference=0.003, second=20.0, violation=2.0, lateness=7.0)
     until = now - 1e-6
     plan = Plan(64, 64, 1.0, FORESEEN)
-    rolled = roll(scratch, simulator.latency.tables, simulator.draws, plan, until, until, 0.0, outlook, UNBOUNDED)
+    rolled = roll(scratch, plan, until, until, 0.0, outlook, UNBOUNDED)
     decoding = 20.0 * 4 / 4 * 0.01
     late = 2.0 + 7.0 * (now + 0.1 - 0.05)
     waiting = late + 20.0 * 2 / 2 * 0.01
@@ -208,7 +218,7 @@ def test_the_best_fixed_pair_is_the_first_of_equals() -> None:
     simulator = _simulator(_written([0.0], [64], [[1]]), ttft_target=0.001)
     best = best_fixed_pair(simulator, GRID, Prices())
     assert (best.candidates, best.token_budget) == (0, 4096)
-    assert int(simulator.state.engines[0]["iterations"]) == 0, "the workload is loaded afresh"
+    assert int(simulator.state.totals[0]["iterations"]) == 0, "the workload is loaded afresh"
 
 
 def test_the_chosen_pair_is_in_the_open() -> None:
@@ -228,7 +238,7 @@ def test_prices_decide() -> None:
     for c in GRID.candidate_choices:
         for n in GRID.budget_choices:
             _cost(Fixed(candidates=c, token_budget=n), simulator)
-            runs[c, n] = simulator.state.engines[0].copy()
+            runs[c, n] = simulator.state.totals[0].copy()
     tpot = best_fixed_pair(simulator, GRID, Prices(violation=0.0, lateness=0.0))
     late = best_fixed_pair(simulator, GRID, Prices(tpot_target=1e6, lateness=0.0))
     assert runs[tpot.candidates, tpot.token_budget]["tpot_cost"] == min(run["tpot_cost"] for run in runs.values())

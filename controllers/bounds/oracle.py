@@ -7,24 +7,28 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from controllers.controller import configured
-from controllers.oracle_grid import FixedPair, best_fixed_pair
-from controllers.peeking import PeekingController, check_unserved
-from controllers.rollout import (
+from controllers.bounds.clairvoyant import PeekingController, check_unserved
+from controllers.bounds.oracle_grid import FixedPair, best_fixed_pair
+from controllers.bounds.rollout import (
     FORESEEN,
     UNBOUNDED,
     Outlook,
     Plan,
     Scratch,
-    copy_unfinished,
     foreseen_candidates,
     new_scratch,
     roll,
 )
-from engine.backends.simulator import CompiledLoop, Simulator, log_iteration, run_iteration
+from controllers.controller import configured
+from controllers.fixed import constant
 from engine.compiled import kernel
+from engine.core.fork import fork
 from engine.core.objective import charged
+from engine.core.telemetry import look_away
 from engine.latency.model import iteration_time, prefill_attention_time
+from engine.policy import Policy
+from engine.simulator.loop import run_iteration
+from engine.simulator.simulator import Loop, Simulator
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ TOKEN_MEMORY = 0.1
 """Weight of the latest rollout in the time a token takes."""
 
 
-class Rules(NamedTuple):
+class Planning(NamedTuple):
     """What planning reads and keeps.
 
     scratch: see `Scratch` · horizon_s, every_s: settings · decision_s: charged before every iteration · pair: (2,) c
@@ -58,26 +62,31 @@ class Rules(NamedTuple):
 @kernel
 def _drain_time(state, tables, budgets):
     """Seconds per prompt token of the fastest prefill beside today's decodes."""
-    engine = state.engines[0]
+    instance = state.instances[0]
     least = UNBOUNDED
     for j in range(budgets.shape[0]):
         n = budgets[j]
         attention = prefill_attention_time(tables, n, 0)
-        decodes = engine.num_decoding
-        seconds = iteration_time(tables, decodes, decodes, 0, engine.kv_tokens, 1, n, attention, decodes + 1)
+        decodes = instance.num_decoding
+        seconds = iteration_time(tables, decodes, decodes, 0, instance.kv_tokens, 1, n, attention, decodes + 1)
         least = min(least, seconds / n)
     return least
 
 
 @kernel
-def _choose_plan(state, tables, draws, rules):
-    """Search the plans around the incumbent and keep the cheapest in `rules.plan`."""
-    scratch, plan, memory = rules.scratch, rules.plan, rules.memory
+def _choose_plan(system, planning):
+    """Search the plans around the incumbent and keep the cheapest in `planning.plan`."""
+    scratch, plan, memory = planning.scratch, planning.plan, planning.memory
     budgets = scratch.budgets
-    now = state.engines[0].now
-    until = now + rules.horizon_s
-    work = copy_unfinished(state, scratch.origin, until)
-    second, violation, lateness = rules.prices[0], rules.prices[1], rules.prices[2]
+    state, tables, origin = system.state, system.tables, scratch.origin
+    now = state.instances[0].now
+    until = now + planning.horizon_s
+    work = fork(state, 0, system.feed, origin.state, origin.feed, until)
+    totals = origin.state.totals[0]
+    totals.tpot_cost = 0.0
+    totals.lateness = 0.0
+    totals.violations = 0
+    second, violation, lateness = planning.prices[0], planning.prices[1], planning.prices[2]
     prefill_s = _drain_time(state, tables, budgets)
     useful = 1
     while useful < budgets.shape[0] and budgets[useful - 1] < work:
@@ -97,10 +106,10 @@ def _choose_plan(state, tables, draws, rules):
         elif mixed < trial <= mixed + len(WORTH_STEPS):
             first, tail, worth = b_first, b_tail, plan[2] * WORTH_STEPS[trial - mixed - 1]
         elif trial > 0:
-            first = tail = rules.pair[1]
-            fixed = rules.pair[0]
+            first = tail = planning.pair[1]
+            fixed = planning.pair[0]
         intended = Plan(first, tail, worth, fixed)
-        rolled = roll(scratch, tables, draws, intended, now + rules.every_s, until, rules.decision_s, outlook, best)
+        rolled = roll(scratch, intended, now + planning.every_s, until, planning.decision_s, outlook, best)
         if trial == 0:
             if rolled.tokens > 0.0:
                 memory[0] += TOKEN_MEMORY * (rolled.decoding_s / rolled.tokens - memory[0])
@@ -115,40 +124,41 @@ def _choose_plan(state, tables, draws, rules):
 
 
 @kernel
-def plan_run(state, tables, draws, rules, max_iterations, actions):
+def plan_run(system, planning, max_iterations, actions):
     """Plan and run at most `max_iterations` of engine 0, writing each (c, n) to `actions`.
 
     Returns (iterations run, whether any work is left).
     """
-    plan, memory = rules.plan, rules.memory
+    plan, memory = planning.plan, planning.memory
     for row in range(max_iterations):
-        now = state.engines[0].now
+        now = system.state.instances[0].now
         if now >= memory[1]:
-            _choose_plan(state, tables, draws, rules)
-            memory[1] = now + rules.every_s
+            _choose_plan(system, planning)
+            memory[1] = now + planning.every_s
         budget = int(plan[0])
         candidates = int(plan[3])
         if candidates == FORESEEN:
-            candidates = foreseen_candidates(state, 0, tables, draws, rules.scratch, budget, plan[2] * memory[0])
+            candidates = foreseen_candidates(system, 0, planning.scratch, budget, plan[2] * memory[0])
         actions[row, 0] = candidates
         actions[row, 1] = budget
-        if not run_iteration(state, 0, tables, draws, candidates, budget, rules.decision_s):
+        if not run_iteration(system, 0, candidates, budget, planning.decision_s):
             return row + 1, False
     return max_iterations, True
+
+
+class Actions(NamedTuple):
+    """chosen: (I, 2) c and n of every iteration · done: (N,) how many have been played."""
+
+    chosen: NDArray[np.int32]
+    done: NDArray[np.int64]
 
 
 @kernel
-def replay_actions(state, tables, draws, actions, begin, decision_s, max_iterations, log):
-    """Run engine 0 with the actions from row `begin` on; returns (iterations run, whether any work is left)."""
-    recording = len(log) > 0
-    for row in range(max_iterations):
-        candidates, token_budget = actions[begin + row, 0], actions[begin + row, 1]
-        more = run_iteration(state, 0, tables, draws, candidates, token_budget, decision_s)
-        if recording:
-            log_iteration(state, 0, log, row)
-        if not more:
-            return row + 1, False
-    return max_iterations, True
+def play(observation, i, params, memory):
+    """The next of the planned actions."""
+    row = memory.done[i]
+    memory.done[i] += 1
+    return memory.chosen[row, 0], memory.chosen[row, 1]
 
 
 @configured
@@ -160,18 +170,18 @@ class Oracle(PeekingController):
     simulator's own, and mu, what a token is worth in s, is `worth` times what tokens have lately cost.
 
     **Budget.** Every `every` it copies the engine, with its queue and the arrivals of the horizon, and rolls the copy
-    forward with the scheduler that serves (`controllers.rollout`): each budget held over the horizon; each budget until
-    the next choice and then the best held one; the best of these with other values of `worth`; and the best fixed pair
-    in hindsight. A rollout is charged the objective over the horizon and an estimate of what is unfinished then. The
-    cheapest is followed until the next choice: rollout over a finite horizon (Bertsekas, Rollout, Policy Iteration, and
-    Distributed Reinforcement Learning, 2020, chapter 2).
+    forward with the scheduler that serves (`controllers.bounds.rollout`): each budget held over the horizon; each
+    budget until the next choice and then the best held one; the best of these with other values of `worth`; and the
+    best fixed pair in hindsight. A rollout is charged the objective over the horizon and an estimate of what is
+    unfinished then. The cheapest is followed until the next choice: rollout over a finite horizon (Bertsekas, Rollout,
+    Policy Iteration, and Distributed Reinforcement Learning, 2020, chapter 2).
 
     **What it bounds.** The run is planned once for each of `horizons`, and the cheapest of these runs, or that of
     `oracle_grid` if none is below it, is the one served, which only hindsight can do. So no fixed pair of the grid is
     ever cheaper. It is what a policy that peeks achieves, by construction not more than that: the optimum is lower
     still, and nothing proves that no controller without foresight could be lower as well.
 
-    With draws other than greedy chains the choice of c is a heuristic; rollouts and costs stay exact.
+    With candidates other than greedy chains the choice of c is a heuristic; rollouts and costs stay exact.
 
     Args:
         horizons: lengths of the rollouts, each tried for the whole run, in `ttft_target`s.
@@ -184,7 +194,7 @@ class Oracle(PeekingController):
     )
     every: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.1
 
-    def loop(self, simulator: Simulator, decision_s: float) -> CompiledLoop:
+    def loop(self, simulator: Simulator, decision_s: float) -> Loop:
         """Plan the whole run, then a loop that replays the cheapest plan. ValueError in mid-run."""
         check_unserved(simulator)
         workload = simulator.workloads[0]
@@ -205,15 +215,15 @@ class Oracle(PeekingController):
             ", which no rollout improves on" if chosen is None else "",
         )
         if chosen is None:
-            return simulator.constant_loop(pair.candidates, pair.token_budget, decision_s)
-        return _replay(simulator, chosen, decision_s)
+            return simulator.loop(constant(pair.candidates, pair.token_budget), decision_s)
+        return simulator.loop(Policy(play, (), Actions(chosen, np.zeros(1, dtype=np.int64)), look_away), decision_s)
 
     def _plan(self, simulator: Simulator, pair: FixedPair, horizon: float, decision_s: float) -> NDArray[np.int32]:
         """(I, 2) c and n of every iteration; the simulator is left at the end of the run."""
         grid = self.plant.grid
-        state, tables = simulator.state, simulator.latency.tables
-        ttft_target = float(state.engines[0]["ttft_target"])
-        rules = Rules(
+        tables = simulator.latency.tables
+        ttft_target = float(simulator.state.limits["ttft_target"][0])
+        planning = Planning(
             scratch=new_scratch(simulator, grid.candidates, grid.budgets),
             horizon_s=horizon * ttft_target,
             every_s=self.every * ttft_target,
@@ -227,26 +237,10 @@ class Oracle(PeekingController):
         more = True
         while more:
             actions = np.zeros((CHUNK_ITERATIONS, 2), dtype=np.int32)
-            count, more = plan_run(state, tables, simulator.draws, rules, CHUNK_ITERATIONS, actions)
+            count, more = plan_run(simulator.system, planning, CHUNK_ITERATIONS, actions)
             parts.append(actions[:count])
         return np.concatenate(parts)
 
     def label(self) -> str:
         """Says that this is a bound."""
         return "oracle (bound)"
-
-
-def _replay(simulator: Simulator, actions: NDArray[np.int32], decision_s: float) -> CompiledLoop:
-    """A loop that goes through these actions."""
-    done = 0
-
-    def loop(max_iterations: int, log: NDArray[np.void]) -> tuple[int, bool]:
-        nonlocal done
-        tables = simulator.latency.tables
-        count, more = replay_actions(
-            simulator.state, tables, simulator.draws, actions, done, decision_s, max_iterations, log
-        )
-        done += count
-        return count, more
-
-    return loop

@@ -1,5 +1,6 @@
 """What the bounds share: they look at the workload, so they run on the simulator alone and never choose."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, NoReturn
 
@@ -7,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from controllers.controller import CompiledController, configured
-from engine.backends.simulator import Simulator
+from controllers.controller import Controller, configured
 from engine.core.objective import Price, Prices
+from engine.simulator.simulator import Loop, Simulator
 
 
 class PeekingError(ValueError):
@@ -17,7 +18,7 @@ class PeekingError(ValueError):
 
 
 @configured
-class PeekingController(CompiledController):
+class PeekingController(Controller):
     """A bound: it sees what no controller can, so it is compared with and never served.
 
     Its decisions cost nothing on the simulated clock. It looks for the lowest objective (`engine.core.objective`) with
@@ -34,6 +35,10 @@ class PeekingController(CompiledController):
     tpot_target: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Prices().tpot_target
     violation: Price = Prices().violation
     lateness: Price = Prices().lateness
+
+    @abstractmethod
+    def loop(self, simulator: Simulator, decision_s: float) -> Loop:
+        """A loop for `Simulator.run_to_end` that serves the loaded workload, each decision charged `decision_s`."""
 
     @property
     def prices(self) -> Prices:
@@ -55,7 +60,7 @@ class PeekingController(CompiledController):
 
 def check_unserved(simulator: Simulator) -> None:
     """A bound plans a run from its beginning; ValueError when the simulator is in the middle of one."""
-    iterations = int(simulator.state.engines[0]["iterations"])
+    iterations = int(simulator.state.totals["iterations"][0])
     if iterations > 0:
         raise ValueError(
             f"a bound plans a run from its beginning, and this simulator has already run {iterations} iterations: "

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from controllers.bounds.clairvoyant import PeekingController, check_unserved
 from controllers.controller import configured
-from controllers.peeking import PeekingController, check_unserved
-from engine.backends.simulator import ITERATION, CompiledLoop, Simulator
+from controllers.fixed import constant
 from engine.core.action import ActionGrid
 from engine.core.objective import Prices, charged
 from engine.plant import Plant
+from engine.simulator.loop import ITERATION
+from engine.simulator.simulator import Loop, Simulator
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ def best_fixed_pair(simulator: Simulator, grid: ActionGrid, prices: Prices, deci
     for candidates in grid.candidate_choices:
         for token_budget in reversed(grid.budget_choices):
             simulator.load(0, workload)
-            loop = simulator.constant_loop(candidates, token_budget, decision_s)
+            loop = simulator.loop(constant(candidates, token_budget), decision_s)
             more, cost = True, 0.0
             while more and (best is None or cost <= best.cost):
                 _, more = loop(CHUNK_ITERATIONS, nothing)
@@ -80,7 +82,7 @@ class OracleGrid(PeekingController):
         super().reset(plant)
         self._best = None
 
-    def loop(self, simulator: Simulator, decision_s: float) -> CompiledLoop:
+    def loop(self, simulator: Simulator, decision_s: float) -> Loop:
         """Try every pair on the loaded workload, then the constant loop of the best. ValueError in mid-run."""
         check_unserved(simulator)
         grid = self.plant.grid
@@ -92,7 +94,7 @@ class OracleGrid(PeekingController):
             best.cost / simulator.workloads[0].num_requests,
             len(grid.candidate_choices) * len(grid.budget_choices),
         )
-        return simulator.constant_loop(best.candidates, best.token_budget, decision_s)
+        return simulator.loop(constant(best.candidates, best.token_budget), decision_s)
 
     def label(self) -> str:
         """The same whatever pair was chosen."""

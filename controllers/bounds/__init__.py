@@ -1,0 +1,1 @@
+"""Bounds that look at the future: clairvoyant policies, which run on the simulator alone."""

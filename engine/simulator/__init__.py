@@ -1,0 +1,1 @@
+"""The simulator: compiled event loops over the shared scheduler, acceptance, iteration time, and replay."""
