@@ -22,7 +22,7 @@ from engine.files import locked
 from engine.latency.predictors import Forest
 from runs import measuring
 from runs.bare_config import KINDS, compose, read_logging
-from runs.endings import MistakeError, ending, named
+from runs.endings import MistakeError, ending, named, stopped_by_sigterm
 from runs.measured_folder import finish
 from runs.profile_outcome import say
 from runs.progress import progress
@@ -40,7 +40,7 @@ COMPLETE = "torch_tiny"
 def main(arguments: Sequence[str]) -> None:
     """Measure as the command line says, or finish a folder. Exits as the Hydra app does."""
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s", force=True)
-    with ending(log, "interrupted: the same command goes on from here"), named():
+    with stopped_by_sigterm(), ending(log, "interrupted: the same command goes on from here"), named():
         if FINISH in arguments:
             folder = _folder(arguments)
             with locked(folder):
