@@ -81,7 +81,8 @@ class AlternativesSweeper(Sweeper):
 
 def _refuse_folder_of_a_run(config: DictConfig, jobs: int) -> None:
     # A folder may be named after what only a job has.
-    for text in OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False):
+    given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
+    for text in given:
         key, _, value = text.lstrip("+").partition("=")
         if key == "hydra.run.dir":
             print(
