@@ -98,7 +98,7 @@ class _CompileNotes:
             due = NOTED_AFTER_S if self._said == 0.0 else self._said + (0.2 if self._terminal else SECONDS_PER_NOTE)
             if self._depth > 0 and seconds >= due:
                 first = self._terminal or self._said == 0.0
-                what = "compiling for the first run on this machine (about a minute, once)" if first else "compiling"
+                what = "compiling for this machine, once (up to a minute)" if first else "compiling"
                 self._say(f"{what}: {self._count} functions, {seconds:.0f} s")
                 self._said = seconds
 

@@ -41,7 +41,7 @@ def test_compilation_is_announced_while_it_lasts_and_summed_up(monkeypatch: pyte
     with progress.compiling():
         with event.trigger_event("numba:compile"):
             assert stderr.written.wait(60.0)
-            assert stderr.lines[0].startswith("compiling for the first run on this machine (about a minute, once)")
+            assert stderr.lines[0].startswith("compiling for this machine, once (up to a minute)")
         with event.trigger_event("numba:compile"), event.trigger_event("numba:compile"):
             pass
     assert stderr.lines[-1].startswith("compiled 3 functions in")
