@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import hydra
 import hydra.utils
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
@@ -21,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from conf import plain
+from conf.compose import CONF, ChoiceError, compose, compose_choice, no_choice
 from engine.files import FileFaultError, locked
 from runs import endings, whole
 from runs.endings import INTERRUPTED, MistakeError, named, one_line
@@ -36,9 +35,6 @@ T = TypeVar("T")
 FAILURE = "failure.json"
 """What a failed job of a sweep leaves in its folder: its overrides, and the error."""
 
-_NO_CHOICE = re.compile(
-    r"Could not find '([^']+)'(?:\s+Available options in '[^']+':\s+(.*?)\s*(?:Config search path|\Z))?", re.S
-)
 _NO_KEY = re.compile(r"Could not (?:override|delete from config\.) '([^']+)'|is not in struct\s+full_key: (\S+)")
 
 NEAR = 0.5
@@ -122,12 +118,8 @@ def _refused(said: str, name: str, words: Sequence[str]) -> str:
     if found := _NO_KEY.search(said):
         key = found.group(1) or found.group(2)
         return f"{key}: unknown key{_meant(key, _keys(name, words))}"
-    if found := _NO_CHOICE.search(said):
-        group, _, choice = found.group(1).rpartition("/")
-        known = (found.group(2) or "").split()
-        near = difflib.get_close_matches(choice, known, n=1)
-        there = f"there are {', '.join(known)}" if known else "there is no such group"
-        return f"{group}={choice}: no such choice; {f'did you mean {near[0]}?' if near else there}"
+    if wrong := no_choice(error):
+        return wrong
     if found := re.search(r"Error parsing override '(.*)'\n(.*)", said):
         word, reason = found.groups()
         return f"{word}: not of the form key=value ({reason}); quote it as in 'key=\"value\"' if it holds , : {{ [ or ="
@@ -158,19 +150,13 @@ def _meant(wrong: str, known: Sequence[str]) -> str:
 
 def _keys(name: str, words: Sequence[str]) -> list[str]:
     """All keys of the configuration that the command line chooses, as far as it can be composed."""
-    groups = [word for word in words if (plain.CONF / word.lstrip("+~").partition("=")[0]).is_dir() and "," not in word]
-    # A sweep that goes on has its Hydra there.
-    ours = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        for overrides in (groups, []):
-            with suppress(HydraException, OmegaConfBaseException):
-                with hydra.initialize_config_dir(str(plain.CONF), job_name=name, version_base=None):
-                    config = hydra.compose(name, overrides)
-                return [*_below(OmegaConf.to_container(config, resolve=False), "")]
-        return []
-    finally:
-        GlobalHydra.instance().hydra = ours
+    groups = [word for word in words if (CONF / word.lstrip("+~").partition("=")[0]).is_dir() and "," not in word]
+    for overrides in (groups, []):
+        try:
+            return [*_below(OmegaConf.to_container(compose(name, overrides), resolve=False), "")]
+        except (HydraException, OmegaConfBaseException):
+            continue
+    return []
 
 
 def _below(section: Any, prefix: str) -> Iterator[str]:
@@ -292,10 +278,10 @@ def _chosen(group: str) -> str:
 def _choices(group: str, kinds: Sequence[str]) -> list[str]:
     """The choices of a group that are made into one of these classes."""
     found = []
-    for path in sorted((plain.CONF / group).glob("*.yaml")):
+    for path in sorted((CONF / group).glob("*.yaml")):
         try:
-            target = str(plain.read_choice(group, path.stem).get("_target_", ""))
-        except MistakeError:
+            target = str(compose_choice(group, path.stem).get("_target_", ""))
+        except ChoiceError:
             continue
         if target.rpartition(".")[2] in kinds:
             found.append(path.stem)
