@@ -109,12 +109,13 @@ def _raising() -> Iterator[None]:
 def said(error: Exception, name: str, words: Sequence[str]) -> str:
     """What an error of the app `name` with this command line says, on one line."""
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _refused(str(error), name, words)
+        return _refused(error, name, words)
     return endings.of_system(error) if isinstance(error, OSError) else one_line(error)
 
 
-def _refused(said: str, name: str, words: Sequence[str]) -> str:
+def _refused(error: Exception, name: str, words: Sequence[str]) -> str:
     """What Hydra or OmegaConf refuses, with what could have been meant instead."""
+    said = str(error)
     if found := _NO_KEY.search(said):
         key = found.group(1) or found.group(2)
         return f"{key}: unknown key{_meant(key, _keys(name, words))}"

@@ -88,7 +88,7 @@ def _say(result: Result, folder: Path) -> None:
     print(f"Tokens per iteration  {gains}")
     if result.missing:
         log.warning(
-            "%s not written: pyarrow is missing; install it and give the same command again, which measures nothing new",
+            "%s not written: pyarrow is missing; install it and give the same command again, it goes on from here",
             " and ".join(result.missing),
         )
     else:

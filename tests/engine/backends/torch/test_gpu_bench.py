@@ -161,7 +161,7 @@ def test_configurations_are_read_with_what_they_build_on() -> None:
     assert (small.name, small.layers, small.max_num_seqs, small.drafter) == ("torch_small", 24, 2, "none")
     with pytest.raises(ValueError, match="torch_tiny"):
         configured("torch_absent")
-    with pytest.raises(ValueError, match="engine.dtypo: unknown key"):
+    with pytest.raises(ValueError, match=r"engine\.dtypo: unknown key"):
         configured("torch_tiny", "dtypo=bfloat16")
     with pytest.raises(ValueError, match="layers"):
         configured("torch_tiny", "layers")
