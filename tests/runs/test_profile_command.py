@@ -114,6 +114,7 @@ def test_with_pyarrow_the_same_command_measures_nothing_anew_and_leaves_a_whole_
     assert len(MeasuredIterations.read(out / "iterations.parquet")) == 50
     provenance = read_provenance(out / "iterations.parquet")
     assert provenance == json.loads((out / "provenance.json").read_text())
+    assert begun is not None
     assert provenance["begun"] == begun
     config = load_profile(out / "engine.yaml")
     chosen = {"name", "latency", "measured", "max_num_seqs", "max_model_len", "num_kv_blocks"}
