@@ -1,4 +1,4 @@
-"""The serving engine: one scheduler, two clocks, and everything that says how long an iteration takes.
+"""The serving engine: one scheduler, simulated and real clocks, and models of iteration time.
 
 Importing this package points numba's on-disk cache at a folder named after the compiled sources, because numba
 itself only notices a change in the file that holds a function, not in the functions it calls.
@@ -12,7 +12,7 @@ import numba
 
 
 def cache_home() -> Path:
-    """Folder for what can be made again: compiled code and baked lookup tables (`$XDG_CACHE_HOME/governor`)."""
+    """Cache folder of reproducible files: compiled code and baked lookup tables (`$XDG_CACHE_HOME/governor`)."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "governor"
 

@@ -1,4 +1,4 @@
-"""What a serving engine is configured with, validated."""
+"""Validated configuration of a serving engine."""
 
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,7 +16,7 @@ class EngineConfig(BaseModel):
     """A model with its drafter on a GPU.
 
     Args:
-        name: how reports call it.
+        name: name in reports.
         latency: name of a table shipped in `engine/latency/tables`, or a path to one.
         max_num_seqs: most requests in one batch.
         max_model_len: most prompt + output tokens of one request.
@@ -24,15 +24,15 @@ class EngineConfig(BaseModel):
         watermark: share of KV blocks kept free when a new request is admitted.
         gpu_memory_utilization: share of GPU memory for weights, activations and KV cache.
         num_kv_blocks: KV blocks; 0 derives them from GPU memory and weights.
-        prefill: how prompts meet decodes: `chunked` beside them (Sarathi-Serve), `whole` beside them (Orca), `first`
-            and alone (vLLM before chunked prefill), or chunks in `turns` with them (see `engine.core.scheduler`).
-            Controllers that predict iteration times predict those of `chunked`.
-        measured: the iterations that `runs.profile` measured of a real engine, a `.parquet`; controllers then predict
+        prefill: batching of prompts with decodes: `chunked` beside them (Sarathi-Serve), `whole` beside them (Orca),
+            `first` and alone (vLLM before chunked prefill), or chunks in `turns` with them (see
+            `engine.core.scheduler`). Controllers that predict iteration times predict those of `chunked`.
+        measured: the iterations that `runs.profile` measured on a real engine, a `.parquet`; controllers then predict
             from these, as they would on that engine, and not from samples of the latency table.
-        timing_error, timing_seed: how far the engine's true times are off those of `latency`, which controllers go on
-            predicting with: a factor from 1 - error to 1 + error for each group of operators, drawn from the seed
+        timing_error, timing_seed: error of the engine's true times against those of `latency`, with which controllers
+            still predict: a factor from 1 - error to 1 + error for each group of operators, drawn from the seed
             (`LatencyModel.mistimed`).
-        allocation, branching, draft_depth, score, cost_aware, tpot_target: how an action's candidates are shared out
+        allocation, branching, draft_depth, score, cost_aware, tpot_target: allocation of an action's candidates
             (`Speculation`).
     """
 
@@ -59,26 +59,26 @@ class EngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _speculates(self) -> Self:
-        self.speculation  # noqa: B018 - refuses what does not go together
+        self.speculation  # noqa: B018 - refuses inconsistent settings
         return self
 
     @property
     def speculation(self) -> Speculation:
-        """How the candidates of an action are shared out."""
+        """Allocation of an action's candidates."""
         return Speculation(**{field.name: getattr(self, field.name) for field in fields(Speculation)})
 
     def governed_by(self, speculation: Speculation | None) -> Self:
-        """The same engine sharing candidates as a controller asks for; None: as it is configured."""
+        """The same engine with the allocation that a controller asks for; None: as it is configured."""
         return self if speculation is None else self.model_copy(update=asdict(speculation))
 
     @property
     def variant(self) -> str:
-        """`name`, and what sets it apart from others of that name: runs are of one engine only if these are equal."""
+        """`name` and the settings that distinguish engines of that name; runs of equal labels used the same engine."""
         mistimed = f" timing_error={self.timing_error:g}#{self.timing_seed}" if self.timing_error > 0.0 else ""
         return self.name + ("" if self.prefill == "chunked" else f" prefill={self.prefill}") + mistimed
 
     def true_latency(self) -> LatencyModel:
-        """How long iterations really take: the latency table with the configured error.
+        """True iteration times: the latency table with the configured error.
 
         Raises:
             LatencyTableError: no such table, or a broken one.

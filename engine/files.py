@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and readers that name the file when it is damaged."""
+"""Atomic file writes, and readers whose errors name the damaged file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class FileFaultError(ValueError):
-    """A file cannot be read or written; the message names it and says why."""
+    """A file cannot be read or written; the message gives its name and the reason."""
 
 
 class WriteError(OSError):
@@ -28,11 +28,11 @@ class WriteError(OSError):
 
 @contextmanager
 def reading(path: str | Path, maker: str = "", kind: str = "what is expected here") -> Iterator[None]:
-    """Passes whatever a missing or damaged file makes of its reader on as a FileFaultError, on one line.
+    """Context that turns any error of reading a missing or damaged file into a one-line FileFaultError.
 
     Args:
-        path: the file read within.
-        maker: what writes such files anew, as an end of the message.
+        path: the file being read.
+        maker: the command that writes such files, for the end of the message.
         kind: of the file.
     """
     hint = f"; {maker}" if maker else ""
@@ -51,7 +51,7 @@ def reading(path: str | Path, maker: str = "", kind: str = "what is expected her
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Gives an OSError the name of the file that was written within, which errors of writing lack."""
+    """Context that adds the name of the written file to an OSError, which write errors lack."""
     try:
         yield
     except WriteError:
@@ -61,7 +61,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its final name, then rename it; folders on the way are made. Raises OSError naming it."""
+    """Write a file under a temporary name, then rename it; missing folders are made. Raises OSError naming it."""
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,9 +74,9 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing into a folder, which is made if need be, until the end or this process's.
+    """Lock a folder, made if missing, against writes of other processes, until the block or this process ends.
 
-    The lock is on the folder itself, so nothing is left behind. Where the system has no such locks there is none.
+    The lock is on the folder itself, so no lock file remains. Systems without such locks get none.
 
     Raises FileFaultError when another process holds it.
     """
@@ -124,14 +124,14 @@ def read_arrays(path: Path, names: Iterable[str], maker: str = "") -> dict[str, 
 
 
 def write_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    """A compressed `.npz`, whole or not there."""
+    """Write a compressed `.npz` atomically."""
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
     write_whole(path, content.getvalue())
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """A parquet file with checksums, whole or not there; equal tables give equal bytes."""
+    """Write a parquet file with checksums atomically; equal tables give equal bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -152,7 +152,7 @@ def read_table(path: str | Path, columns: Iterable[str] | None = None, maker: st
             for name in wanted or ():
                 if name not in parquet.schema_arrow.names:
                     raise FileFaultError(f"{path}: column '{name}' is missing")
-            # All columns are read: damage to one that nobody asked for is damage to the file.
+            # All columns are read: damage to a column that was not requested is damage to the file.
             table = parquet.read(use_threads=False)
         table.validate(full=True)
         return table if wanted is None else table.select(wanted)

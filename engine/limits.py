@@ -1,4 +1,4 @@
-"""What a scheduler knows of an engine before it runs."""
+"""Scheduler limits of an engine."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ Prefill = Literal["chunked", "whole", "first", "turns"]
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What the scheduler needs to know: KV blocks, batch slots, context, and how prompts are scheduled."""
+    """Limits that the scheduler works within: KV blocks, batch slots, context length, and the prefill mode."""
 
     total_blocks: int
     block_size: int

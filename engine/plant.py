@@ -1,4 +1,4 @@
-"""What a controller may know of the engine it will govern before it sees any telemetry."""
+"""Static information about an engine, given to a controller before any telemetry."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +10,9 @@ from engine.latency.lookup import LookupTable
 
 @dataclass(frozen=True)
 class Plant:
-    """What a controller may know of the engine it will govern: the actions, the predictions, the batch limit.
+    """Static information about the governed engine: actions, predictions and batch limit.
 
-    `predict` makes the `LookupTable` when it is first asked for, because fitting one takes seconds and a fixed
-    setting needs none.
+    `predict` makes the `LookupTable` on first use, because fitting one takes seconds and a fixed setting needs none.
     """
 
     grid: ActionGrid

@@ -1,8 +1,8 @@
-"""A policy is data: two compiled functions, and what they read and keep.
+"""A policy as data: two compiled functions, their parameters and their memory.
 
-`decide(observation, i, params, memory)` returns (c, n) in tokens for instance i. It reads `params`, and keeps and works
-in row i of `memory`, whose arrays are instance first: one policy governs one engine or a thousand instances.
-`look(state, i, seen, observation)` writes what it is shown (`engine.core.telemetry.observe`).
+`decide(observation, i, params, memory)` returns (c, n) in tokens for instance i. It reads `params`, and keeps state and
+scratch data in row i of `memory`, whose arrays are instance first: one policy governs one engine or a thousand.
+`look(state, i, seen, observation)` writes the observation for `decide` (`engine.core.telemetry.observe`).
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ T = TypeVar("T", bound=tuple[Any, ...])
 
 @dataclass(frozen=True)
 class Policy:
-    """What a compiled loop runs an instance under."""
+    """A policy, as a compiled loop runs it for an instance."""
 
     decide: Any
     params: Any
@@ -28,5 +28,5 @@ class Policy:
 
 
 def stacked(one: T, instances: int) -> T:
-    """The memory of one instance, a tuple of arrays, once for each of several."""
+    """Repeat the memory of one instance, a tuple of arrays, for several instances."""
     return type(one)(*(np.repeat(np.asarray(array)[None], instances, axis=0) for array in one))

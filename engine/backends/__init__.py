@@ -1,1 +1,1 @@
-"""Who says how long a batch took and how many candidates were accepted: the simulator, or a real engine."""
+"""Backends, which supply batch times and accepted candidates: the simulator, or a real engine."""

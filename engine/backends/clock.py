@@ -33,9 +33,9 @@ class WallClock:
 
 
 class SteppedClock:
-    """Real time while it runs; between `stop` and `go` it stands still, and it jumps over what is waited for.
+    """Real time that can be paused: it stops between `stop` and `go`, and jumps over waits.
 
-    For whoever steps an engine by hand: nothing passes while he thinks, and nobody sleeps for an arrival.
+    For callers that step an engine by hand: time between steps does not count, and no wait for an arrival sleeps.
     """
 
     def __init__(self) -> None:
@@ -47,18 +47,18 @@ class SteppedClock:
         return self._passed + (0.0 if self._going is None else time.perf_counter() - self._going)
 
     def wait_until(self, moment: float) -> None:
-        """Jump to `moment`, if that is to come."""
+        """Jump to `moment` if it lies in the future."""
         self.advance(moment - self.now())
 
     def advance(self, seconds: float) -> None:
-        """Let so many seconds pass at once; fewer than none are none."""
+        """Advance by this many seconds at once; a negative number counts as 0."""
         self._passed += max(0.0, seconds)
 
     def go(self) -> None:
-        """Run with real time from here."""
+        """Resume real time."""
         if self._going is None:
             self._going = time.perf_counter()
 
     def stop(self) -> None:
-        """Stand still from here."""
+        """Pause."""
         self._passed, self._going = self.now(), None

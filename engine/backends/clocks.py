@@ -1,7 +1,7 @@
-"""What a GPU's clocks, temperature and power draw are at a moment: read, never set.
+"""Sensor readings of a GPU (clocks, temperature, power draw), read through NVML and never set.
 
-Through NVML, the library that comes with NVIDIA's driver, called by its C interface ("NVML API Reference Guide"): a
-reading takes well under a millisecond, and no package has to be installed.
+NVML comes with NVIDIA's driver and is called through its C interface ("NVML API Reference Guide"). A reading takes well
+under a millisecond, and no package has to be installed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class GpuClocks:
 
     Args:
         library: NVML, initialised.
-        handle: the GPU's, as NVML gave it.
+        handle: NVML's handle of the GPU.
     """
 
     def __init__(self, library: Any, handle: ctypes.c_void_p) -> None:
@@ -49,7 +49,7 @@ class GpuClocks:
         return cls(library, handle)
 
     def read(self) -> dict[str, float]:
-        """sm_mhz, memory_mhz, temperature_c and power_w now; what the GPU does not tell is left out."""
+        """Current sm_mhz, memory_mhz, temperature_c and power_w; readings that the GPU lacks are left out."""
         found = {
             "sm_mhz": self._number("nvmlDeviceGetClockInfo", SM_CLOCK),
             "memory_mhz": self._number("nvmlDeviceGetClockInfo", MEMORY_CLOCK),
@@ -61,7 +61,7 @@ class GpuClocks:
         return {name: value for name, value in found.items() if value is not None}
 
     def about(self) -> dict[str, str]:
-        """The GPU's name and the driver's version; what is not told is left out."""
+        """The GPU's name and the driver's version; values that cannot be read are left out."""
         found = {
             "gpu": self._text("nvmlDeviceGetName", self._handle),
             "driver": self._text("nvmlSystemGetDriverVersion"),
@@ -78,7 +78,7 @@ class GpuClocks:
         return "" if self._call(function, *of, buffer, TEXT_BYTES) else buffer.value.decode(errors="replace")
 
     def _call(self, function: str, *arguments: Any) -> int:
-        """What NVML returns: 0 when it did what was asked. A driver without the function did not."""
+        """Call an NVML function and return its status, 0 for success. A driver without the function is a failure."""
         try:
             return int(getattr(self._library, function)(*arguments))
         except AttributeError:

@@ -1,4 +1,4 @@
-"""A controller that may fail, asked within a time limit: an engine that serves people goes on without it."""
+"""Guard around a controller: decisions have a time limit, and the engine continues without a controller that fails."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Fault = Literal["raised", "overran", "nonsense"]
 
 @dataclass
 class Tally:
-    """What became of the decisions that were wanted."""
+    """Outcome counts of the requested decisions."""
 
     asked: int = 0
     """Decisions wanted while the controller was on."""
@@ -43,19 +43,19 @@ class Tally:
 
     @property
     def failed(self) -> int:
-        """Decisions that the engine had to do without."""
+        """Number of decisions that failed or came too late."""
         return sum(self.faults.values())
 
     @property
     def faults(self) -> dict[str, int]:
-        """What went wrong, and how often."""
+        """Kinds of fault and their counts."""
         return {name: getattr(self, name) for name in ("raised", "overran", "nonsense")}
 
 
 def check_decision(answer: Any, num_decodes: int) -> tuple[int, int]:
-    """(c, n) of what a controller answered for an engine with so many decoding requests.
+    """Validated (c, n) from a controller's answer, given the number of decoding requests.
 
-    Raises ActionError for anything but two whole numbers that an engine can run without standing still.
+    Raises ActionError unless the answer is two whole numbers with which the engine makes progress.
     """
     try:
         candidates, token_budget = answer
@@ -73,19 +73,19 @@ def check_decision(answer: Any, num_decodes: int) -> tuple[int, int]:
 
 
 class Guard:
-    """Asks a controller in a thread of its own, so that none of its faults reaches the engine.
+    """Calls a controller in a separate thread, so that its faults do not reach the engine.
 
-    A decision that raises, comes late or is nonsense is counted and logged, at most every `SECONDS_PER_LOG_LINE`, the
-    first exception with its traceback. While the controller is still busy with a decision that came too late it is not
-    asked, and nobody waits: overruns cost at most `time_limit_s` for each decision it makes. After `most_failures`
-    questions in a row without an answer in time the controller is not asked again.
+    A decision that raises, is late or is invalid is counted and logged, at most every `SECONDS_PER_LOG_LINE`. The first
+    exception is logged with its traceback. While the controller is still busy with a late decision it is not called
+    again and the engine does not wait: overruns cost at most `time_limit_s` per decision. After `most_failures`
+    consecutive calls without an answer in time the controller is switched off.
 
     Args:
-        choose: asked with telemetry that nobody writes to afterwards.
-        time_limit_s: how long one decision is waited for.
-        most_failures: questions in a row that may fail before the controller is switched off.
+        choose: called with telemetry that is not modified afterwards.
+        time_limit_s: longest wait for one decision.
+        most_failures: consecutive failures after which the controller is switched off.
         clock: seconds, for the distance between log lines.
-        log: where the lines go.
+        log: receives the log lines.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Guard:
         self._thread: threading.Thread | None = None
 
     def ask(self, view: View, num_decodes: int) -> tuple[int, int] | None:
-        """(c, n) for an engine with so many decoding requests, or None: the engine's own setting holds."""
+        """(c, n) for this number of decoding requests, or None: the engine's own setting holds."""
         if not self.on:
             return None
         self.tally.asked += 1
@@ -142,12 +142,12 @@ class Guard:
         return candidates, token_budget
 
     def close(self) -> None:
-        """Let the thread end; nothing is asked again."""
+        """End the thread; the controller is not called again."""
         self.on = False
         self._questions.put(None)
 
     def _answered(self, wait_s: float) -> tuple[Any, BaseException | None] | None:
-        """The answer to the question asked last, if it comes within `wait_s`."""
+        """Answer to the latest call, if it arrives within `wait_s`."""
         try:
             answer = self._answers.get(block=wait_s > 0.0, timeout=wait_s or None)
         except Empty:
@@ -163,7 +163,7 @@ class Guard:
                 self._answers.put((None, error))
 
     def _fail(self, kind: Fault, what: str, error: BaseException | None = None) -> None:
-        """A question that got no answer to use."""
+        """Count a call without a usable answer."""
         self._in_a_row += 1
         self._count(kind, what, error)
         if self._in_a_row >= self._most_failures:
@@ -171,7 +171,7 @@ class Guard:
             self._log.error("the controller is switched off after %d failures in a row; it %s", self._in_a_row, what)
 
     def _count(self, kind: Fault, what: str, error: BaseException | None = None) -> None:
-        """A decision that the engine does without."""
+        """Count a decision that the engine has to do without."""
         setattr(self.tally, kind, getattr(self.tally, kind) + 1)
         self._unlogged += 1
         if self._clock() - self._logged_at >= SECONDS_PER_LOG_LINE:

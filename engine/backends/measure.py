@@ -1,8 +1,8 @@
-"""Measures the points of a design on a real engine, in rounds, so that it can be killed and go on.
+"""Measures the points of a design on a real engine, in rounds; a killed run can be resumed.
 
-Every round visits all points in another random order, so that a machine that slows down slows no part of the design in
-particular, and a burst of load meets a few repeats of many points instead of all of a few. Each visit is one line of a
-file and never written twice.
+Every round visits all points in a new random order. A machine that slows down therefore affects all parts of the design
+alike, and a burst of load affects a few repeats of many points instead of all repeats of a few. Each visit is one line
+of a file and is written once.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def measure(
 ) -> None:
     """Add visits to the file until every point has one and they took `seconds` together.
 
-    What the file holds already is not measured again; a last line that was cut off by a kill is dropped.
-    `identity` names what else the measurement depends on. What `sensors` gives is noted with each visit, right behind
-    its iterations. `on_progress` gets (done, total) in points for the first round, then in seconds.
+    Visits that the file already holds are not repeated; a last line that a kill cut off is dropped. `identity` names
+    what else the measurement depends on. `sensors` is read right after each visit's iterations and stored with it.
+    `on_progress` gets (done, total) in points for the first round, then in seconds.
 
     Raises:
         AnotherProfileError: the file holds visits of other points, or of another engine.
@@ -86,7 +86,7 @@ def measure(
 
 
 def begin(visits: Path, points: Sequence[Point], identity: str) -> list[dict[str, Any]]:
-    """The visits made so far; a new file gets its first line, which names the design.
+    """Visits made so far; a new file gets a first line that names the design.
 
     Raises AnotherProfileError as `measure` does.
     """
@@ -112,7 +112,7 @@ def begin(visits: Path, points: Sequence[Point], identity: str) -> list[dict[str
 def collect(visits: Path) -> MeasuredIterations:
     """One row for each visited point, in the design's order: the median over all its timings.
 
-    Each line is one visit, so points whose last round was cut short have one timing less, not a worse one.
+    Each line is one visit, so points whose last round was cut short have one timing less.
     """
     rows: dict[int, dict[str, Any]] = {}
     timings: dict[int, list[list[float]]] = {}
@@ -150,7 +150,7 @@ def loads(visits: Path) -> list[float]:
 
 
 def sensed(visits: Path) -> list[dict[str, float]]:
-    """What the machine's sensors said at each visit that asked them."""
+    """Sensor readings of each visit that has them."""
     return [visit["sensors"] for visit in _lines(visits) if "sensors" in visit]
 
 

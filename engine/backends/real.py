@@ -1,4 +1,4 @@
-"""What engines that run a model in real time have in common: their verbs, and how they are warmed up."""
+"""Common interface and warm-up of engines that run a model in real time."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class Timing:
-    """One iteration as a serving loop pays for it, its controller's decision aside.
+    """Seconds of one iteration as a serving loop pays for it, without the controller's decision.
 
-    Seconds from the telemetry before it to the outputs stored after it, of these inside the drafter, and inside the
-    target's forward.
+    Total time from the telemetry before it to the outputs stored after it, and the parts of it inside the drafter and
+    inside the target's forward.
     """
 
     seconds: float
@@ -53,23 +53,23 @@ class Timing:
 
 
 class Rehearsing(Protocol):
-    """Puts an engine that has nothing to do into a state, and runs an iteration from there repeatedly."""
+    """Puts an idle engine into a given state and repeatedly runs an iteration from there."""
 
     def arrange(self, point: Point, rng: np.random.Generator) -> None:
-        """Bring the engine to the beginning of the iteration; prompts start at random places of a text."""
+        """Bring the engine to the beginning of the iteration; prompts start at random places in a text."""
 
     def run(self) -> Timing:
-        """The arranged iteration once."""
+        """Run the arranged iteration once."""
 
     def planned(self) -> dict[str, int]:
-        """What the latest iteration was, as the scheduler counts (see `engine.core.state.BATCH`)."""
+        """Batch of the latest iteration, as the scheduler counts it (see `engine.core.state.BATCH`)."""
 
     def clear(self) -> None:
         """Empty the engine."""
 
 
 def counted(state: core.State) -> dict[str, int]:
-    """What the latest iteration was, as the request table counts (see `engine.core.state.BATCH`)."""
+    """Batch of the latest iteration, as the request table counts it (see `engine.core.state.BATCH`)."""
     names = (
         "num_decodes",
         "decode_tokens",
@@ -86,7 +86,7 @@ class RealEngine(ABC):
     """Serves token-id prompts with a model, one `step` an iteration.
 
     Args:
-        limits: as the scheduler knows them.
+        limits: scheduler limits.
         vocab_size: prompts hold token ids below it.
         max_candidates: the largest c that the drafter can serve.
         ttft_target: latency requirement on TTFT in s, which telemetry and lateness are counted against.
@@ -174,7 +174,7 @@ class RealEngine(ABC):
 
     @abstractmethod
     def cancel(self, number: int) -> bool:
-        """Drop a request, keeping the output it has; returns False when it was over already."""
+        """Cancel a request, keeping its output so far; returns False when it was over already."""
 
     @abstractmethod
     def output(self, number: int) -> list[int]:
@@ -182,15 +182,15 @@ class RealEngine(ABC):
 
     @property
     def earliest_arrival(self) -> float:
-        """When the next request to be submitted may have arrived at the earliest, in s.
+        """Earliest arrival time in s that the next submitted request may have.
 
-        An arrival while an iteration runs is one that the scheduler has not looked for yet.
+        While an iteration runs, arrivals after its start are allowed: the scheduler has not looked for them yet.
         """
         return self._earliest
 
     @property
     def next_arrival(self) -> float | None:
-        """When the next submitted request arrives, in s; None when all have."""
+        """Arrival time of the next submitted request, in s; None when all have arrived."""
         row = self.feed.next[0]
         return None if row == self.feed.end[0] else float(self.state.requests["arrival"][row])
 
@@ -201,15 +201,15 @@ class RealEngine(ABC):
 
     @property
     def arrived(self) -> NDArray[np.void]:
-        """Of these, the rows of the requests that have arrived (a view)."""
+        """The rows of the requests that have arrived (a view)."""
         return self.state.requests[: self.feed.next[0]]
 
     def poll(self) -> bool:
-        """Take in the requests that have arrived by now; whether there is anything for `step` to run."""
+        """Queue the requests that have arrived by now; returns whether `step` has anything to run."""
         return self._release(self.clock.now())
 
     def _release(self, now: float) -> bool:
-        """Let arrivals join the queue; whether anybody wants anything."""
+        """Queue the requests that have arrived; returns whether any request is unfinished."""
         before = int(self.feed.next[0])
         unfinished = arrive(self.state, 0, self.feed, now)
         self._arrived(range(before, int(self.feed.next[0])))
@@ -250,23 +250,23 @@ class RealEngine(ABC):
         self.clock = WallClock() if clock is None else clock
 
     def prepare(self) -> None:  # noqa: B027 - most have nothing that only first iterations take time for
-        """Do beforehand what would make first iterations slow; nothing is served meanwhile."""
+        """Do in advance whatever would slow down the first iterations; serves no requests meanwhile."""
 
     @abstractmethod
     def rehearsal(self, text: NDArray[np.int32]) -> Rehearsing:
-        """What measures this engine's iterations."""
+        """Driver that repeats single iterations of this engine, for profiling."""
 
     @abstractmethod
     def memory(self) -> MemoryFigures:
-        """What weights and cache take."""
+        """Memory taken by weights and cache."""
 
     @abstractmethod
     def about(self) -> dict[str, Any]:
-        """The device and software it runs on; JSON-able."""
+        """Device and software that the engine runs on; JSON-serialisable."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what it holds; it serves no more."""
+        """Release the engine's resources; it cannot serve afterwards."""
 
 
 def tokenizer_of(model: str, trust_remote_code: bool = False) -> Any:
@@ -286,7 +286,7 @@ def tokenizer_of(model: str, trust_remote_code: bool = False) -> Any:
 def warm_up(engine: RealEngine, prompts: Prompts) -> None:
     """Serve the beginnings of the first prompts without candidates and with some.
 
-    First calls compile, and first touch memory, which is not the engine's speed.
+    First calls compile code and touch memory for the first time, so their times do not show the engine's speed.
     """
     engine.prepare()
     for candidates in (0, min(WARMUP_CANDIDATES, engine.max_candidates)):

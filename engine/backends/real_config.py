@@ -1,4 +1,4 @@
-"""What every engine that runs a model is configured with, validated."""
+"""Validated configuration shared by all engines that run a model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class RealEngineConfig(BaseModel, ABC):
     """Settings of every engine that runs a model.
 
     Args:
-        name: how reports call it.
+        name: name in reports.
         max_num_seqs: most requests in one batch.
         max_model_len: most prompt + output tokens of one request.
         block_size: tokens per KV block.
         profile: the engine yaml that `runs.profile` wrote for this engine on this machine, from which controllers
-            predict iteration times; None: there is none, and controllers that predict are refused.
-        trust_remote_code: run Python code that a model's folder or hub page brings with it. Nobody is asked.
+            predict iteration times; None: controllers that predict are refused.
+        trust_remote_code: run Python code from a model's folder or hub page, without asking.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,7 +40,7 @@ class RealEngineConfig(BaseModel, ABC):
 
     @property
     def variant(self) -> str:
-        """`name`, and what differs from the defaults of that which changes speed or text.
+        """`name`, and all settings that change speed or text and differ from their defaults.
 
         Two runs are compared as runs of one engine only if these are equal.
         """
@@ -51,19 +51,19 @@ class RealEngineConfig(BaseModel, ABC):
     @property
     @abstractmethod
     def speculation(self) -> Speculation:
-        """How the candidates of an action are shared out."""
+        """Allocation of an action's candidates."""
 
     @abstractmethod
     def governed_by(self, speculation: Speculation | None) -> Self:
-        """The same engine sharing candidates as a controller asks for; None: as it is configured.
+        """The same engine with the allocation that a controller asks for; None: as it is configured.
 
-        Raises ValueError for what the engine cannot do.
+        Raises ValueError for an allocation that the engine does not support.
         """
 
     @property
     @abstractmethod
     def limits(self) -> EngineLimits:
-        """What a scheduler knows of the cache."""
+        """Scheduler limits, as they follow from the cache."""
 
     @abstractmethod
     def tokenizer(self) -> Any:
@@ -75,7 +75,7 @@ class RealEngineConfig(BaseModel, ABC):
 
 
 def refuse_sharing(asked_for: Speculation) -> ValueError:
-    """What a controller is told that asks a real engine for a sharing of candidates that only simulated ones have."""
+    """Error for a controller that asks a real engine for an allocation that only simulated engines have."""
     return ValueError(
         f"this controller needs candidates shared out by {asked_for.variant!r}, which only simulated engines "
         "do; choose another controller, or a simulated engine (engine=vicuna_7b_a100, or a profile of this one)"

@@ -1,4 +1,4 @@
-"""How often the candidates of one request are accepted, as an engine can tell from serving it."""
+"""Acceptance rate of one request's candidates, as observed by the engine."""
 
 from engine.compiled import kernel
 
@@ -9,6 +9,6 @@ PRIOR_COUNT = 4.0
 
 @kernel
 def own_acceptance(request):
-    """Of a request's candidates that all those before them were accepted of, the share that was accepted too."""
+    """Share accepted of those candidates of a request whose predecessors were all accepted, smoothed by a prior."""
     looked_at = request.accepted + request.rejections
     return (request.accepted + PRIOR_RATE * PRIOR_COUNT) / (looked_at + PRIOR_COUNT)

@@ -1,4 +1,4 @@
-"""What a governor chooses from, validated: its action is a pair of indices into choices of c and n."""
+"""Validated action grid of a governor: an action is a pair of indices into the choices of c and n."""
 
 from typing import Annotated, Any
 
@@ -39,7 +39,7 @@ class ActionGrid(BaseModel):
         return np.array(self.budget_choices, dtype=np.int64)
 
     def action(self, candidates: int, token_budget: int) -> NDArray[np.int64]:
-        """Indices of an exact (c, n); ActionError says which of the two is off the grid and what is on it."""
+        """Indices of an exact (c, n); ActionError names the value that is off the grid and lists the choices."""
         if candidates not in self.candidate_choices:
             raise ActionError(f"candidates={candidates} is not one of candidate_choices={list(self.candidate_choices)}")
         if token_budget not in self.budget_choices:

@@ -1,7 +1,7 @@
 """KV block accounting of one instance, compiled.
 
-A request holds blocks for every slot it has ever been given since its last admission: slots of rejected candidates
-are written again by its next iteration, so they are kept and not handed back.
+A request holds blocks for every slot it was given since its last admission: slots of rejected candidates are written
+again by its next iteration, so they are kept and not freed.
 """
 
 from engine.compiled import kernel

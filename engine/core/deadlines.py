@@ -1,8 +1,8 @@
-"""An instance's clock, and what requests are charged while it runs: TPOT, violations and lateness.
+"""An instance's clock, and the costs charged to requests while it runs: TPOT, violations and lateness.
 
-Requests that wait for their first token stand in a list by deadline, so that deadlines are charged in any order of
-arrival, of targets and of submission. A request that comes with a deadline no earlier than those before it, the usual
-case, is entered in constant time.
+Requests that wait for their first token are kept in a list sorted by deadline, so that deadlines are charged correctly
+for any order of arrivals, targets and submissions. A request whose deadline is no earlier than all others, the usual
+case, is inserted in constant time.
 """
 
 import math
@@ -13,13 +13,13 @@ from engine.core.state import NOBODY
 
 @kernel
 def deadline_of(request):
-    """When the first token is due, in s."""
+    """Deadline of the first token, in s."""
     return request.arrival + request.ttft_target
 
 
 @kernel
 def enter_deadline(state, i, r):
-    """Put request `r` into the list of deadlines, behind all that are no later."""
+    """Insert request `r` into the list of deadlines, after all that are no later."""
     instance = state.instances[i]
     request = state.requests[r]
     deadline = deadline_of(request)
@@ -42,7 +42,7 @@ def enter_deadline(state, i, r):
 
 @kernel
 def _leave_deadlines(state, i, r):
-    """Take request `r` out of the list of deadlines."""
+    """Remove request `r` from the list of deadlines."""
     instance = state.instances[i]
     request = state.requests[r]
     if request.due_before == NOBODY:
@@ -59,7 +59,7 @@ def _leave_deadlines(state, i, r):
 
 @kernel
 def _miss(state, i, request, to):
-    """The deadline of a request passed, and it is `to` (s) now."""
+    """Charge a deadline that has passed by the time `to` (s)."""
     request.late = 1
     state.totals[i].violations += 1
     state.totals[i].lateness += to - deadline_of(request)
@@ -68,16 +68,16 @@ def _miss(state, i, request, to):
 
 @kernel
 def weight_of(request):
-    """What a request between its first and last token is charged per second: its share of a second of TPOT."""
+    """TPOT cost per second of a request between its first and last token, 1 / (output - 1)."""
     return 1.0 / (request.output - 1) if request.output > 1 else 0.0
 
 
 @kernel
 def watch(state, i, r):
-    """Begin to charge request `r`, which joins instance `i`; for what passed since it left another one, too.
+    """Start charging request `r`, which joins instance `i`, including the time since it left another instance.
 
-    The instance's clock may stand before the time of joining, at the beginning of an iteration: what the clock will
-    charge again from there is taken off here.
+    The instance's clock may be behind the time of joining, at the beginning of an iteration. The time that the clock
+    will charge again from there is subtracted here.
     """
     instance = state.instances[i]
     request = state.requests[r]
@@ -97,7 +97,7 @@ def watch(state, i, r):
 
 @kernel
 def unwatch(state, i, r):
-    """Charge request `r`, which leaves instance `i`, nothing more."""
+    """Stop charging request `r`, which leaves instance `i`."""
     instance = state.instances[i]
     request = state.requests[r]
     if not math.isnan(request.first_token):
@@ -110,7 +110,7 @@ def unwatch(state, i, r):
 
 @kernel
 def first_token_out(state, i, r):
-    """Request `r` has its first token now: it has no deadline any more, and pays for its time per token."""
+    """Record the first token of request `r`: its deadline ends, and TPOT is charged from now on."""
     unwatch(state, i, r)
     state.requests[r].first_token = state.instances[i].now
     state.instances[i].tpot_weight += weight_of(state.requests[r])
@@ -118,7 +118,7 @@ def first_token_out(state, i, r):
 
 @kernel
 def advance_clock(state, i, to):
-    """Move the clock of instance `i` to `to` (s) and charge the time between to the requests that live through it.
+    """Advance the clock of instance `i` to `to` (s) and charge the elapsed time to its requests.
 
     Between its first and last token a request pays 1 / (output - 1) per second, so that the integral over its life is
     its TPOT; past its deadline and without a first token it pays one second of lateness per second.
@@ -126,7 +126,7 @@ def advance_clock(state, i, to):
     instance = state.instances[i]
     totals = state.totals[i]
     elapsed = to - instance.now
-    # The weights of requests that came and went leave rounding behind, which may be below zero.
+    # Rounding of added and removed weights may leave a sum below zero.
     totals.tpot_cost += max(instance.tpot_weight, 0.0) * elapsed
     totals.lateness += instance.overdue * elapsed
     while instance.first_due != NOBODY:

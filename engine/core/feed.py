@@ -1,7 +1,7 @@
-"""Requests whose arrival is known beforehand: who will come to which instance, in order of arrival.
+"""Requests whose arrivals are known in advance, by instance and in order of arrival.
 
-The scheduler knows of a request when it is submitted. A recorded workload, or a client that schedules its requests, is
-known earlier; whoever drives an instance keeps it here and delivers it in time.
+The scheduler knows a request once it is submitted. The arrivals of a recorded workload, or of a client that schedules
+its requests, are known earlier; the code that drives an instance keeps them here and submits each in time.
 """
 
 from typing import NamedTuple
@@ -26,12 +26,12 @@ class Feed(NamedTuple):
 
 
 def new_feed(num_instances: int) -> Feed:
-    """Nobody will come."""
+    """A feed without requests."""
     return Feed(*(np.zeros(num_instances, dtype=np.int64) for _ in Feed._fields))
 
 
 def feed_from(feed: Feed, i: int, first: int, count: int) -> None:
-    """Meant for instance `i` are now the `count` rows from `first` on, all to be submitted."""
+    """Assign the `count` rows from `first` on to instance `i`, all still to be submitted."""
     feed.first[i] = feed.next[i] = first
     feed.end[i] = first + count
 
@@ -52,7 +52,7 @@ def deliver(state, i, feed):
 
 @kernel
 def arrive(state, i, feed, now):
-    """Move the clock to `now` (s) and submit who has arrived; returns `has_work`."""
+    """Move the clock to `now` (s) and submit arrived requests; returns `has_work`."""
     advance_clock(state, i, now)
     deliver(state, i, feed)
     return has_work(state, i)

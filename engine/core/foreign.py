@@ -1,7 +1,7 @@
 """Batches that another scheduler planned, written into the request table so that `commit` can close them.
 
 An engine with a scheduler of its own (vLLM) is measured by the same clock, queue and `commit` as all others; only
-`plan` is replaced. Blocks are the other scheduler's to count: a request's own stay 0.
+`plan` is replaced. The other scheduler counts the blocks: a request's own count stays 0.
 """
 
 from engine.compiled import kernel
@@ -11,7 +11,7 @@ from engine.core.state import NOT_ADMITTED, PREEMPTED, PREFILLING
 
 @kernel
 def preempt(state, i, r):
-    """Request `r`, which runs, lost its blocks; it recomputes its context when it returns."""
+    """Record that running request `r` lost its blocks; it recomputes its context when it returns."""
     position = 0
     while state.running[i, position] != r:
         position += 1
@@ -20,7 +20,7 @@ def preempt(state, i, r):
 
 @kernel
 def _enter(state, i, r):
-    """Request `r`, new or preempted, joins the batch."""
+    """Record that request `r`, new or preempted, joins the batch."""
     instance = state.instances[i]
     request = state.requests[r]
     membership.unlink(state, i, r)
@@ -38,7 +38,7 @@ def take_up(state, i, rows, tokens, num_decodes, candidates, token_budget, free_
     rows, tokens: (b,) requests and how many tokens each gets, 1 + its candidates for the first `num_decodes` ·
     candidates, token_budget: the c that was verified and the n · free_blocks: left by the batch.
 
-    Nothing may be preempted between this and `commit`.
+    No request may be preempted between this call and `commit`.
     """
     instance = state.instances[i]
     batch = state.batches[i]

@@ -1,4 +1,4 @@
-"""A small copy of an instance in the middle of a run, to be run on from there: its requests and those soon to come."""
+"""A small copy of an instance in mid-run that can be run further: its requests and those that arrive soon."""
 
 import math
 
@@ -9,10 +9,10 @@ from engine.core.state import NOBODY
 
 @kernel
 def fork(state, i, feed, copy, copy_feed, until):
-    """Make the only instance of `copy` what instance `i` is, with its unfinished requests and those to come by `until`.
+    """Copy instance `i` to the only instance of `copy`, with unfinished requests and those that arrive by `until`.
 
-    `until` in s. Rows are numbered anew: the running list, then the queue, then the feed, in order. Returns the prompt
-    tokens that wait or are to come.
+    `until` in s. Rows are renumbered: the running list, then the queue, then the feed, in order. Returns the prompt
+    tokens of waiting and coming requests.
     """
     copy.limits[0] = state.limits[i]
     copy.instances[0] = state.instances[i]
@@ -60,7 +60,7 @@ def fork(state, i, feed, copy, copy_feed, until):
 
 @kernel
 def fork_telemetry(state, i, seen, copy, copy_seen):
-    """Let an observer of a `fork` have seen what that of instance `i` has."""
+    """Set the observer of a `fork` to the state of the observer of instance `i`."""
     copy_seen.now[0] = seen.now[i]
     copy_seen.totals[0] = seen.totals[i]
     for depth in range(state.stopped.shape[1]):

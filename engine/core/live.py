@@ -1,4 +1,4 @@
-"""A request table that lives: requests are appended while others run, end at a stop token, and are retired when over.
+"""A live request table: requests are appended while others run, end at a stop token, and are retired when finished.
 
 A simulated workload knows all its requests and their lengths before it begins.
 """
@@ -30,12 +30,11 @@ def for_limits(limits: EngineLimits, num_requests: int, ttft_target: float) -> S
 
 
 def retire(state: State, feed: Feed) -> NDArray[Any]:
-    """Take the earliest requests out of the table of a single instance, up to the first that is not over.
+    """Remove the earliest requests from a single instance's table, up to the first that is not finished.
 
-    Returns their rows. The others move up: row r becomes row r minus the number of rows returned, in the queue too. To
-    be called between `commit` and the next `plan`. Totals and costs stay, so rows kept elsewhere and the table are
-    together what the table would have been; a server that retires now and then runs for days in the memory of what is
-    unfinished.
+    Returns their rows. The others move up: row r becomes row r minus the number of rows returned, also in the queue.
+    Call it between `commit` and the next `plan`. Totals and costs stay, so the returned rows and the table together
+    equal the full table. A server that retires regularly needs memory only for unfinished requests.
     """
     rows, instance = state.requests, state.instances
     known, count = int(feed.next[0]), int(feed.end[0])
@@ -56,8 +55,8 @@ def retire(state: State, feed: Feed) -> NDArray[Any]:
 def append(state, feed, arrival, prompt, output):
     """Add a request of `prompt` tokens that may generate up to `output` to a single instance's feed; returns its row.
 
-    `arrival` (s) must not be before an earlier request's, and after the time of the latest `deliver`: the caller
-    checks. The table must have room (`grown`).
+    `arrival` (s) must not precede that of an earlier request, and must be after the time of the latest `deliver`; the
+    caller checks. The table must have room (`grown`).
     """
     r = feed.end[0]
     request = state.requests[r]
@@ -94,8 +93,8 @@ def append(state, feed, arrival, prompt, output):
 def stop_after(state, i, r, tokens):
     """End the output of request `r` with the `tokens` >= 1 tokens that the planned iteration emits for it.
 
-    To be called between `plan` and `commit`, which then finishes the request. Its share in `tpot_cost` is corrected to
-    what it would have been charged had the true output length been known, so that the cost stays the sum of TPOT.
+    Call it between `plan` and `commit`, which then finishes the request. Its share in `tpot_cost` is corrected to the
+    charge for the true output length, so that the cost stays the sum of TPOT.
     """
     instance = state.instances[i]
     request = state.requests[r]

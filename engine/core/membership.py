@@ -1,8 +1,8 @@
-"""How requests come to an instance and leave it: `submit`, `withdraw`, `adopt`, `cancel`, and preemption.
+"""Requests joining and leaving an instance: `submit`, `withdraw`, `adopt`, `cancel`, and preemption.
 
-An instance's requests stand in its queue, a list linked through the request table, or in its running list: decodes
-first, in the order in which they began to decode, then the prompts in progress, in order of admission. The queue is
-served from its head, and a preempted request goes back to it.
+An instance's requests are in its queue, a list linked through the request table, or in its running list: decodes first,
+in the order in which they began to decode, then the prompts in progress, in order of admission. The queue is served
+from its head, and a preempted request returns to it.
 """
 
 import math
@@ -15,7 +15,7 @@ from engine.core.state import CANCELLED, DECODING, FINISHED, NOBODY, NOT_ADMITTE
 
 @kernel
 def _link(state, i, r, before, after):
-    """Put request `r` into the queue of instance `i` between two that follow one another there."""
+    """Insert request `r` into the queue of instance `i` between two neighbours."""
     instance = state.instances[i]
     request = state.requests[r]
     request.previous = before
@@ -33,7 +33,7 @@ def _link(state, i, r, before, after):
 
 @kernel
 def unlink(state, i, r):
-    """Take request `r` out of the queue of instance `i`."""
+    """Remove request `r` from the queue of instance `i`."""
     instance = state.instances[i]
     request = state.requests[r]
     if request.previous == NOBODY:
@@ -51,10 +51,10 @@ def unlink(state, i, r):
 
 @kernel
 def submit(state, i, r):
-    """Let request `r` join the queue of instance `i`, at its end; it counts there at once.
+    """Append request `r` to the queue of instance `i`; it counts there at once.
 
-    It must be with no instance and not be over. One that was withdrawn elsewhere without its KV cache computes its
-    prompt and what it had generated again.
+    It must belong to no instance and not be finished. A request that was withdrawn elsewhere without its KV cache
+    recomputes its prompt and its generated tokens.
     """
     instance = state.instances[i]
     totals = state.totals[i]
@@ -72,10 +72,10 @@ def submit(state, i, r):
 
 @kernel
 def withdraw(state, i, r):
-    """Take request `r` from instance `i`, in whatever phase it is, and free its blocks there.
+    """Remove request `r` from instance `i`, in any phase, and free its blocks there.
 
-    Returns False, doing nothing, when it is not with this instance. While an iteration runs only a request that is not
-    in its batch may be withdrawn. `computed` stays what it was, for an instance that adopts it with its KV cache.
+    Returns False, doing nothing, when it does not belong to this instance. While an iteration runs, only a request
+    outside its batch may be withdrawn. `computed` is kept, for an instance that adopts it with its KV cache.
     """
     instance = state.instances[i]
     request = state.requests[r]
@@ -100,7 +100,7 @@ def withdraw(state, i, r):
 
 @kernel
 def adopt(state, i, r):
-    """Let request `r`, which decodes, join the decodes of instance `i` with a KV cache that came from elsewhere.
+    """Add decoding request `r` to the decodes of instance `i`, with a KV cache transferred from elsewhere.
 
     Returns False, doing nothing, when no slot or not enough KV blocks are free there.
     """
@@ -126,10 +126,10 @@ def adopt(state, i, r):
 
 @kernel
 def cancel(state, i, r):
-    """Drop request `r`, which is with instance `i` or still to be submitted there; False when it was already over.
+    """Cancel request `r` of instance `i`, submitted or not; returns False when it was already over.
 
-    To be called between `commit` and the next `plan`. Tokens emitted before stay emitted, and what the request has
-    been charged (`tpot_cost`, `lateness`, a violated deadline) stays charged; it is charged nothing more.
+    Call it between `commit` and the next `plan`. Emitted tokens and costs charged so far (`tpot_cost`, `lateness`, a
+    violated deadline) stay; no further cost is charged.
     """
     request = state.requests[r]
     if request.phase in (FINISHED, CANCELLED):
@@ -142,7 +142,7 @@ def cancel(state, i, r):
 
 @kernel
 def admit(state, i, r):
-    """Let request `r` of the queue into the batch; it gets the blocks of its whole context."""
+    """Admit request `r` from the queue to the batch; it gets the blocks of its whole context."""
     instance = state.instances[i]
     request = state.requests[r]
     unlink(state, i, r)
@@ -156,7 +156,7 @@ def admit(state, i, r):
 
 @kernel
 def preempt(state, i, position):
-    """Take the blocks of the request at this place of the running list; it recomputes its context when it returns."""
+    """Preempt the request at this place of the running list; it recomputes its context when it returns."""
     instance = state.instances[i]
     r = state.running[i, position]
     request = state.requests[r]
@@ -192,7 +192,7 @@ def latest_arrival(state, i):
 
 @kernel
 def drop_finished(state, i):
-    """Close the gaps that requests which are done leave in the running list; order is kept."""
+    """Remove finished requests from the running list, keeping its order."""
     instance = state.instances[i]
     kept = 0
     decoding = 0

@@ -1,4 +1,4 @@
-"""What a run came to: one row per request, and the summary that reports compare.
+"""Results of a run: one row per request, and the summary that reports compare.
 
 Everything is computed from a `State` after the run, so the simulator and the real backends are measured alike.
 """
@@ -49,7 +49,7 @@ def request_table(rows: NDArray[np.void]) -> dict[str, NDArray[Any]]:
 def summarize(
     state: State, rows: NDArray[np.void], *, ttft_target: float, prices: Prices, i: int = 0
 ) -> dict[str, float]:
-    """The figures of a run of instance `i`; what has no value (a mean over nothing) is NaN.
+    """Metrics of a run of instance `i`; a metric without a value (a mean over nothing) is NaN.
 
     Args:
         rows: its requests, of the request table.

@@ -1,11 +1,11 @@
-"""The reported objective: one number for a run, which rewards, oracles and the benchmark suite share.
+"""The reported objective: one number per run, used by rewards, oracles and the benchmark suite.
 
 The mean over a run's requests of
 
     TPOT / tpot_target  +  violation * [TTFT > l]  +  lateness * max(0, TTFT - l) / l.
 
-The scheduler charges every term while it comes about (`tpot_cost`, `violations` and `lateness` of an instance), so that
-it can be read off a run at any moment.
+The scheduler charges every term as it accrues (`tpot_cost`, `violations` and `lateness` of an instance), so that the
+objective can be read at any moment of a run.
 """
 
 from typing import Annotated
@@ -47,5 +47,5 @@ def charges(state: State, i: int) -> NDArray[np.float64]:
 
 
 def charged(state: State, i: int, prices: Prices) -> float:
-    """What instance `i` has been charged so far, summed over its requests."""
+    """Cost charged to instance `i` so far, summed over its requests."""
     return float(charges(state, i) @ prices.per_unit(float(state.limits["ttft_target"][i])))

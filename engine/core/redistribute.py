@@ -1,4 +1,4 @@
-"""Candidates that are shared out otherwise than planned: between `plan` and `commit`, within the free KV blocks."""
+"""Reallocation of planned candidates between `plan` and `commit`, within the free KV blocks."""
 
 from engine.compiled import kernel
 from engine.core.blocks import blocks_for, take
@@ -8,9 +8,9 @@ from engine.core.blocks import blocks_for, take
 def redistribute(state, i, tokens):
     """Give the planned decodes `tokens[k]` >= 1 instead, as their drafter proposed and allocation left it.
 
-    To be called between `plan` and `commit`. A decode that gets more than planned takes KV blocks where they are free
-    and is cut where there are none: nobody is preempted, and `state.batch_tokens` says what it got. One that gets less
-    keeps the blocks it took. Tokens of one decode must not exceed its output limit.
+    Call it between `plan` and `commit`. A decode that gets more than planned takes free KV blocks and is cut where
+    there are none: no request is preempted, and `state.batch_tokens` holds the result. A decode that gets less keeps
+    its blocks. Tokens of one decode must not exceed its output limit.
     """
     instance = state.instances[i]
     batch = state.batches[i]

@@ -1,13 +1,13 @@
 """The scheduler: plan and commit. Every backend runs these same compiled functions.
 
-Requests that have arrived join the queue (`engine.core.membership.submit`). One iteration is then `plan` (who gets how
-many tokens), the backend's work, and `commit` (tokens are emitted at the iteration's end). The queue is served from its
-head. At most the last of the running list is in the middle of its prompt when an iteration begins.
+Requests that have arrived join the queue (`engine.core.membership.submit`). One iteration is then `plan` (tokens of
+each request), the backend's work, and `commit` (tokens are emitted at the iteration's end). The queue is served from
+its head. At most the last of the running list is in the middle of its prompt when an iteration begins.
 
 Order of service, admission of whole prompts against a watermark, and preemption of the latest arrival by recompute
 follow vLLM (Kwon et al., SOSP 2023, section 4.5); the prompt-token budget follows Sarathi-Serve (Agrawal et al.,
-OSDI 2024, section 4), except that it counts prompt tokens only. An instance's `prefill` says how n prompt tokens meet
-the decodes; all but the first are the baselines of that paper:
+OSDI 2024, section 4), except that it counts prompt tokens only. An instance's `prefill` selects how n prompt tokens are
+batched with the decodes; all but the first are the baselines of that paper:
 
 - chunked: decodes run in every iteration, prompts beside them, cut into chunks that fill n (its stall-free batching).
 - whole: as before, but no prompt is cut (Orca; its "hybrid-batching-only"). A prompt starts in an iteration when it
@@ -38,7 +38,7 @@ from engine.core.state import (
 
 @kernel
 def has_work(state, i):
-    """Whether any request of instance `i` is unfinished."""
+    """Return True if any request of instance `i` is unfinished."""
     instance = state.instances[i]
     return instance.num_running > 0 or instance.num_waiting > 0
 
@@ -155,7 +155,7 @@ def _plan_prefills(state, i, token_budget, may_admit):
 
 @kernel
 def _prompts_alone(state, i, token_budget):
-    """Whether the next batch of an instance that keeps prompts and decodes apart is one of prompts."""
+    """Return True if the next batch of an instance that separates prompts and decodes holds prompts."""
     instance = state.instances[i]
     if token_budget <= 0:
         return False
@@ -291,9 +291,9 @@ def _commit_prefills(state, i):
 def commit(state, i, elapsed):
     """Close the planned iteration after `elapsed` seconds: emit tokens, finish requests, free their blocks.
 
-    `state.accepted[i, k]` holds, for the k-th decode of the batch, how many of its candidates were accepted; if they
-    were no chain, `state.reach[i, k]` holds one more where others were verified behind them, or the drafter ran out of
-    proposals there, and as many where not.
+    `state.accepted[i, k]` is the number of accepted candidates of the k-th decode of the batch. If its candidates were
+    not a chain, `state.reach[i, k]` is one more where further candidates were verified behind the accepted ones or the
+    drafter ran out of proposals there, and the same number otherwise.
     """
     instance = state.instances[i]
     batch = state.batches[i]

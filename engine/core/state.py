@@ -1,4 +1,4 @@
-"""The scheduler's memory: plain arrays that compiled code and Python share.
+"""The scheduler's state: plain arrays shared by compiled code and Python.
 
 A `State` holds one table of requests for the whole system and N instances of the engine. Per-request and per-instance
 values live in structured arrays, so that compiled code reads `state.requests[r].prompt` and Python reads

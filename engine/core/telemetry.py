@@ -1,6 +1,6 @@
-"""What a controller sees: the telemetry that a production engine has, as fixed-shape float32 arrays.
+"""Telemetry for controllers, limited to what a production engine can measure, as fixed-shape float32 arrays.
 
-Nothing here knows an output length, a future arrival or a future agreement.
+It contains no output lengths, future arrivals or future agreements.
 """
 
 from typing import Any, NamedTuple
@@ -107,7 +107,7 @@ def as_dict(observation: Observation, i: int = 0) -> dict[str, NDArray[Any]]:
 
 
 class Seen(NamedTuple):
-    """What an observer of N instances saw when it last looked; telemetry counts from there.
+    """State of N instances at an observer's last observation, from which telemetry counts.
 
     now: (N,) s · totals: TOTALS (N,) · stopped, exhausted: (N, MAX_CANDIDATES + 1), as in `State`.
     """
@@ -119,7 +119,7 @@ class Seen(NamedTuple):
 
 
 def new_seen(num_instances: int) -> Seen:
-    """An observer that has not looked yet, at instances that have not run."""
+    """State of a new observer of instances that have not run."""
     depths = (num_instances, MAX_CANDIDATES + 1)
     return Seen(
         now=np.zeros(num_instances),
@@ -130,7 +130,7 @@ def new_seen(num_instances: int) -> Seen:
 
 
 def forget(seen: Seen, i: int) -> None:
-    """Instance `i` was cleared: count from nothing."""
+    """Reset the counts of instance `i`, which was cleared."""
     for array in seen:
         array[i] = np.zeros((), dtype=array.dtype)
 
@@ -160,7 +160,7 @@ def _observe_queue(state, i, queue):
         if request.generated == 0:
             slack = max(request.arrival + request.ttft_target - now, -NO_DEADLINE_S)
         if row == rows:
-            # Of those behind, the next to be served that has a deadline.
+            # Of the rest, the next to be served that has a deadline.
             if slack < NO_DEADLINE_S:
                 rest_slack = slack
                 break
@@ -201,9 +201,9 @@ def _observe_acceptance(state, i, seen, drafted, accepted):
 
 @kernel
 def observe(state, i, seen, observation):
-    """Write instance `i`'s telemetry into `observation`, counted from `seen`, which then is the present.
+    """Write instance `i`'s telemetry into `observation`, counted from `seen`, and update `seen` to the present.
 
-    Nothing of the instance changes: several may look, each with a `Seen` of its own.
+    The instance does not change, so several observers may observe it, each with its own `Seen`.
     """
     instance = state.instances[i]
     limits = state.limits[i]
@@ -257,4 +257,4 @@ def observe(state, i, seen, observation):
 
 @kernel
 def look_away(state, i, seen, observation):
-    """Observe nothing, in place of `observe`: for policies whose choice never changes."""
+    """Substitute for `observe` that writes nothing, for policies whose choice never changes."""

@@ -28,7 +28,7 @@ ORIGINS = {
 
 
 def memory_section(engine: Engine, estimates: Estimates) -> dict[str, Any]:
-    """Bytes that decide the KV capacity: the drafter is whole on every GPU, so its cache counts once a GPU."""
+    """Bytes that determine the KV capacity: every GPU holds the whole drafter, so its cache counts once per GPU."""
     drafter = engine.drafter
     drafter_kv = engine.tensor_parallel * drafter.kv_bytes_per_token if drafter else 0
     return {
@@ -41,7 +41,7 @@ def memory_section(engine: Engine, estimates: Estimates) -> dict[str, Any]:
 
 
 def provenance(engine: Engine, sources: Sources, estimates: Estimates) -> dict[str, Any]:
-    """Where the table comes from: files with origin and licence, what is not measured, which rows were held out."""
+    """Provenance of the table: files with origin and licence, parts not measured, rows held out."""
     folders = sorted({path.split("/")[0] for path in sources.used})
     not_measured = ["overhead.*, drafter.*: see engine/latency/estimates.py"]
     if engine.gpu not in recipes.LLMSERVINGSIM:

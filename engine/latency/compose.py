@@ -2,7 +2,7 @@
 
 One iteration = per-token operators of all layers (GEMM staircase) + attention + LM head and sampler on the sampled rows
 + drafter + overheads. Each part is reduced here to a few nodes of a curve; `engine.latency.model` expands them.
-Figures that no profile measures are in `engine.latency.estimates`, each with its reason.
+Quantities that no profile measures are in `engine.latency.estimates`, each with its source.
 """
 
 from dataclasses import dataclass
@@ -101,8 +101,8 @@ def scale_heads(surface: NDArray, nodes: NDArray, requests: NDArray, heads_ratio
 class PrefillCurves:
     """Prefill attention of one layer by chunk.
 
-    `fresh`: nothing cached. `extra`: what having anything cached adds (another kernel). `context`: what each cached
-    token adds.
+    `fresh`: nothing cached. `extra`: time added when anything is cached (another kernel). `context`: time added per
+    cached token.
     """
 
     fresh: Curve
@@ -206,8 +206,8 @@ def head_curve(table: GemmTable, model: ModelShape, tensor_parallel: int, sample
 def sampler_curve(rows: NDArray, seconds: NDArray, vocabulary_ratio: float, bandwidth_ratio: float) -> Curve:
     """A measured sampler moved to another vocabulary and GPU.
 
-    One row's time is launches and stays; what more rows add is logits read and written, which scales with the
-    vocabulary and with bandwidth.
+    One row's time is launch overhead and stays. Further rows add logits read and written, which scales with vocabulary
+    and bandwidth.
     """
     launches = float(seconds[0])
     added = np.maximum(0.0, np.maximum.accumulate(seconds) - launches) * vocabulary_ratio / bandwidth_ratio
@@ -216,7 +216,7 @@ def sampler_curve(rows: NDArray, seconds: NDArray, vocabulary_ratio: float, band
 
 @dataclass(frozen=True)
 class DrafterTimes:
-    """What the drafter costs: a step by requests, a cached token a step, and its prompt pass."""
+    """Drafter times: a step by requests, per cached token and step, and the prompt pass."""
 
     step: Curve
     kv_token_s: float
@@ -267,8 +267,9 @@ def verify_row_fraction(prefill: AttentionProfile, one_row: Curve) -> float:
 def area_prefill(fresh: Curve, one_row: Curve) -> PrefillCurves:
     """Prefill curves where only chunks with nothing cached were measured.
 
-    Causal attention over 2c tokens is two triangles of c and one square of c x c, so the square, which is what a chunk
-    of c sees of c cached tokens, is t(2c) - 2 t(c) plus one launch. A chunk never beats one decoded row's slope.
+    Causal attention over 2c tokens is two triangles of c and one square of c x c. The square is the attention of a
+    chunk of c over c cached tokens, so it takes t(2c) - 2 t(c) plus one launch. A chunk's slope is at least that of one
+    decoded row.
     """
     nodes = fresh.nodes[(fresh.nodes >= 128) & (2 * fresh.nodes <= fresh.nodes[-1])]
     at = np.interp(nodes, fresh.nodes, fresh.seconds)

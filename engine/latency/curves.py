@@ -34,7 +34,7 @@ def rising(x: NDArray[Any], nodes: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     x = np.asarray(x, dtype=np.float64)[..., None]
     rise = np.clip((x - nodes[:-1]) / np.diff(nodes), 0.0, 1.0)
-    # Past the last node the slope of the last piece goes on.
+    # Past the last node the slope of the last piece continues.
     rise[..., -1:] = np.maximum(0.0, (x - nodes[-2]) / (nodes[-1] - nodes[-2]))
     return np.concatenate([(x > 0).astype(np.float64), rise], axis=-1)
 

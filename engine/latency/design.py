@@ -1,4 +1,4 @@
-"""Which iterations to measure so that an engine's whole operating range is covered by few of them."""
+"""Design of a measurement: few iterations that cover an engine's whole operating range."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Point:
 
     kv_tokens: (B,) cached tokens of each decoding request · candidates: c · chunks: prompt tokens of each prefill ·
     context: cached tokens of the first prefill's prompt · left: prompt tokens that the last prefill's chunk leaves for
-    later · fresh: of the decoding requests, the last ones, whose prompts ended in the iteration before: a drafter has
-    not read them.
+    later · fresh: number of decoding requests, at the end of the batch, whose prompts ended in the previous iteration,
+    so that a drafter has not read them.
     """
 
     kv_tokens: tuple[int, ...]
@@ -52,7 +52,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Space:
-    """What an engine can be asked for: its limits, the choices of c, the largest n.
+    """Operating range of an engine: its limits, the choices of c, the largest n.
 
     `longest` and `room` follow from the limits: cached tokens of one request, and of all, at which an iteration with
     the most candidates still fits.
@@ -101,9 +101,9 @@ def design(space: Space, points: int, seed: int) -> list[Point]:
 
 
 def edges(space: Space) -> list[Point]:
-    """What sampling would miss: the corners of the range (B of 1 and most, c and n of 0 and most, KV short and full).
+    """Points that sampling would miss: corners of the range (B of 1 and most, c and n of 0 and most, KV low and full).
 
-    Beside them nothing but prompts, short and long, begun and not, and prompts beside half of the requests.
+    Also batches of prompts only, short and long, begun and not, and prompts beside half of the requests.
     """
     most = space.limits.max_num_seqs
     top, wide = max(space.candidates), space.most_prefill
@@ -127,7 +127,7 @@ def edges(space: Space) -> list[Point]:
 
 
 def digest(points: Sequence[Point]) -> str:
-    """Names a design: equal designs, and only they, have equal digests."""
+    """Digest of a design, equal only for equal designs."""
     return hashlib.sha256(json.dumps([asdict(point) for point in points]).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Figures that no operator profile measures, each named, with where its size comes from.
+"""Quantities that no operator profile measures, each with the source of its value.
 
 They end up in a table file's `overhead`, `attention` and `memory` sections and can be replaced when a model is loaded
 (`LatencyModel.load(name, fixed_s=...)`).
@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 class Estimates:
     """Overheads and efficiencies; seconds, bytes and shares.
 
-    fixed_s, per_request_s: what the GPU waits for once an iteration, and once more for every request in the batch. From
-        LLMServingSim's real vLLM 0.19 run of Llama-3.1-8B on an RTX PRO 6000: measured decode iterations minus the
-        composed operator times are 0.7 ms plus 4 us a request (`engine.latency.validate` prints the comparison).
-    draft_launch_s: what the CPU spends on one drafter step (metadata, launches, sampling); the step takes this or its
-        GPU time, whichever is longer. vLLM V1 with an EAGLE head at concurrency 1 takes 1.35-1.45 ms more an iteration
+    fixed_s, per_request_s: GPU idle time once per iteration, and once per request in the batch. From LLMServingSim's
+        real vLLM 0.19 run of Llama-3.1-8B on an RTX PRO 6000: measured decode iterations minus the composed operator
+        times are 0.7 ms plus 4 us a request (`engine.latency.validate` prints the comparison).
+    draft_launch_s: CPU time of one drafter step (metadata, launches, sampling); the step takes this or its GPU time,
+        whichever is longer. vLLM V1 with an EAGLE head at concurrency 1 takes 1.35-1.45 ms more an iteration
         for every draft token, nearly the same under 0.6B and under 8B targets, whose heads differ fourfold in bytes
         (speculators sweep): the step is bound by launches, not by its weights.
     speculation_s: rejection sampling, bonus token and bookkeeping of an iteration with c > 0. The sweep has no k = 0,

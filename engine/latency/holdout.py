@@ -1,8 +1,8 @@
-"""Which measured rows are held out: the one rule that `build` (does not fit them) and `validate` (scores them) share.
+"""Held-out rows of profiles: the rule shared by `build`, which does not fit them, and `validate`, which scores them.
 
 Every second node of a profile's own grid is held out, by value, so that the rule does not depend on row order. Held-out
-nodes lie between fitted ones; GEMM tile boundaries (multiples of 64 tokens) stay fitted, because no interpolation can
-know where a step is that nobody measured.
+nodes lie between fitted ones. GEMM tile boundaries (multiples of 64 tokens) stay fitted, because interpolation cannot
+locate an unmeasured step.
 """
 
 import numpy as np

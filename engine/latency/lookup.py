@@ -1,8 +1,8 @@
 """`LookupTable`: the iteration-time prediction that controllers use, learnt from noisy iterations like an engine's log.
 
 An extra-trees regression is fitted on sampled, noisy iterations of a `LatencyModel`, evaluated once over a grid of
-(decodes, cached tokens, candidates, prefill tokens) and read by compiled interpolation. It is never the truth itself:
-its held-out error is kept beside it and printed by load.
+(decodes, cached tokens, candidates, prefill tokens) and read by compiled interpolation. It differs from the simulated
+truth; its held-out error is stored with it and printed by load.
 """
 
 import hashlib
@@ -71,8 +71,8 @@ def _cell(axis, value):
 def lookup_slice(grid, num_decodes, kv_tokens, out):
     """Fill out[nC, nN] with the predicted seconds of every (c, n) at this many decodes and cached tokens.
 
-    Bilinear over (decodes, cached tokens); below the first node the first node's value, past the last the last cell's
-    slope goes on.
+    Bilinear over (decodes, cached tokens); constant below the first node, and past the last node the last cell's slope
+    continues.
     """
     i, x = _cell(grid.batch, float(num_decodes))
     j, y = _cell(grid.kv_tokens, float(kv_tokens))
@@ -189,7 +189,7 @@ def sample_iterations(
     rng: np.random.Generator,
     min_num_seqs: int = 1,
 ) -> Iterations:
-    """Draw iterations over a range of batch sizes, as profiling runs of an engine would.
+    """Draw iterations over a range of batch sizes, as profiling runs of an engine do.
 
     Decodes log-uniform from `min_num_seqs` to `max_num_seqs` (one in 20 none); cached tokens a request lognormal
     (median 600) for most, and uniform in total for the rest so that the grid's corners are covered; a third of the
@@ -224,7 +224,7 @@ def sample_iterations(
 
 @dataclass(frozen=True)
 class LookupTable:
-    """A baked grid and how well it predicts iterations it has not seen.
+    """A baked grid and its errors on held-out iterations.
 
     `heldout_mape` maps "overall", "mixed" (decodes and prefill), "decode only", "prefill only" and buckets of decodes
     ("1-8 decodes") to the mean absolute relative error against noise-free iterations. All but the bucket above
@@ -249,9 +249,9 @@ class LookupTable:
     ) -> "LookupTable":
         """Fit on `samples` iterations with multiplicative noise (standard deviation `noise`) and bake the grid.
 
-        The iterations have up to `USUAL_DECODES` decodes, whatever `max_num_seqs` is: batches that an engine never
-        has must not change what is predicted for those it has. An engine with room for more gets a second fit, on as
-        many iterations, for the grid above.
+        The iterations have up to `USUAL_DECODES` decodes, whatever `max_num_seqs` is, so that predictions of usual
+        batches do not depend on rare ones. An engine with room for more gets a second fit, on as many iterations, for
+        the grid above.
 
         Raises:
             ValueError: empty or unsorted choices, or a limit below 1.
@@ -300,8 +300,8 @@ class LookupTable:
     ) -> "LookupTable":
         """`fit`, or its result from the disk cache (`$XDG_CACHE_HOME/governor`, by default `~/.cache/governor`).
 
-        The file's name is a digest of everything the grid depends on; it is written beside and renamed, so that
-        concurrent jobs see a whole file or none. A cache that cannot be read or written is ignored.
+        The file's name is a digest of everything the grid depends on. It is written under a temporary name and renamed,
+        so that concurrent jobs see a complete file or none. A cache that cannot be read or written is ignored.
         """
         arguments = {
             "candidate_choices": [int(c) for c in candidate_choices],
@@ -333,7 +333,7 @@ class LookupTable:
     ) -> "LookupTable":
         """Fit on a real engine's measured iterations and bake the grid, or take it from the disk cache.
 
-        The grid is of iterations that go on: with candidates, the drafter reads as many prompt tokens as are prefilled.
+        The grid assumes a steady state: with candidates, the drafter reads as many prompt tokens as are prefilled.
         `heldout_mape` is against measured times that were held out (`engine.latency.measured_card.predictor_errors`).
 
         Raises:

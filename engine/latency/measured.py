@@ -1,4 +1,4 @@
-"""Measured iterations: the table that a profile leaves, one row an iteration, and its split to test predictions."""
+"""Measured iterations: the table that a profile writes, one row per iteration, and its split to test predictions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MeasuredIterations:
     prefill_context: tokens that the first prefill's prompt had cached · unread_tokens: of the decoding requests' cached
     tokens, those that the drafter reads in this iteration because their prompts ended just before it · seconds: median
     from plan to commit; of these draft_s in the drafter and forward_s in the target's forward · seconds_min,
-    seconds_iqr, repeats: how sure the median is.
+    seconds_iqr, repeats: minimum, interquartile range and number of the timings.
     """
 
     num_decodes: NDArray[np.int64]
@@ -72,7 +72,7 @@ class MeasuredIterations:
 
     @classmethod
     def read(cls, path: str | Path) -> MeasuredIterations:
-        """What `write` wrote. Raises MeasuredError: no such file, not parquet, a column missing, no rows."""
+        """Read a file of `write`. Raises MeasuredError: no such file, not parquet, a column missing, no rows."""
         try:
             columns = read_table(path).to_pydict()
         except FileFaultError as error:
@@ -101,11 +101,11 @@ class MeasuredIterations:
 
     @property
     def planned_tokens(self) -> NDArray[np.int64]:
-        """B (1 + c): what the scheduler plans to verify, before a drafter proposes fewer."""
+        """B (1 + c): tokens that the scheduler plans to verify, before a drafter proposes fewer."""
         return self.num_decodes * (1 + self.candidates)
 
     def padded_kv_tokens(self, padding: float) -> NDArray[np.float64]:
-        """Cached tokens of the decodes, the share `padding` of what is missing to the longest of each added."""
+        """Cached tokens of the decodes, plus the share `padding` of each one's difference to the longest."""
         padded = self.num_decodes * self.longest_kv_tokens
         return self.decode_kv_tokens + padding * (padded - self.decode_kv_tokens)
 
@@ -121,7 +121,7 @@ class MeasuredIterations:
 
     @property
     def groups(self) -> dict[str, NDArray[np.bool_]]:
-        """Rows that errors are told apart by: overall, the kinds, buckets of decodes; those that are empty left out."""
+        """Groups of rows for error reports: overall, the kinds, buckets of decodes; without empty groups."""
         found = {"overall": np.ones(len(self), dtype=bool)} | self.kinds
         for low, high in pairwise(LOAD_EDGES[1:]):
             rows = (self.num_decodes >= low) & (self.num_decodes < high)
@@ -129,7 +129,7 @@ class MeasuredIterations:
         return {name: rows for name, rows in found.items() if rows.any()}
 
     def folds(self, count: int, seed: int) -> NDArray[np.int64]:
-        """(S,) which of `count` folds a row is held out in: shuffled within its kind and bucket of decodes."""
+        """(S,) fold, out of `count`, in which a row is held out: shuffled within kind and bucket of decodes."""
         rng = np.random.default_rng(seed)
         bucket = np.searchsorted(LOAD_EDGES, self.num_decodes, side="right")
         stratum = 2 * bucket + (self.prefill_tokens > 0)
@@ -140,7 +140,7 @@ class MeasuredIterations:
 
 
 def read_provenance(path: str | Path) -> dict[str, Any]:
-    """Where the iterations of a file come from; empty if it does not say. Raises MeasuredError: no parquet file."""
+    """Provenance of a file's iterations; empty if it has none. Raises MeasuredError: no parquet file."""
     try:
         found = read_table(path, []).schema.metadata or {}
         with reading(path):

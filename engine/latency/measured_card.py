@@ -1,7 +1,7 @@
-"""How well predictions of a measured engine's iteration times hold on iterations that they have not seen.
+"""Held-out errors of predictions of a measured engine's iteration times.
 
 A profile has few points, so all of them are held out once: five folds, shuffled within kind of batch and bucket of
-decodes, repeated with other shuffles. Whatever is finally used is fitted on all points.
+decodes, repeated with other shuffles. The final prediction is fitted on all points.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Fit = Callable[[MeasuredIterations], Callable[[MeasuredIterations], NDArray[np.f
 
 
 def observed(measured: MeasuredIterations) -> Observed:
-    """What a controller knows of measured iterations before they run."""
+    """Quantities of measured iterations that a controller knows before they run."""
     return Observed(
         measured.num_decodes,
         measured.decode_kv_tokens,
@@ -40,7 +40,7 @@ def observed(measured: MeasuredIterations) -> Observed:
 
 
 def table_times(document: dict[str, Any], measured: MeasuredIterations) -> NDArray[np.float64]:
-    """Seconds (S,) of measured iterations by a latency table's document: what the simulator would take."""
+    """Seconds (S,) of measured iterations under a latency table's document, as the simulator computes them."""
     model = LatencyModel.from_document(document, document["name"])
     kv = measured.padded_kv_tokens(model.tables.padding)
     return np.array(
@@ -86,8 +86,8 @@ def predictor_errors(
 def card(measured: MeasuredIterations, forest: Forest, seed: int = 0) -> dict[str, dict[str, float]]:
     """Held-out errors of every kind of prediction, and of a median against itself (`noise`), by group of iterations.
 
-    linear: a straight line · curves: what trees learn the ratio to, if that is `curves` · random forest and extra
-    trees: with the same settings · latency table: the simulator's truth, which also knows the longest request of the
+    linear: a straight line · curves: the base of the trees' ratio, if that is `curves` · random forest and extra trees:
+    with the same settings · latency table: the simulator's truth, which also knows the longest request of the
     batch · noise: half the interquartile range of an iteration's repeats over its median.
     """
     memory = MemoryFigures(0.0, 0.0, 0.0, 1)

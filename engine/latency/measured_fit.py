@@ -1,8 +1,8 @@
-"""The simulator's truth from measured iterations: the curves of a latency table, fitted to what an engine took.
+"""Latency tables for the simulator, fitted to measured iterations of a real engine.
 
 Every curve of `LatencyTables` is piecewise linear in its argument, so an iteration's time is a sum of columns with
 non-negative weights (`engine.latency.curves`). They are fitted to relative errors, separately for the target's forward,
-the drafter, and what is around them, which the engine times apart.
+the drafter, and the rest of the iteration, which the engine times separately.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FRACTIONS = np.linspace(0.0, 1.0, 11).tolist()
 
 @dataclass(frozen=True)
 class MemoryFigures:
-    """What a table file says of memory, in bytes."""
+    """Memory section of a table file, in bytes."""
 
     total_bytes: float
     weight_bytes: float
@@ -31,7 +31,7 @@ class MemoryFigures:
 
 
 def weight_bytes(model: Any) -> float:
-    """What the weights of a torch module take."""
+    """Memory taken by the weights of a torch module, in bytes."""
     return float(sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
 
 

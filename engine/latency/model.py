@@ -1,7 +1,7 @@
-"""`LatencyModel`: how long one engine iteration takes, composed from measured operator times.
+"""`LatencyModel`: time of one engine iteration, composed from measured operator times.
 
-This is what the simulator takes as the truth. The two kernels read plain arrays (`LatencyTables`), so compiled engine
-loops call them without returning to Python; the class loads a shipped table, knows the memory, and answers for people.
+The simulator takes these times as the truth. The two kernels read plain arrays (`LatencyTables`), so compiled engine
+loops call them without returning to Python. The class, for Python callers, loads a shipped table and computes memory.
 """
 
 from copy import copy
@@ -89,7 +89,7 @@ def decode_attention_time(tables, num_decodes, kv_tokens, mixed):
 
 @kernel
 def unread_time(tables, tokens):
-    """Seconds that the drafter takes for `tokens` tokens that it has not read when it first drafts behind them."""
+    """Drafter seconds for `tokens` tokens that it has not read when it first drafts after them."""
     curve = tables.unread_s
     last = curve.shape[0] - 1
     if tokens <= last:
@@ -165,8 +165,8 @@ class LatencyModel:
     """Iteration time and memory of one target model, its drafter and its GPUs.
 
     Make one with `LatencyModel.load("vicuna_7b_a100")` (a shipped table or a path), or `LatencyModel.linear` for a
-    closed form. `tables` goes to the kernels; `provenance` says where every figure comes from; `drafter_model` names
-    the drafter that was timed, None where the table does not say.
+    closed form. `tables` is for the kernels; `provenance` gives the source of every figure; `drafter_model` names the
+    timed drafter, None where the table does not name one.
     """
 
     def __init__(
@@ -300,9 +300,9 @@ class LatencyModel:
     def mistimed(self, error: float, seed: int) -> "LatencyModel":
         """The same engine with each group of operators off by a factor of its own, drawn from 1 - error to 1 + error.
 
-        What a controller predicts with then errs the way a profile of another GPU, driver or day does: the groups
-        (`OPERATOR_GROUPS`: per-token operators, decode attention, prefill attention, drafter, overheads) move against
-        one another, so that what is best moves too. ValueError for an error outside [0, 1).
+        A controller's predictions then have the kind of error that a profile of another GPU, driver or day has: the
+        groups (`OPERATOR_GROUPS`: per-token operators, decode attention, prefill attention, drafter, overheads) change
+        relative to one another, and so does the best action. ValueError for an error outside [0, 1).
         """
         if not 0.0 <= error < 1.0:
             raise ValueError(f"timing_error={error!r} must be at least 0 and below 1")

@@ -1,8 +1,8 @@
-"""Learns iteration times from observed iterations: a simple guess, and trees that learn the ratio to it.
+"""Predictors of iteration times learned from observed iterations: a simple base model, and trees for the ratio to it.
 
-Trees predict constants between the points they have seen, so they are left with what the guess gets wrong: interactions
-and staircases. With thousands of iterations a straight line over the sizes is guess enough; with the few hundred that
-a profile measures, the guess has to bend itself.
+Trees predict constants between observed points, so they only correct the base model's errors: interactions and
+staircases. With thousands of iterations a straight line over the sizes is a sufficient base. With the few hundred that
+a profile measures, the base is piecewise linear.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Feature = Literal["decodes", "candidates", "prefill", "kv", "rows", "tokens", "k
 
 
 class Observed(NamedTuple):
-    """What is known of S iterations before they run, each (S,): B, cached tokens of the decodes, c, prompt tokens."""
+    """Quantities of S iterations known before they run, each (S,): B, cached tokens of decodes, c, prompt tokens."""
 
     decodes: NDArray[Any]
     kv: NDArray[Any]
@@ -50,9 +50,9 @@ ALL_FEATURES = tuple(_COLUMNS)
 
 @dataclass(frozen=True)
 class Forest:
-    """How trees are grown: their number, the fewest iterations in a leaf, and what they may split on.
+    """Settings of the trees: their number, the fewest iterations in a leaf, and the features they may split on.
 
-    `guess` is what they learn the ratio to: a straight line by least squares, or rising piecewise linear curves.
+    `guess` is the base model of their ratio: a straight line by least squares, or rising piecewise linear curves.
     Raises ValueError for an unknown feature, or numbers below 1.
     """
 
@@ -128,7 +128,7 @@ def _features(seen: Observed, names: tuple[str, ...]) -> NDArray[np.float32]:
 
 
 def _straight_line(seen: Observed) -> NDArray[np.float64]:
-    """Columns of the cheap analytic guess whose ratio to the truth trees learn, (S, 7), or (S, 8) with `unread`."""
+    """Columns of the linear base model, to which trees learn the ratio, (S, 7), or (S, 8) with `unread`."""
     rows = seen.decodes * (1 + seen.candidates)
     drafting = (seen.candidates > 0) & (seen.decodes > 0)
     columns = [
@@ -142,14 +142,14 @@ def _straight_line(seen: Observed) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class _Curves:
-    """Columns of a sum of curves: by tokens, by decodes, attention, drafter steps, what the drafter reads."""
+    """Columns of a sum of curves: by tokens, by decodes, attention, drafter steps, unread drafter tokens."""
 
     token_nodes: NDArray[np.float64]
     request_nodes: NDArray[np.float64]
 
     @classmethod
     def over(cls, seen: Observed) -> _Curves:
-        """Curves with nodes as far as the iterations reach."""
+        """Curves with nodes over the range of the iterations."""
         tokens = seen.decodes * (1 + seen.candidates) + seen.prefill
         return cls(nodes(len(tokens), tokens.max()), nodes(len(tokens), seen.decodes.max()))
 

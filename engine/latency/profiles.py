@@ -1,7 +1,7 @@
 """Readers for the raw profile folders: third-party operator timings in, tidy arrays in seconds out.
 
-Nothing here is shipped as data: the project ships only what `engine.latency.compose` derives from these files.
-Every reader raises `ProfileError` naming the file and the column when a file is not what it should be.
+These files are not shipped: the project ships only tables that `engine.latency.compose` derives from them. Every reader
+raises `ProfileError` naming the file and the column of invalid data.
 
 Known traps handled here:
   * Vidur's grids repeat token counts, so rows are grouped and the median is taken.

@@ -1,4 +1,4 @@
-"""Which profile goes into which part of which engine: the composition recipes of the shipped tables."""
+"""Composition recipes of the shipped tables: the profile behind each part of each engine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,8 +166,8 @@ def attention_a100(sources: Sources, engine: Engine) -> Attention:
 def attention_h100(sources: Sources, engine: Engine) -> Attention:
     """From aiconfigurator: decode of 8 heads by (request, head) pairs, prefill of chunks with nothing cached.
 
-    What cached tokens add to a chunk was not measured; it follows from the area of causal attention. The cost of a
-    verified row is the A100's.
+    The cost of cached tokens in a chunk was not measured; it follows from the area of causal attention. The cost of a
+    verified row is that of the A100.
     """
     profile = profiles.read_decode_attention(sources.aiconfigurator(engine.gpu, "generation_attention"), 8, 8)
     heads = engine.model.heads / engine.tensor_parallel

@@ -1,4 +1,4 @@
-"""Shapes of the served models and figures of the GPUs: what sets weight bytes, KV bytes and attention work.
+"""Shapes of the served models and data of the GPUs, which determine weight bytes, KV bytes and attention work.
 
 Model shapes are the published Hugging Face configurations; GPU figures are the vendors' data sheets (dense BF16).
 """

@@ -106,7 +106,7 @@ def ship(folder: Path, name: str, tables: Path, engines: Path, *, replace: bool 
     partial = rows.with_name(f".{rows.name}.partial")
     shutil.copyfile(measured, partial)
     partial.replace(rows)
-    # The engine comes last: where there is one, its table is there.
+    # The engine's file is written last, so that its table always exists.
     write_whole(engine, text.encode())
     return [table, rows, engine]
 
@@ -117,7 +117,7 @@ def _model(source: str) -> str:
 
 
 def _drafter(engine: dict[str, Any]) -> str:
-    """The drafter's model, or what drafts in place of one."""
+    """The drafter's model, or the kind of drafter without a model."""
     return _model(engine["drafter_model"]) if engine["drafter"] == "model" else str(engine["drafter"])
 
 

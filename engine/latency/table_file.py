@@ -31,13 +31,13 @@ class LatencyTables(NamedTuple):
         `KV_STEP_TOKENS`; the last column is the slope (a cached token of each request) past the one before it. First
         index 0: the batch only decodes; 1: it also holds a prompt chunk. Engines that run prefill and decode as
         separate kernels have the same figures in both; one kernel over a mixed batch decodes more slowly.
-    fresh_s, extra_s, context_s (C+1,): prefill attention of all layers by chunk with nothing cached; what
-        having anything cached adds; and what every cached token adds.
+    fresh_s, extra_s, context_s (C+1,): prefill attention of all layers by chunk with nothing cached; time added when
+        anything is cached; and time added per cached token.
     draft_step_s (B+1,): one drafter step by decoding requests; `draft_kv_token_s` a cached token a step;
         `draft_prefill_token_s` a prompt token, and `draft_prefill_s` if no first step carries the prompt.
-    unread_s (U+1,): what a drafting iteration pays for so many tokens that the drafter has not read, where it reads a
-        prompt only when it first drafts for it; beyond it the last cell's slope. Zero where it reads with the target.
-    padding: share of the way from a decode's own cached tokens to the longest of the batch that attention takes.
+    unread_s (U+1,): drafter time by tokens it has not read, where it reads a prompt only when it first drafts for it;
+        beyond it the last cell's slope. Zero where it reads with the target.
+    padding: attention cost counts a decode's cached tokens plus this share of the difference to the batch's longest.
     """
 
     linear_s: NDArray[np.float64]
@@ -202,7 +202,7 @@ def tables_from_document(document: dict[str, Any], source: str) -> LatencyTables
 
 
 def rounded(values: Any, digits: int = 4) -> list[Any]:
-    """Nested lists of floats at `digits` significant digits: what a person can compare line by line."""
+    """Nested lists of floats at `digits` significant digits, so that files can be compared line by line."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim > 1:
         return [rounded(row, digits) for row in array]

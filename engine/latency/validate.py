@@ -35,7 +35,7 @@ CHUNK_EDGES = (16, 129, 257, 513, 1025, 4097)
 
 @dataclass(frozen=True)
 class Score:
-    """One line of the report: how far predictions are from unfitted measurements in one group."""
+    """One line of the report: prediction error against unfitted measurements in one group."""
 
     section: str
     group: str
@@ -46,7 +46,7 @@ class Score:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the target, where there is one."""
+        """Return True if the error is within the target, or there is no target."""
         return self.target is None or self.mape <= self.target
 
 

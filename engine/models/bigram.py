@@ -1,15 +1,15 @@
 """Random weights whose text is a table of successors, with a drafter that agrees as a real one does.
 
-A model of random weights repeats itself after a few tokens, and a second one never agrees with it. Here every matrix is
-random too, and every product is computed in full; but what attention and MLP add to the residual stream is tiny, so the
-hidden state is the embedding of the last token, and the output projection says what follows it. The target's text is
-one cycle through the vocabulary. The drafter ranks candidates for every token, the target's among them or not, with the
-probabilities that it gives them. What is drawn for the tokens along the cycle is what an `MarkovChain` draws for the
-positions of requests, so that runs of agreements and confidence along an output have that law.
+A model of random weights repeats itself after a few tokens, and a second one never agrees with it. Here, too, every
+matrix is random and every product is computed in full. But the outputs of attention and MLP are tiny, so the hidden
+state is the embedding of the last token, and the output projection determines the next token. The target's text is one
+cycle through the vocabulary. The drafter ranks candidates for every token, with or without the target's, and gives them
+probabilities. A `MarkovChain` draws agreement along the cycle as it does along the positions of requests, so that runs
+of agreements and confidences along an output follow its law.
 
 Forward passes, verification and outputs are real, and greedy acceptance has a real drafter's statistics. The text has
-no meaning: two prompts that end in the same token are continued alike, and whether a token is predicted depends on the
-one before it alone, so that requests are as different as the stretches of the cycle that they walk.
+no meaning: two prompts that end in the same token continue alike. Agreement at a token depends only on the previous
+token, so requests differ as much as their sections of the cycle.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ _ROWS = 2048
 
 
 class Table(NamedTuple):
-    """What a model says after each of V tokens.
+    """Next-token predictions of a model after each of V tokens.
 
-    successor: (V,) what follows in the target's text · proposals: (V, K) distinct tokens, falling in probability ·
+    successor: (V,) next token in the target's text · proposals: (V, K) distinct tokens, falling in probability ·
     probabilities: (V, K), the rest being spread over all other tokens · rank: (V,) of the successor among the
     proposals; K where it is none.
     """
@@ -71,19 +71,19 @@ class Table(NamedTuple):
 
 
 def target_table(vocabulary: int, seed: int) -> Table:
-    """The target's: one successor each, which is certain."""
+    """The target's table: one certain successor each."""
     cycle, place = _cycle(vocabulary, seed)
     successor = cycle[(place + 1) % len(cycle)]
     return Table(successor, successor[:, None], np.full((vocabulary, 1), _CERTAIN), np.zeros(vocabulary, np.int64))
 
 
 def drafter_table(vocabulary: int, seed: int, law: MarkovChain) -> Table:
-    """The drafter's, for the target of the same vocabulary and seed.
+    """The drafter's table, for the target of the same vocabulary and seed.
 
-    The first candidate has the drawn confidence, by which it is the target's token that often. Further ones share what
-    is left as the law of ranks says, but each has less than the one before; where that is less than the law says, the
-    drawn rank is given up as often, so that every candidate is right as often as it is probable. Of the misses of
-    `draft68m` 42 % are among ranks 1 to 3 then, where the law alone has 51 %.
+    The first candidate's probability is the drawn confidence, and it is the target's token that often. Further
+    candidates share the rest by the law of ranks, each with less than the one before. Where this is less than the law's
+    share, the drawn rank is discarded as often, so that every candidate is right as often as it is probable. Of the
+    misses of `draft68m` 42 % are then among ranks 1 to 3; the law alone has 51 %.
     """
     cycle, place = _cycle(vocabulary, seed)
     size = len(cycle)
@@ -127,10 +127,10 @@ def bigram_drafter(config: Any, seed: int, law: MarkovChain, *, dtype: torch.dty
 def logits_of(table: Table, hidden: int, noise: float) -> NDArray[np.float64]:
     """(V, K) logits of the proposals that give them their probabilities, over `hidden` random dimensions.
 
-    All other logits are normal: embeddings of H entries of variance 1 have products of variance H, so a row of the
-    output projection that is made for logits a_1, a_2, ... adds sum(a^2) / H to the variance of what it says elsewhere.
-    Of the sum of their exponentials the probabilities follow, and it of them: solved by repetition. Raises ValueError
-    when there are too few dimensions for so many tokens.
+    All other logits are normal. Embeddings of H entries of variance 1 have products of variance H, so a row of the
+    output projection made for logits a_1, a_2, ... adds sum(a^2) / H to the variance of its logits elsewhere. The
+    probabilities depend on the sum of the exponentials and vice versa: solved by fixed-point iteration. Raises
+    ValueError when there are too few dimensions for the vocabulary.
     """
     vocabulary = len(table.successor)
     odds = np.log(table.probabilities) - np.log1p(-table.probabilities.sum(axis=1, keepdims=True))
@@ -147,7 +147,7 @@ def logits_of(table: Table, hidden: int, noise: float) -> NDArray[np.float64]:
 
 
 def _cycle(vocabulary: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens in the order of the target's text, and (V,) where on it each stands; special ones stand beside others."""
+    """Tokens in the order of the target's text, and the (V,) position of each; special ones share others' positions."""
     cycle = np.random.default_rng([seed, _CYCLE]).permutation(np.arange(SPECIAL_TOKENS, vocabulary))
     place = np.empty(vocabulary, dtype=np.int64)
     place[cycle] = np.arange(len(cycle))
@@ -158,13 +158,13 @@ def _cycle(vocabulary: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.in
 def _build(
     config: Any, table: Table, noise: float, seed: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """The model; its weights are made where and as they stay, for there may be no room for them elsewhere."""
+    """The model; its weights are made in place, in their final type, because memory may not hold a second copy."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = model.to_empty(device=device).eval()
-    # Of its buffers `to_empty` leaves the memory only.
+    # `to_empty` leaves its buffers uninitialised.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     generator = torch.Generator(device)
     generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1)))
@@ -183,10 +183,10 @@ def _build(
 
 
 def _fill_head(model: Any, table: Table, noise: float, generator: torch.Generator) -> None:
-    """Make the rows of the output projection: noise, and what gives the proposals their logits exactly.
+    """Make the rows of the output projection: noise, plus the terms that give the proposals their exact logits.
 
-    A row answers to the few embeddings after which its token is proposed. Their products with each other are not quite
-    zero, so the factors that they enter the row with are solved for.
+    A row combines the few embeddings after which its token is proposed. Their mutual products are not quite zero, so
+    their factors in the row come from a linear solve.
     """
     head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
     vocabulary, hidden = head.shape

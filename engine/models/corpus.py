@@ -39,7 +39,7 @@ class CorpusError(ValueError):
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer's interface that is used."""
 
     def __call__(self, text: str, *, add_special_tokens: bool = ..., verbose: bool = ...) -> Any: ...
 
@@ -70,12 +70,12 @@ class TokenPrompt:
 
 
 def library_folder() -> Path:
-    """Where the running interpreter keeps its standard library."""
+    """Standard library folder of the running interpreter."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the file of this relative path (with forward slashes) is kept from training: one in ten, by hash."""
+    """Return True if this relative path (with forward slashes) is held out from training: one in ten, by hash."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
@@ -181,7 +181,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def _source_names(root: Path) -> Iterator[str]:
-    # A folder left out is not walked into: an environment's third-party packages may be a hundred times the library.
+    # Excluded folders are not walked: an environment's third-party packages may be a hundred times the library.
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in _LEFT_OUT_FOLDERS and not _is_build_setting(name)]
         for name in files:
@@ -194,7 +194,7 @@ def _is_build_setting(name: str) -> bool:
 
 
 def _token_ids(tokenizer: Tokenizer, text: str) -> NDArray[np.int32]:
-    # Whole files are longer than a model's context, which is no news to whoever cuts them: hence not verbose.
+    # Whole files exceed a model's context as expected, so the tokenizer's warning about it is off.
     return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
 

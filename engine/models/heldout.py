@@ -1,4 +1,4 @@
-"""What the two embedded models do on files they were not trained on: losses, and what speculation would get."""
+"""Held-out evaluation of the two embedded models: losses, and acceptance under speculation."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def greedy_continuations(target: Any, prompts: Tensor, new_tokens: int) -> Tenso
 
 @torch.no_grad()
 def drafter_agreement(drafter: Any, texts: Tensor, prompt_tokens: int) -> NDArray[np.bool_]:
-    """Where the drafter's first choice is the target's token: texts (n, length) -> (n, length - prompt_tokens).
+    """True where the drafter's first choice is the target's token: texts (n, length) -> (n, length - prompt_tokens).
 
-    One forward over the target's own text is enough: while every draft is accepted, the text that a greedy drafter has
-    before it is the target's.
+    One forward over the target's own text suffices: while every draft is accepted, a greedy drafter's context is the
+    target's text.
     """
     choices = [
         drafter(input_ids=rows[:, :-1], use_cache=False).logits[:, prompt_tokens - 1 :].argmax(-1)
@@ -88,7 +88,7 @@ def conditional_acceptance(agreement: NDArray[np.bool_], drafted: int) -> tuple[
     accepted = np.zeros(drafted)
     steps = 0
     for row in agreement:
-        start = 1  # the first token of a text is the prefill's, which nobody drafts
+        start = 1  # the first token of a text is the prefill's, which is never drafted
         while start + drafted <= row.size:
             chain = row[start : start + drafted]
             run = drafted if chain.all() else int(chain.argmin())

@@ -44,7 +44,7 @@ def load_pretrained_tokenizer(source: str, *, trust_remote_code: bool = False) -
 
 
 def _read(kind: Any, source: str, trust_remote_code: bool, **options: Any) -> Any:
-    """`kind.from_pretrained`, its many errors as one. It never asks anything on the terminal."""
+    """`kind.from_pretrained` with all its errors as ModelFilesError. It never prompts on the terminal."""
     path = Path(source).expanduser()
     if path.is_file():
         raise ModelFilesError(f"{source}: a file; give the folder that holds the model's config.json and weights")
@@ -53,7 +53,7 @@ def _read(kind: Any, source: str, trust_remote_code: bool, **options: Any) -> An
             raise ModelFilesError(f"{source}: no such folder (from {Path.cwd()})")
     elif not path.exists():
         path = Path(source)
-    # Without network its retries would be ten lines; the error at the end says the same.
+    # Without network its retries would log ten lines; the final error holds the same information.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     what = "model" if "Model" in kind.__name__ else "tokenizer"
     try:
@@ -106,14 +106,14 @@ def load_tokenizer(folder: Path = TARGET_FOLDER) -> Any:
 
 
 def deepen(model: Any, layers: int = 24) -> Any:
-    """The same model with more layers to compute, which change nothing: what `torch_small` serves.
+    """The same model with additional layers that cost time and do not change its output, as served by `torch_small`.
 
-    A drafter pays only against a target of several times its depth, and an embedded target of that depth would have to
-    be trained and shipped. Instead the layers added here are copies of the model's own, spread between them, with both
-    output projections (`o_proj`, `down_proj`) zero: each adds exactly 0 to the residual stream. Logits are bit-equal to
-    the model's, so tokens and acceptance are real; attention, KV cache and matrix products are computed in full, so the
-    cost is real; only the depth is not earned by training. `model` itself is left as it is. Raises ValueError if it has
-    more than `layers` layers, or layers without those projections.
+    A drafter pays off only against a target of several times its depth, and an embedded target of that depth would have
+    to be trained and shipped. Instead the added layers are copies of the model's own, spread between them, with both
+    output projections (`o_proj`, `down_proj`) zero, so that each adds exactly 0 to the residual stream. Logits are
+    bit-equal to the model's, so tokens and acceptance are real. Attention, KV cache and matrix products are computed in
+    full, so the cost is real. `model` itself is unchanged. Raises ValueError if it has more than `layers` layers, or
+    layers without those projections.
     """
     if not isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList):
         raise ValueError(f"layers={layers}: {type(model).__name__} cannot be deepened: it is not built as Llama is")

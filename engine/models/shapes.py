@@ -1,4 +1,4 @@
-"""Published model architectures by name, for engines whose speed is to be measured and whose text does not matter."""
+"""Published model architectures by name, for speed measurements of engines whose text does not matter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES: dict[str, Shape] = {
     # config.json of JackFram/llama-68m and llama-160m (Miao et al., SpecInfer, ASPLOS'24).
     "llama_68m": Shape(768, 3072, 2, 12),
     "llama_160m": Shape(768, 3072, 12, 12),
-    # Nobody's: a pair that is built and runs in moments.
+    # Not a published model: a small pair for quick runs.
     "mini": Shape(512, 768, 2, 4, vocabulary=4096),
     "mini_draft": Shape(512, 512, 1, 4, vocabulary=4096),
 }

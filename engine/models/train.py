@@ -1,8 +1,8 @@
 """`python -m engine.models.train`: trains the embedded models on the running interpreter's standard library.
 
-Writes beside each other in `--out`: `target/` and `drafter/` (Hugging Face folders, bfloat16), `train.csv` (the log)
-and `heldout.json` (what they do on files they never saw). A run that was stopped or killed goes on from its last
-checkpoint when the same command is given again.
+Writes to `--out`: `target/` and `drafter/` (Hugging Face folders, bfloat16), `train.csv` (the log)
+and `heldout.json` (held-out figures). A run that was stopped or killed resumes from its last checkpoint when the same
+command is given again.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def train(
     show: Callable[[Trainer, StepResult, float], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Trainer:
-    """Spend the budget on `texts`, going on from a checkpoint in `out` and leaving one there. Raises TrainingError.
+    """Spend the budget on `texts`, resuming from a checkpoint in `out` and saving one there. Raises TrainingError.
 
     `show(trainer, result, tokens_per_s)` is called after every step; the run ends early, with its state saved, once
     `stop()` is true. The log is `out/train.csv`.
@@ -123,7 +123,7 @@ def save_models(trainer: Trainer, tokenizer: Any, out: Path) -> None:
 
 
 def held_out_figures(out: Path, prompts: int = 64) -> dict[str, Any]:
-    """What the saved models do on the held-out files: losses, by depth in the context, and speculation's acceptance."""
+    """Held-out figures of the saved models: losses, by depth in the context, and speculation's acceptance."""
     tokenizer = load_tokenizer(out / "target")
     target, drafter = (load_model(out / name) for name in ("target", "drafter"))
     stream = token_stream(tokenizer.backend_tokenizer, [text for _, text in library_texts(held_out=True)])
@@ -197,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C and a polite kill into an answer that is asked for between steps, never in the middle of one.
+    """Turns SIGINT and SIGTERM into a flag that is checked between steps, never in the middle of one.
 
     A signal that the process was started to ignore, as Ctrl-C in the background of a shell, stays ignored.
     """

@@ -1,4 +1,4 @@
-"""Trains a target and its drafter together: one batch, one target forward, its logits teaching the drafter."""
+"""Trains a target and its drafter together: one batch, one target forward, whose logits are the drafter's labels."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ DRAFTER = Shape(hidden=128, layers=2, intermediate=352)
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. The budget is `steps` if given, else `minutes` of processor time on each of `threads` threads.
+    """Training settings. The budget is `steps` if given, else `minutes` of processor time on each of `threads` threads.
 
     Processor time is what the wall clock shows on an idle machine; a busy one makes the run longer, not worse. The
     learning rate falls with the budget along a cosine, after `warmup_steps`. The last `long_share` of the budget trains
@@ -101,7 +101,7 @@ class StepResult(NamedTuple):
 
 
 class Trainer:
-    """Both models, their optimizers and how far the budget is spent; `save` and `restore` carry all of it."""
+    """Both models, their optimizers and the spent budget; `save` and `restore` cover all of it."""
 
     def __init__(self, settings: Settings, vocabulary: int, tokens: NDArray[np.integer[Any]]) -> None:
         if tokens.size <= settings.long_window + 1:
@@ -162,7 +162,7 @@ class Trainer:
         )
 
     def save(self, path: Path) -> None:
-        """Write everything that `restore` needs, in one move: a run killed here leaves the state before it."""
+        """Write everything that `restore` needs, atomically: a run killed here keeps the previous state."""
         state = {
             "identity": self._identity(),
             "step_number": self.step_number,
@@ -177,7 +177,7 @@ class Trainer:
         os.replace(partial, path)
 
     def restore(self, path: Path) -> None:
-        """Continue from what `save` wrote. Raises TrainingError if it was made with other settings."""
+        """Continue from a checkpoint written by `save`. Raises TrainingError if it was made with other settings."""
         try:
             state = torch.load(path, weights_only=True)
         except Exception as error:
@@ -199,7 +199,7 @@ class Trainer:
         self.processor_seconds = state["processor_seconds"]
 
     def _identity(self) -> dict[str, Any]:
-        """What has to be equal for a checkpoint to be gone on from."""
+        """Settings that must be equal to resume from a checkpoint."""
         text = hashlib.sha256(np.ascontiguousarray(self.tokens).tobytes()).hexdigest()
         return {**asdict(self.settings), "vocabulary": self.vocabulary, "text": text[:16]}
 

@@ -1,17 +1,17 @@
-"""Simulated speculation: which candidates a batch's drafter proposes, who gets them, and which are accepted.
+"""Simulated speculation: the drafter's candidates for a batch, their allocation, and their acceptance.
 
-A workload fixes, for every output position, at which rank of the drafter's order the target's token stands, and how
-probable the drafter calls its first choice there. Chains of c each need nothing but the length of the run of first
-choices that are right. Everything else is grown here candidate by candidate, the most probable first:
+A workload fixes, for every output position, the rank of the target's token in the drafter's order and the drafter's
+confidence in its first choice. Chains of c each need only the length of the run of correct first choices. All other
+shapes are grown here candidate by candidate, the most probable first:
 
-- What stands behind a request's last token is believed by depth: the drafter's first choice at depth d is right, given
-  that what stands before it is, with the confidence of the output position d ahead; its choice of rank r with the rest
-  of that probability times `rank_shares[r]`, and never more than the choice before it. Off the path that the target
-  takes, too, the confidence of the position stands for that of the drafter there, which no log records.
+- Probabilities depend on depth. The drafter's first choice at depth d is right, given that all before it are, with the
+  confidence of the output position d ahead. Its choice of rank r is right with the rest of that probability times
+  `rank_shares[r]`, and at most that of the choice before it. Off the target's path, too, the confidence of the position
+  stands for the drafter's, which no log records.
 - A candidate of rank r at depth d is right where the workload's rank at that position is r and all before it are right.
 
-Growing takes one drafter pass a level, for the whole batch: down to the level behind the deepest candidate kept (to
-know that nothing there is worth keeping), and no deeper than the draft depth.
+Growing takes one drafter pass per level for the whole batch. It stops at the level after the deepest candidate kept
+(where no candidate is worth keeping), and at the draft depth.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ is not: the law that `engine.workload.agreement` draws ranks from."""
 
 
 class AcceptanceTrace(NamedTuple):
-    """Where drafter and target agree, by output position of all requests of a system.
+    """Agreement of drafter and target, by output position of all requests of a system.
 
     run_lengths, rank: (P,) uint8 and confidence: (P,) float32, as in `Workload`; a request's begin at its
-    `first_position`, wherever it is served. rank and confidence are empty where chains of c each need neither.
+    `first_position`, on any instance. rank and confidence are empty where chains of c each need neither.
     """
 
     run_lengths: NDArray[np.uint8]
@@ -50,13 +50,13 @@ class AcceptanceTrace(NamedTuple):
 
 
 class Sharing(NamedTuple):
-    """How the candidates of an action are shared out, and memory to work in.
+    """Allocation of an action's candidates, and its scratch memory.
 
     kind: how candidates are allocated (`CHAINS`, ...) · branching: most children · by_acceptance, cost_aware: 0 or 1,
     and tpot_target, as in `Speculation` · depths: (MAX_CANDIDATES + 1,) draft depth by c · rank_shares: (branching,) ·
     shape_depths, shape_ranks, shape_parents: (W,) the tree that uniform allocation takes the first c nodes of.
 
-    The rest is memory to work in, by slot of the batch. kept, tokens, order, size: (S,) nodes, tokens, places in a heap
+    The rest is scratch memory, by slot of the batch. kept, tokens, order, size: (S,) nodes, tokens, places in a heap
     or an order, nodes on the frontier · value: (S,) of the best node there · frontier_value, frontier_above: (S, W + 2)
     path probability of a node that may be next, and of its parent · frontier_depth, frontier_rank, frontier_right: (S,
     W + 2) likewise, and whether its parent is right · node_depth, node_parent, node_right: (S, W) of the nodes kept,
@@ -102,7 +102,7 @@ def new_trace(positions: int, ranks: bool) -> AcceptanceTrace:
 
 
 def new_sharing(speculation: Speculation, max_num_seqs: int) -> Sharing:
-    """Candidates shared out as `speculation` says, in batches of up to `max_num_seqs`."""
+    """Allocation as in `speculation`, for batches of up to `max_num_seqs`."""
     kind = _kind(speculation)
     slots, width = (max_num_seqs, MAX_CANDIDATES) if kind != CHAINS else (1, 1)
     shape = fixed_shape(speculation.branching, speculation.draft_depth or speculation.depth(MAX_CANDIDATES))
@@ -178,7 +178,7 @@ def believed(sharing, trace, request, depth, rank):
 
 @kernel
 def _is_right(sharing, trace, request, depth, rank):
-    """1 where the target's token stands at `rank` so many tokens ahead, else 0."""
+    """1 if the target's token `depth` tokens ahead has this rank, else 0."""
     return int(trace.rank[request.first_position + request.generated + depth - 1] == rank)
 
 
@@ -205,7 +205,7 @@ def _value_next(sharing, slot):
 
 @kernel
 def _begin(sharing, trace, request, slot, depth):
-    """Request `slot` has no nodes, and its drafter's first choice on the frontier if it may draft at all."""
+    """Clear the nodes of request `slot` and put its drafter's first choice on the frontier if it may draft."""
     sharing.kept[slot] = 0
     sharing.size[slot] = 0
     if depth > 0:
@@ -246,13 +246,13 @@ def _take(sharing, trace, request, slot, depth):
 
 @kernel
 def _most(request):
-    """Most candidates that are of use to a request: one token of its output comes from the target."""
+    """Most useful candidates of a request: one token of its output comes from the target."""
     return min(request.output - request.generated - 1, MAX_CANDIDATES)
 
 
 @kernel
 def _fixed_trees(state, i, sharing, trace):
-    """The first c_i nodes of the fixed shape; returns how deep they go."""
+    """Take the first c_i nodes of the fixed shape; returns their depth."""
     batch = state.batches[i]
     deepest = 0
     for slot in range(batch.num_decodes):
@@ -273,7 +273,7 @@ def _fixed_trees(state, i, sharing, trace):
 
 @kernel
 def _share_locally(state, i, sharing, trace, depth):
-    """The c_i best candidates of each request."""
+    """Take the c_i best candidates of each request."""
     batch = state.batches[i]
     for slot in range(batch.num_decodes):
         request = state.requests[state.batch_request[i, slot]]
@@ -283,9 +283,9 @@ def _share_locally(state, i, sharing, trace, depth):
 
 @kernel
 def _share_globally(state, i, sharing, trace, depth, budget):
-    """The `budget` best candidates of the whole batch beside those kept, by a heap, in O(C log B).
+    """Take the `budget` best further candidates of the whole batch, by a heap, in O(C log B).
 
-    Returns how many were found; `taken` and `gains` say whose the k-th was and how many tokens are expected with it.
+    Returns their number; `taken` and `gains` hold the request of the k-th and the tokens expected with it.
     """
     batch = state.batches[i]
     size = 0
@@ -316,12 +316,12 @@ def _share_globally(state, i, sharing, trace, depth, budget):
 
 @kernel
 def _share_by_need(state, i, sharing, trace, depth, budget):
-    """What each request needs for its TPOT target, the neediest first; returns what is left of the budget.
+    """Give each request the candidates its TPOT target needs, neediest first; returns the remaining budget.
 
     A request that has emitted o tokens in l seconds since its first needs A = (l + t) / tpot_target - o expected tokens
-    in an iteration of t seconds, of which the target gives one itself. t is how long the latest iteration took. No
-    request takes more than the draft depth here, since one that is far behind would take all there is. AdaServe (Li et
-    al., 2025, sections 4.1 and 4.3).
+    in an iteration of t seconds, of which the target gives one itself. t is the duration of the latest iteration. No
+    request takes more than the draft depth here, since one that is far behind would take the whole budget. AdaServe (Li
+    et al., 2025, sections 4.1 and 4.3).
     """
     batch = state.batches[i]
     for slot in range(batch.num_decodes):
@@ -349,7 +349,7 @@ def _stop_at_best_rate(state, i, sharing, tables, found):
     """Drop the batch's last candidates down to the highest (expected tokens) / T.
 
     vLLM's adaptive verification keeps argmax_B (1 + sum of survival) / cost(B) candidates of those drafted, from
-    profiled step costs. Drafting is over by then and is paid whatever is kept.
+    profiled step costs. Drafting is done by then and its cost does not depend on the number kept.
     """
     batch = state.batches[i]
     batch.decode_tokens = batch.num_decodes
@@ -367,10 +367,10 @@ def _stop_at_best_rate(state, i, sharing, tables, found):
 
 @outlined
 def share_candidates(state, i, sharing, trace, tables):
-    """Share the planned candidates out among the decodes of the planned batch, as `sharing.kind` says.
+    """Allocate the planned candidates among the decodes of the planned batch, by `sharing.kind`.
 
-    To be called between `plan` and `accept_shared`; not for `CHAINS`. The scheduler's batch then has the tokens that
-    each request got, and the drafter's passes.
+    Call it between `plan` and `accept_shared`; not for `CHAINS`. It updates the batch's tokens per request and drafter
+    passes.
     """
     batch = state.batches[i]
     budget = batch.decode_tokens - batch.num_decodes
@@ -423,7 +423,7 @@ def accept_chains(state, i, trace):
 
 @outlined
 def accept_shared(state, i, sharing):
-    """The longest path of right candidates of each request, and whether more were verified behind it."""
+    """Accept the longest path of right candidates of each request; `reach` shows if more were verified behind it."""
     batch = state.batches[i]
     for slot in range(batch.num_decodes):
         accepted = 0

@@ -1,7 +1,7 @@
 """The compiled event loop: an instance of the engine under a policy, in virtual time.
 
-A policy is two compiled functions and their data: `look(state, i, seen, observation)` writes what it wants to see of
-instance i, and `decide(observation, i, params, memory)` returns (c, n). `bind` puts them into a loop.
+A policy is two compiled functions and their data: `look(state, i, seen, observation)` writes the observation of
+instance i, and `decide(observation, i, params, memory)` returns (c, n). `bind` compiles them into a loop.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ITERATION = np.dtype(
 
 
 class System(NamedTuple):
-    """A simulated system: the scheduler's state, who will come, how long iterations take, and what is accepted."""
+    """A simulated system: scheduler state, future arrivals, latency tables, and acceptance."""
 
     state: State
     feed: Feed
@@ -123,10 +123,10 @@ def run_instance(system, i, seen, observation, params, memory, decision_s, max_i
 def bind(loop: Callable[..., Any], *, decide: Any, look: Any = observe) -> Any:
     """Compile a loop of this file with the compiled functions of a policy in it.
 
-    They become globals of a copy of the loop: a function passed as an argument would be compiled anew in every process,
-    because numba finds compiled code on disk by name and by types, and a function's type is never the same twice. The
-    copy's name therefore says which functions it holds, and what the file of `decide` says: a controller of the user's
-    own that was edited is another one.
+    They become globals of a copy of the loop. A function passed as an argument would be recompiled in every process,
+    because numba looks up cached code by name and types, and a function's type differs in every process. The copy's
+    name therefore contains the names of its functions and a digest of the file of `decide`, so that an edited
+    controller is compiled again.
     """
     bound = FunctionType(loop.__code__, {**globals(), "decide": decide, "look": look}, loop.__name__)
     policy = decide.py_func

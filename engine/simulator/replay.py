@@ -1,8 +1,7 @@
 """A recorded run of a real engine, and the shared scheduler run again with its times and acceptances.
 
-The replay is the simulator with every answer known: how long each iteration took, what was drafted and accepted, which
-requests met a stop token or were cancelled. It must give the timeline that the real run had, request by request; what
-does not is a difference between the two backends.
+The replay is the simulator with recorded durations, drafts, acceptances, stop tokens and cancellations. It must give
+the timeline of the real run, request by request; any deviation is a difference between the two backends.
 """
 
 from __future__ import annotations
@@ -49,14 +48,14 @@ _TABLES = {
 
 
 class ReplayError(ValueError):
-    """A recording does not fit the engine it is replayed on; the message says where they part."""
+    """A recording does not match the engine it is replayed on; the message names the first difference."""
 
 
 @dataclass
 class Recording:
-    """What happened in a run, in order.
+    """Events of a run, in order.
 
-    requests: with the output limit the client asked for · iterations · decodes: (tokens verified, candidates accepted,
+    requests: with the requested output limit · iterations · decodes: (tokens verified, candidates accepted,
     `state.reach`) of every decode of every iteration · stops: the tokens a request emitted in the iteration that ended
     it · cancellations: before which iteration.
     """
@@ -74,7 +73,7 @@ class Recording:
 
     @classmethod
     def load(cls, path: str | Path) -> Recording:
-        """Read what `save` wrote. Raises FileFaultError."""
+        """Read a file written by `save`. Raises FileFaultError."""
         return cls(**{name: column.tolist() for name, column in read_arrays(Path(path), _TABLES).items()})
 
 

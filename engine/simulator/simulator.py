@@ -1,7 +1,7 @@
 """The simulator: the shared scheduler under a virtual clock.
 
-A `LatencyModel` says how long each batch takes and the workload's agreements say how many candidates are accepted;
-nothing is random here, so a run is a pure function of (engine, workload, actions).
+A `LatencyModel` gives each batch's time and the workload's agreements give the accepted candidates. No part is random,
+so a run is a pure function of (engine, workload, actions).
 """
 
 import time
@@ -36,7 +36,7 @@ class Region:
         self.first = self.room = 0
 
     def fit(self, count: int, used: int) -> int:
-        """Have room for `count` rows of a table of which `used` are given out; returns how many then are."""
+        """Reserve `count` rows of a table with `used` rows in use; returns the new number of rows in use."""
         if count <= self.room:
             return used
         # What follows a larger one is often larger still.
@@ -124,7 +124,7 @@ class Simulator:
         settle(self.state, i, self.system.feed)
 
     def snapshot(self) -> dict[str, Any]:
-        """Where every instance is, as arrays: a simulator of the same workloads goes on from there with `restore`."""
+        """State of every instance as arrays, from which a simulator of the same workloads continues with `restore`."""
         return {
             "state": [array.copy() for array in self.state],
             "feed": [array.copy() for array in self.system.feed],
@@ -134,13 +134,13 @@ class Simulator:
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Go on from a `snapshot`, bit for bit; the workloads must have been loaded again."""
+        """Continue from a `snapshot`, bit for bit; the workloads must have been loaded again."""
         for i, (row, rows, position, positions) in enumerate(snapshot["regions"].tolist()):
             self._regions[0][i].first, self._regions[0][i].room = row, rows
             self._regions[1][i].first, self._regions[1][i].room = position, positions
         self._used = snapshot["used"].tolist()
         trace = grown_trace(self.system.trace, self._used[1])
-        # Compiled code takes aligned records; a file gives them back packed.
+        # Compiled code takes aligned records; a file returns them packed.
         state, seen = (
             [array.astype(own.dtype) for own, array in zip(ours, snapshot[name], strict=True)]
             for ours, name in ((self.state, "state"), (self.seen, "seen"))
@@ -152,7 +152,7 @@ class Simulator:
             self._write_trace(self._regions[1][i].first, workload)
 
     def _write_trace(self, position: int, workload: Workload) -> None:
-        """Put a workload's agreements into the trace from `position` on."""
+        """Write a workload's agreements into the trace from `position` on."""
         trace, end = self.system.trace, position + len(workload.run_length)
         trace.run_lengths[position:end] = workload.run_length
         if trace.rank.size:
@@ -165,7 +165,7 @@ class Simulator:
         return self.state.requests[feed.first[i] : feed.end[i]]
 
     def arrived(self, i: int = 0) -> NDArray[np.void]:
-        """Of these, the rows of the requests that have arrived (a view)."""
+        """The rows of the requests that have arrived (a view)."""
         feed = self.system.feed
         return self.state.requests[feed.first[i] : feed.next[i]]
 

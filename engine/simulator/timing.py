@@ -1,4 +1,4 @@
-"""How long the batch that the scheduler planned takes under latency tables."""
+"""Time of a planned batch under latency tables."""
 
 from engine.compiled import kernel
 from engine.latency.model import iteration_time, prefill_attention_time, unread_time
@@ -35,7 +35,7 @@ def batch_time(state, i, tables):
 def reading_time(state, i, tables):
     """Seconds that the drafter takes in the planned iteration to read what was cached since it last drafted.
 
-    Which requests these tokens belong to is not kept: they are at most what the decoding requests hold.
+    The owners of these tokens are not tracked: the count is at most the cached tokens of the decoding requests.
     """
     instance = state.instances[i]
     batch = state.batches[i]

@@ -1,4 +1,4 @@
-"""Who gets how many of a batch's candidates: uniform, local or global allocation of one budget."""
+"""Allocation of a batch's candidates: uniform, local or global allocation of one budget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TREE_DEPTH = 8
 
 @dataclass(frozen=True)
 class Speculation:
-    """How the candidates of an action c are spent; the batch's budget is the sum of the planned c_i.
+    """Allocation of the candidates of an action c; the batch's budget is the sum of the planned c_i.
 
     Args:
         allocation: `uniform`: c_i each, in a shape that is fixed before tokens are known. `local`: each request keeps
@@ -30,8 +30,8 @@ class Speculation:
             (AdaServe, Li et al., 2025).
         branching: most children of a node; 1 drafts chains.
         draft_depth: most drafter steps in an iteration; None: c for chains that get c each, otherwise 8, but under
-            `global` and `slo` no more than 2 c. Every step runs for the batch, whatever is kept of it.
-        score: what a candidate's probability is taken from: the drafter's `confidence`, or the share of the request's
+            `global` and `slo` no more than 2 c. Every step runs for the whole batch.
+        score: source of a candidate's probability: the drafter's `confidence`, or the share of the request's
             own candidates accepted so far (`acceptance`; SmartSpec, X. Liu et al., 2024, section 4).
         cost_aware: with `global`, keep no more candidates than give the highest (expected tokens) / T.
         tpot_target: s per token; read with `slo` only.
@@ -60,7 +60,7 @@ class Speculation:
 
     @property
     def ranked(self) -> bool:
-        """Whether candidates are chosen by path probability; a local chain has no choice."""
+        """True if candidates are chosen by path probability; a local chain has no choice."""
         return self.allocation == "global" or (self.allocation == "local" and self.branching > 1)
 
     def depth(self, candidates: int) -> int:
@@ -73,7 +73,7 @@ class Speculation:
 
     @property
     def variant(self) -> str:
-        """How reports call it beside a controller; empty for chains of c each."""
+        """Label in reports, next to the controller's; empty for chains of c each."""
         parts: list[str] = [] if self.allocation == "uniform" and self.branching == 1 else [self.allocation]
         parts += ["by acceptance"] if self.score == "acceptance" else []
         parts += ["cost-aware"] if self.cost_aware else []
@@ -88,7 +88,7 @@ CHAINS = Speculation()
 
 @kernel
 def sink(heap, size, position, value):
-    """Let the entry at `position` sink until no child is greater; ties go to the request that came first."""
+    """Sift the entry at `position` down until no child is greater; ties go to the earlier request."""
     entry = heap[position]
     while True:
         child = 2 * position + 1
@@ -110,10 +110,10 @@ def sink(heap, size, position, value):
 
 @kernel
 def share_globally(paths, limits, budget, heap, value, kept):
-    """How many of its best nodes each request keeps so that the batch's `budget` best are kept, in O(C log B).
+    """Count the nodes that each request keeps so that the batch's `budget` best are kept, in O(C log B).
 
     paths: (B, W) each request's path probabilities in falling order · limits: (B,) most nodes each may keep · heap:
-    (B,) int64 and value: (B,) float64, memory to work in · kept: (B,) result. A path probability never exceeds that of
+    (B,) int64 and value: (B,) float64, scratch · kept: (B,) result. A path probability never exceeds that of
     the path's beginning, so what is kept is closed under prefixes, and no other set of `budget` nodes within the limits
     has a greater sum. Nodes of probability 0 are never kept.
     """
@@ -168,7 +168,7 @@ def best_nodes(
 
 
 def keep_best(speculation: Speculation, grown: Drafts, wanted: NDArray[np.int64], limits: NDArray[np.int64]) -> Drafts:
-    """The trees that allocation leaves of those a drafter has grown; see `best_nodes`."""
+    """Prune grown trees to the nodes that allocation keeps; see `best_nodes`."""
     assert grown.paths is not None
     order, kept = best_nodes(speculation, grown.paths, grown.counts, wanted, limits)
     order = order[:, : int(kept.max(initial=0))]

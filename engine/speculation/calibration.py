@@ -1,4 +1,4 @@
-"""How often a drafter's candidates turn out right, by how probable it called them: learned while serving."""
+"""Calibration of a drafter's probabilities against observed acceptance, learned while serving."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PRIOR = 16.0
 
 @kernel
 def _learn(text, tokens, parents, counts, cells, tried, right):
-    """Follow what a request went on with through its tree: every child of a node on the way was right or wrong.
+    """Follow a request's later tokens through its tree: every child of a node on the path was right or wrong.
 
-    text: (tokens,) what followed the root · tokens, parents, cells: (W,) of one tree.
+    text: (tokens,) tokens after the root · tokens, parents, cells: (W,) of one tree.
     """
     at = -1
     node = 0
@@ -39,10 +39,9 @@ def _learn(text, tokens, parents, counts, cells, tried, right):
 class Calibration:
     """Turns the drafter's probability of a token into the share of such tokens that were right.
 
-    A greedy target takes its most probable token every time, not as often as it is probable: a drafter that knows the
-    target's distribution still calls its own first choice less probable than it is to be right, and the others more.
-    Kept for greedy and sampled requests, first choices and others, and by probability. Which trees are drafted depends
-    on it, what is emitted does not.
+    A greedy target always takes its most probable token. Even a drafter that knows the target's distribution therefore
+    underestimates its own first choice and overestimates the others. Counts are kept by greedy or sampled requests,
+    first choices or others, and probability. The drafted trees depend on them, the emitted tokens do not.
     """
 
     def __init__(self) -> None:
@@ -51,23 +50,23 @@ class Calibration:
         self._waiting: dict[int, tuple[int, Drafts, NDArray[np.int64], int]] = {}
 
     def cells(self, probabilities: NDArray[np.float64], greedy: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """What tokens of these probabilities (F, ranks) are counted under; `greedy`: (F,) of their requests."""
+        """Bins in which tokens of these probabilities (F, ranks) are counted; `greedy`: (F,) of their requests."""
         part = np.minimum((probabilities * PARTS).astype(np.int64), PARTS - 1)
         first = np.arange(probabilities.shape[1]) == 0
         return part + PARTS * (first + 2 * greedy[:, None])
 
     def estimate(self, probabilities: NDArray[np.float64], cells: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The probability that such tokens are right, given that what stands before them is."""
+        """Probability that such tokens are right, given that all tokens before them are."""
         shares: NDArray[np.float64] = (self._right[cells] + PRIOR * probabilities) / (self._tried[cells] + PRIOR)
         return shares
 
     def propose(self, numbers: list[int], lengths: list[int], grown: Drafts, cells: NDArray[np.int64]) -> None:
-        """Remember trees that were grown behind `lengths[i]` tokens of request `numbers[i]`, until it is known more."""
+        """Store trees grown after `lengths[i]` tokens of request `numbers[i]`, to be compared with its later tokens."""
         for i, (number, length) in enumerate(zip(numbers, lengths, strict=True)):
             self._waiting[number] = i, grown, cells, length
 
     def learn(self, number: int, tokens: NDArray[np.int32]) -> None:
-        """Compare the request's latest tree with what it has become."""
+        """Compare the request's latest tree with its tokens since then."""
         waiting = self._waiting.pop(number, None)
         if waiting is not None:
             i, grown, cells, length = waiting
@@ -75,5 +74,5 @@ class Calibration:
             _learn(tokens[length:], *tree, self._tried, self._right)
 
     def forget(self, number: int) -> None:
-        """The request is over."""
+        """Forget a request that is over."""
         self._waiting.pop(number, None)

@@ -1,4 +1,4 @@
-"""Rules on a request's tokens that hold before one is chosen: token ids allowed, banned, favoured, or held back."""
+"""Constraints on a request's next token: token ids allowed, banned, biased, or delayed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 class Constraints:
     """Changes of the target's logits that follow from the tokens generated so far.
 
-    They are made to the target's logits after every candidate too, so verification stays lossless: what is emitted is
-    distributed as if the target had generated it alone under the same rules.
+    They also apply to the target's logits after every candidate, so verification stays lossless: emitted tokens are
+    distributed as if the target had generated them alone under the same rules.
 
     Args:
         allowed: the only token ids that may be generated; empty: all.
         bias: added to the logits of token ids.
-        banned: sequences of token ids that may not come up in the output.
-        ends: token ids that end an output; they may not come up among the first `min_tokens`.
+        banned: sequences of token ids that must not occur in the output.
+        ends: token ids that end an output; they must not occur among the first `min_tokens`.
         min_tokens: least tokens of an output.
     """
 
@@ -34,7 +34,7 @@ class Constraints:
         return bool(self.allowed or self.bias or self.banned or (self.min_tokens and self.ends))
 
     def choices_left(self, vocab_size: int) -> bool:
-        """Whether some token may be chosen wherever the output stands."""
+        """Return True if at least one token is allowed at every position."""
         never = {sequence[-1] for sequence in self.banned} | set(self.ends if self.min_tokens else ())
         return bool(set(self.allowed) - never) if self.allowed else len(never) < vocab_size
 

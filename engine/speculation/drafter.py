@@ -1,4 +1,4 @@
-"""What every drafter offers the engine, and the drafter that never proposes anything."""
+"""Interface of drafters, and a drafter that never proposes anything."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.speculation.tree import Branches, Drafts
 
 
 class Speculated(Protocol):
-    """What a drafter may know of a request: its settings and its random stream."""
+    """Request data for drafters: its settings and its random stream."""
 
     @property
     def sampling(self) -> Sampling: ...
@@ -26,18 +26,18 @@ class Speculated(Protocol):
 
 
 class TokenTable(Protocol):
-    """The cache's table as drafters see it: token ids by seat, and how far the drafter's own cache is filled."""
+    """The drafters' view of the cache table: token ids by batch slot, and the fill of the drafter's own cache."""
 
     tokens: NDArray[np.int32]
     draft_computed: NDArray[np.int32]
 
     def borrow(self, seats: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Name free blocks behind what the seats hold, up to slot `ends[i]` of each; returns how far they reach."""
+        """Lend free blocks beyond those the requests hold, up to slot `ends[i]` of each; returns their reach."""
 
 
 @dataclass
 class Batch:
-    """B requests that want candidates. `table.tokens[seats[i], :lengths[i]]` is what request i has so far."""
+    """B requests to draft for. `table.tokens[seats[i], :lengths[i]]` are request i's tokens so far."""
 
     table: TokenTable
     numbers: NDArray[np.int64]
@@ -61,13 +61,13 @@ class Drafter(Protocol):
     """Largest c it can be asked for."""
 
     def propose(self, batch: Batch) -> Drafts:
-        """Candidates for the batch, allocated as it asks; may write to `table.tokens` behind what the requests have."""
+        """Propose candidates in the batch's allocation; may write to `table.tokens` after the requests' tokens."""
 
     def forget(self, number: int) -> None:
-        """Drop whatever is kept for a request that is over."""
+        """Drop all data of a request that is over."""
 
     def prepare(self, table: Any, trees: bool) -> None:
-        """Do beforehand what first proposals over such a table, with `trees` branched ones, would take time for."""
+        """Do in advance the set-up work of first proposals over such a table; with `trees`, of branched ones."""
 
 
 def no_drafts(batch: Batch) -> Drafts:
@@ -84,7 +84,7 @@ def no_drafts(batch: Batch) -> Drafts:
 
 
 class NoDrafter:
-    """Never proposes anything: the engine runs without speculation whatever c is."""
+    """A drafter without proposals: the engine runs without speculation for every c."""
 
     most_candidates = 0
 
@@ -93,10 +93,10 @@ class NoDrafter:
         return no_drafts(batch)
 
     def forget(self, number: int) -> None:
-        """Nothing is kept."""
+        """Do nothing: no data is kept."""
 
     def prepare(self, table: Any, trees: bool) -> None:
-        """There is nothing to do."""
+        """Do nothing."""
 
 
 class Runner(Protocol):
@@ -114,12 +114,12 @@ class Runner(Protocol):
         """Logits of the last `keep[i]` of `counts[i]` tokens from slot `starts[i]`, all requests in one pass."""
 
     def prepare(self, table: Any, trees: bool) -> None:
-        """Do beforehand what first forwards over such a table, with `trees` branched ones, would take time for."""
+        """Do in advance the set-up work of first forwards over such a table; with `trees`, of branched ones."""
 
     def top(self, logits: Any, count: int = 1) -> NDArray[np.int64]:
-        """(rows, count) tokens with the highest of the latest forward's logits, falling; negative ones are promised.
+        """(rows, count) tokens with the highest of the latest forward's logits, falling; negative ids are deferred.
 
-        A promised token can be drafted on and verified; which one it is comes to be known with the target's choices.
+        A deferred token can be drafted on and verified; its id is read together with the target's choices.
         """
 
 

@@ -1,4 +1,4 @@
-"""A small model as drafter: it reads what the target has emitted and grows trees ahead of it, level by level."""
+"""A small model as drafter: reads the target's output and grows candidate trees after it, level by level."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class ModelDrafter:
 
     Every level of the trees is one pass over the requests, in which new nodes see their ancestors only. The cache uses
     the block ids of the target's table, so memory is accounted once and a preempted request loses both caches together;
-    nodes that are computed and not kept lie in blocks that are free. Tokens that the drafter has not seen (a prompt,
-    what was emitted while c was 0, the accepted path of a tree) are caught up on in the first pass.
+    nodes that are computed and not kept lie in free blocks. The first pass also reads tokens that the drafter has not
+    seen: a prompt, tokens emitted while c was 0, the accepted path of a tree.
     """
 
     most_candidates = LONGEST_CHAIN
@@ -34,7 +34,7 @@ class ModelDrafter:
         self._calibration = Calibration()
 
     def propose(self, batch: Batch) -> Drafts:
-        """Trees for the batch, a pass a level; see `Speculation` for their shape."""
+        """Draft trees for the batch, one pass per level; see `Speculation` for their shape."""
         if batch.speculation.ranked:
             grown = _Growth(batch, self._runner, self._calibration).run()
             return keep_best(batch.speculation, grown, batch.wanted, batch.limits)
@@ -49,7 +49,7 @@ class ModelDrafter:
         self._runner.prepare(table, trees)
 
     def _chains(self, batch: Batch) -> Drafts:
-        """c_i tokens in a row for each request, which stay in the cache as far as they are accepted."""
+        """Draft a chain of c_i tokens for each request; accepted ones stay in the cache."""
         table = batch.table
         drafts = no_drafts(batch)
         drafts.counts = np.minimum(batch.wanted, batch.speculation.depth(int(batch.wanted.max(initial=0))))
@@ -70,7 +70,7 @@ class ModelDrafter:
         return drafts
 
     def _fixed_trees(self, batch: Batch) -> Drafts:
-        """The first c_i nodes of a shape for each request: greedy ones get the top tokens, sampled ones draw theirs."""
+        """Draft the first c_i nodes of a shape: greedy requests take the top tokens, sampled ones draw theirs."""
         how, most = batch.speculation, int(batch.wanted.max(initial=0))
         shape = fixed_shape(how.branching, how.depth(most))
         size, width = len(batch.wanted), min(most, len(shape.parents))
@@ -103,7 +103,7 @@ class ModelDrafter:
 
 
 class _Slots:
-    """Where the nodes that have been computed lie in the drafter's cache: behind each request's last token."""
+    """Cache slots of computed nodes in the drafter's cache, after each request's last token."""
 
     def __init__(self, batch: Batch, nodes: int, slots: int) -> None:
         size = len(batch.wanted)
@@ -133,16 +133,15 @@ class _Slots:
 class _Growth:
     """Trees grown by path probability, as `Calibration` estimates it.
 
-    Every node that allocation would keep so far gets its children computed. A path probability only falls along a path,
-    so a node that is not among the best already has no descendant that ever will be: leaving it unexpanded changes
-    nothing about what is kept. At most `MOST_EXPANDED` nodes of a request are expanded, and no more than there are free
-    slots in the cache.
+    The children of every node that allocation would keep so far are computed. A path probability only falls along a
+    path, so no descendant of a node outside the best can be among the best: leaving it unexpanded does not change the
+    result. At most `MOST_EXPANDED` nodes of a request are expanded, and no more than there are free cache slots.
     """
 
     def __init__(self, batch: Batch, runner: Runner, calibration: Calibration) -> None:
         self._batch, self._runner, self._calibration = batch, runner, calibration
         how = batch.speculation
-        # Under global allocation a request may be given candidates that others do without.
+        # Under global allocation a request may get candidates that others do not use.
         may = batch.limits if how.allocation == "global" else batch.wanted
         self._depth = np.minimum(how.depth(int(batch.wanted.max(initial=0))), may)
         further = max(0, int(self._depth.max(initial=0)) - 1)
@@ -209,7 +208,7 @@ class _Growth:
         return np.minimum(probabilities, 1.0), tokens
 
     def _frontier(self, depth: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(requests, nodes) of the deepest level that allocation would keep as things stand, the best that fit."""
+        """(requests, nodes) of the deepest level that allocation would currently keep, the best that fit."""
         batch, drafts = self._batch, self._drafts
         assert drafts.paths is not None
         order, kept = best_nodes(batch.speculation, drafts.paths, drafts.counts, batch.wanted, batch.limits)
@@ -222,7 +221,7 @@ class _Growth:
 
 
 def _note_draws(batch: Batch, drafts: Drafts) -> bool:
-    """Make room to note what the candidates of sampled requests will be drawn from; whether there are any."""
+    """Reserve memory for the distributions of sampled requests' candidates; returns whether there are any."""
     sampled = [i for i, request in enumerate(batch.requests) if not request.sampling.greedy]
     for i in sampled:
         drafts.drawn_from[i] = [None] * (drafts.tokens.shape[1] + 1)
@@ -230,7 +229,7 @@ def _note_draws(batch: Batch, drafts: Drafts) -> bool:
 
 
 def _catch_up(runner: Runner, batch: Batch, who: NDArray[np.int64]) -> Any:
-    """Logits after the requests' last tokens; the drafter reads what it has not seen of them."""
+    """Logits after the requests' last tokens; the drafter first reads their unseen tokens."""
     seats, ends = batch.seats[who], batch.lengths[who]
     starts = batch.table.draft_computed[seats].astype(np.int64)
     logits = runner.forward(batch.table, seats, starts, ends - starts, np.ones_like(who))
@@ -239,9 +238,9 @@ def _catch_up(runner: Runner, batch: Batch, who: NDArray[np.int64]) -> Any:
 
 
 def _distribution(sampling: Sampling, logits: Any, row: int) -> NDArray[np.float64]:
-    """(V,) what a sampled request's candidates are drawn from: any token where the drafter's logits are not finite.
+    """(V,) distribution of a sampled request's candidates; uniform where the drafter's logits are not finite.
 
-    The target decides on candidates, so such a drafter costs speed and no request.
+    The target verifies candidates, so such a drafter costs speed but no request fails.
     """
     scores = logits[row : row + 1].double().cpu().numpy()
     if not np.isfinite(scores.max()):
@@ -250,7 +249,7 @@ def _distribution(sampling: Sampling, logits: Any, row: int) -> NDArray[np.float
 
 
 def _draw(batch: Batch, drafts: Drafts, logits: Any, who: NDArray[np.int64], nodes: NDArray[np.int64]) -> None:
-    """Draw the children of sampled requests' nodes without replacement, and note what from."""
+    """Draw the children of sampled requests' nodes without replacement, and record their distributions."""
     for row, (i, node) in enumerate(zip(who.tolist(), nodes.tolist(), strict=True)):
         noted = drafts.drawn_from[i]
         if noted is None:

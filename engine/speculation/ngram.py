@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last times these tokens stood here is proposed again."""
+"""Prompt lookup: proposes the tokens that followed earlier occurrences of a request's last tokens."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from engine.speculation.drafter import LONGEST_CHAIN, Batch, Drafts, no_drafts
 
 
 class NgramIndex:
-    """Where each n-gram of one request ended, for n in [shortest, longest]; grows with the request.
+    """Index of the end positions of one request's n-grams, for n in [shortest, longest]; grows with the request.
 
-    Of every n-gram the latest `remembered` places are kept.
+    The latest `remembered` positions of every n-gram are kept.
     """
 
     def __init__(self, shortest: int, longest: int, remembered: int = 1) -> None:
@@ -24,7 +24,7 @@ class NgramIndex:
         self._indexed = 0
 
     def extend(self, tokens: NDArray[np.int32]) -> None:
-        """Take in the tokens that are new since the last call; the last of them has no continuation yet."""
+        """Add the tokens that are new since the last call; the last of them has no continuation yet."""
         first = max(0, self._indexed - self._sizes.start)
         recent = tokens[first:].tolist()
         for end in range(self._indexed + 1, len(tokens)):
@@ -36,7 +36,7 @@ class NgramIndex:
         self._indexed = max(self._indexed, len(tokens) - 1)
 
     def continuations(self, tokens: NDArray[np.int32]) -> tuple[int, tuple[int, ...]]:
-        """(n, places): the longest n-gram that `tokens` ends with and that stood earlier, and the positions after it.
+        """(n, places): the longest n-gram that ends `tokens` and occurred earlier, and the positions after it.
 
         The latest place comes first; none if there is no such n-gram.
         """
@@ -55,15 +55,15 @@ class NgramIndex:
 
 
 class NgramDrafter:
-    """Proposes the continuations of the longest n-gram that stood earlier in the request's own tokens.
+    """Proposes the continuations of the longest n-gram that occurred earlier in the request's own tokens.
 
     Prompt lookup decoding (Saxena, 2023), by a hash index per request instead of a scan. Its candidates are determined
-    by what stands before them. With `branching` > 1 the latest continuations share their beginnings in a tree, of which
+    by the tokens before them. With `branching` > 1 the latest continuations share their beginnings in a tree, of which
     the nodes with the highest path probability are kept.
 
-    That is estimated: the k-th token of a continuation is estimated to be right with probability r^k, where r is the
-    share of proposed tokens after a match of this length that turned out right, over all requests so far and starting
-    from one of two; and the next latest continuation with the (1 - r) that the one before it leaves.
+    This probability is an estimate: the k-th token of a continuation is right with probability r^k. r is the share of
+    right tokens among those proposed after a match of this length, over all requests so far, starting from one of two.
+    The next latest continuation has the (1 - r) that the one before it leaves.
 
     Args:
         shortest: least n of the n-grams looked up, >= 1.
@@ -82,7 +82,7 @@ class NgramDrafter:
         self._tried = np.full(longest + 1, 2.0)
 
     def propose(self, batch: Batch) -> Drafts:
-        """Candidates where an n-gram was met before; a match near the end is continued into its own proposal."""
+        """Propose candidates where an n-gram occurred before; a match near the end continues into its own proposal."""
         how = batch.speculation
         depth = how.depth(int(batch.wanted.max(initial=0)))
         most = np.minimum(batch.limits if how.allocation == "global" else batch.wanted, depth)
@@ -125,7 +125,7 @@ class NgramDrafter:
         """There is nothing to do."""
 
     def _learn(self, number: int, tokens: NDArray[np.int32]) -> None:
-        """Count how far the request's latest proposal was right, as far as its tokens are known by now."""
+        """Count how much of the request's latest proposal was right, as far as its tokens are known."""
         if number not in self._proposed:
             return
         match, length, chain = self._proposed.pop(number)
@@ -137,12 +137,12 @@ class NgramDrafter:
 
 
 def _estimated(how: Speculation) -> bool:
-    """Whether path probabilities matter: a tree is cut by them even if uniform, as its candidates are determined."""
+    """Return True if path probabilities are needed: a determined tree is cut by them, even under `uniform`."""
     return how.allocation == "global" or how.branching > 1
 
 
 def _first_branch(drafts: Drafts, i: int) -> list[int]:
-    """Tokens of the latest continuation, which lie in a row at the beginning."""
+    """Tokens of the latest continuation, which come first in a row."""
     parents = drafts.parents[i, : drafts.counts[i]]
     elsewhere = np.flatnonzero(parents != np.arange(len(parents)) - 1)
     return drafts.tokens[i, : elsewhere[0] if len(elsewhere) else len(parents)].tolist()
@@ -183,13 +183,13 @@ def _trees(batch: Batch, most: NDArray[np.int64], places: list[tuple[int, ...]],
 
 
 def _continuation(row: NDArray[np.int32], length: int, place: int, count: int) -> list[int]:
-    """`count` tokens from `place` on; what reaches the end of what is known begins again at `place`."""
+    """`count` tokens from `place` on; at the end of the known tokens it continues again from `place`."""
     tokens: list[int] = row[place + np.arange(count) % (length - place)].tolist()
     return tokens
 
 
 def _merged(continuations: list[list[int]], rate: float) -> list[tuple[int, int, int, float]]:
-    """(token, parent, depth, path probability) of a tree that holds the continuations, equal beginnings once."""
+    """(token, parent, depth, path probability) of a tree of the continuations, with shared prefixes."""
     nodes: list[tuple[int, int, int, float]] = []
     children: dict[int, dict[int, int]] = {}
     for continuation in continuations:

@@ -1,4 +1,4 @@
-"""How a request's next token is chosen from logits: temperature, top-k, top-p, seed."""
+"""Sampling of a request's next token from logits: temperature, top-k, top-p, seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEAST_TEMPERATURE = 1e-5
 
 
 class SamplingError(ValueError):
-    """A sampling setting is out of range, or logits are no numbers to sample from; the message says which."""
+    """A sampling setting is out of range, or logits are not finite; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most probable token is always taken."""
+        """True if the most probable token is always taken."""
         return self.temperature < LEAST_TEMPERATURE
 
     def generator(self) -> np.random.Generator:
@@ -50,7 +50,7 @@ class Sampling:
         return np.random.default_rng(self.seed)
 
     def probabilities(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
-        """The distributions that `logits` (rows, V) mean under these settings, (rows, V); not for greedy requests.
+        """Distributions of `logits` (rows, V) under these settings, (rows, V); not for greedy requests.
 
         Temperature, then top-k, then top-p, in the order and with the ties of `transformers`' generation.
 
@@ -92,7 +92,7 @@ def most_probable(logits: Any) -> NDArray[np.int64]:
 
 
 def finite_rows(logits: Any, highest: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """(rows,) whether the highest of `logits` (rows, V), a tensor, is finite, given the tokens (rows,) that have it.
+    """(rows,) True where the highest of `logits` (rows, V), a tensor, is finite, given its token ids (rows,).
 
     NaN counts as highest, so that False means a NaN or an infinity anywhere in the row, -inf beside finite logits
     aside: such a token has probability 0.

@@ -1,4 +1,4 @@
-"""Candidate trees: what is proposed for the requests of a batch, and how a forward sees it."""
+"""Candidate trees: proposals for the requests of a batch, and their attention structure in a forward."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Drafts:
 
     @property
     def branched(self) -> bool:
-        """Whether any of the trees is more than a chain."""
+        """True if any of the trees is more than a chain."""
         return bool(_branched(self.parents, self.counts))
 
 
 class Branches(NamedTuple):
-    """How the new tokens of a forward hang together, where they are not one row of text.
+    """Tree structure of a forward's new tokens, where they are not plain text.
 
-    roots: (R,) the slot in each request's cache behind which its tree stands · parents: (R, W) by slot behind the
+    roots: (R,) the slot in each request's cache after which its tree begins · parents: (R, W) by slot behind the
     root, the slot behind the root of the token before it, -1 for the root · depths: (R, W) likewise, distance from the
     root. Tokens at or before the root are plain text.
     """
@@ -57,7 +57,7 @@ class Branches(NamedTuple):
     depths: NDArray[np.int32]
 
     def of(self, requests: NDArray[np.int64]) -> Branches:
-        """Those of some requests."""
+        """The branches of some requests."""
         return Branches(self.roots[requests], self.parents[requests], self.depths[requests])
 
 

@@ -1,18 +1,18 @@
-"""Lossless verification of candidate trees: what is emitted is distributed as if the target had generated it alone.
+"""Lossless verification of candidate trees: output is distributed as if the target had generated it alone.
 
 Greedy requests walk down the tree while a child is the target's own choice. For sampled requests there are two rules.
 
 *Drawn candidates*: the children of a node were drawn from the drafter's q one after another, without replacement. They
 are tried in that order: child x is accepted with probability min(1, p(x) / q(x)); after a rejection p becomes
-norm(max(0, p - q)) and q loses x and is normalised again; when all are rejected the token is drawn from what p has
-become (Sequoia, Chen et al., 2024, algorithm 2; SpecInfer, Miao et al., ASPLOS 2024, algorithm 2, has the same
+norm(max(0, p - q)) and q loses x and is normalised again; when all are rejected the token is drawn from the resulting p
+(Sequoia, Chen et al., 2024, algorithm 2; SpecInfer, Miao et al., ASPLOS 2024, algorithm 2, has the same
 recursion for independent draws). With one child it is speculative sampling (Leviathan, Kalman, Matias, ICML 2023,
 algorithm 1). This is lossless only if the tree's shape was fixed before its tokens were drawn: keeping, of the drawn
 nodes, those whose values look probable changes what they are distributed as.
 
 *Determined candidates*: the tree follows from the tokens before it, as the drafter's most probable tokens or a prompt
 lookup do. A token is drawn from the target's p; if it is a child, the walk goes on there, and otherwise it is emitted.
-This is lossless for every such tree, whichever of its nodes are kept.
+This is lossless for every such tree and every subset of its nodes.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _try_drawn(
     tokens: NDArray[np.integer],
     random: np.random.Generator,
 ) -> tuple[int | None, int]:
-    """(the accepted child, its token), or (None, a token drawn from what the rejections leave of p)."""
+    """(the accepted child, its token), or (None, a token drawn from the residual of p after the rejections)."""
     q = q.copy()
     for child in children:
         total = q.sum()

@@ -38,9 +38,9 @@ class LoggedTurn:
         """(new_tokens,) per output position: 1 agreed, 0 disagreed, -1 unobserved.
 
         Steps start after the token of the prefill (position 0, never drafted, unobserved). A step that starts with g
-        tokens generated and accepts n of k agreed at g ... g + n - 1. If n < k it disagreed at g + n; if n = k nobody
-        drafted position g + n, and whether the drafter would have agreed there is unobserved. Logs of engines that
-        draft the very first token too are shifted by it: the last step's bonus token then falls off the end.
+        tokens generated and accepts n of k agreed at g ... g + n - 1. If n < k it disagreed at g + n; if n = k, position g + n
+        was not drafted, and agreement there is unobserved. Logs of engines that also draft the very first token
+        are shifted by it: the last step's bonus token then falls off the end.
         """
         seen = np.full(int((self.accepted + 1).sum()) + 1, UNOBSERVED, dtype=np.int8)
         position = 1
@@ -97,9 +97,9 @@ def replay(
 ) -> Workload:
     """A workload whose request r repeats logged turn `turn[r]`: its output length and its agreements.
 
-    Under the logged draft lengths its steps accept exactly what was logged. What the log did not observe is drawn from
-    `fill` given all that it did observe of that turn: the turn's quality from its posterior, hidden states and
-    agreements by forward filtering and backward sampling, then rank and confidence by agreement.
+    Under the logged draft lengths its steps accept exactly as logged. Unobserved values are drawn from `fill`
+    conditioned on the turn's observations: the turn's quality from its posterior, hidden states and agreements by
+    forward filtering and backward sampling, then rank and confidence by agreement.
     """
     seed = int(rng) if isinstance(rng, int | np.integer) else int(rng.integers(2**63))
     observed = [log.turns[index].observed() for index in range(len(log.turns))]
@@ -136,7 +136,7 @@ def replay(
 def forward(seen, easy_share, persistence, agree, filtered):
     """Log-likelihood of one turn's observations (P,) given its `agree` (state, agreed before).
 
-    Fills `filtered` (P, 2, 2), the law of (state, agreed) at each position given what was seen up to it.
+    Fills `filtered` (P, 2, 2), the law of (state, agreed) at each position given the observations up to it.
     """
     total = 0.0
     hard0, hard1, easy0, easy1 = 1.0 - easy_share, 0.0, easy_share, 0.0
@@ -165,7 +165,7 @@ def forward(seen, easy_share, persistence, agree, filtered):
 
 @njit(cache=True, error_model="numpy")
 def _complete(seen, offset, easy_share, persistence, agree, quality, uniform, ranks, confidences):
-    """Sample what is unobserved given what is; returns rank (P,) and confidence (P,)."""
+    """Sample unobserved values given the observed ones; returns rank (P,) and confidence (P,)."""
     rank = np.empty(seen.size, dtype=np.uint8)
     confidence = np.empty(seen.size, dtype=np.float32)
     filtered = np.empty((seen.size, 2, 2))

@@ -1,4 +1,4 @@
-"""Where a drafter agrees with its target: synthetic models that fix the luck of every output position in advance."""
+"""Agreement of a drafter with its target: synthetic models that fix acceptance at every output position in advance."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ RankExponent = Annotated[float, Field(gt=1.0, le=20.0)]
 
 
 class AgreementModel(BaseModel, ABC):
-    """What draws agreement. A request's luck is a function of (seed, request number, position) and nothing else."""
+    """Interface of agreement models. Agreement is a function of (seed, request number, position) only."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @property
     @abstractmethod
     def chain(self) -> MarkovChain:
-        """The law that this model stands for."""
+        """The law of this model."""
 
     def draw(self, seed: int, request: NDArray[np.int64], output_tokens: NDArray[np.int32]) -> Agreement:
         """Agreement for requests numbered `request` (R,) with `output_tokens` (R,) output positions each."""
         return self.chain.draw(seed, request, output_tokens)
 
     def describe(self) -> dict[str, Any]:
-        """Settings and fitted figures, for a workload's provenance; JSON-able."""
+        """Settings and fitted figures, for a workload's provenance; JSON-serialisable."""
         return {"model": type(self).__name__, **self.model_dump(), "chain": asdict(self.chain)}
 
 

@@ -1,4 +1,4 @@
-"""When requests arrive: renewal processes under a constant or a time-varying rate, drawn exactly by time change."""
+"""Arrival processes: renewal processes under a constant or a time-varying rate, drawn exactly by time change."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class RateArrivals(Arrivals):
         pieces = [np.array([rng.random() * rng.standard_gamma(shape + 1.0) / shape])]
         last, drawn = float(pieces[0][0]), 1
         while last < end and (num_requests is None or drawn < num_requests):
-            # Always the same piece length: rounding then cannot tell a longer draw from a shorter one.
+            # A constant piece length makes rounding independent of the length of the draw.
             pieces.append(last + np.cumsum(rng.standard_gamma(shape, 1024)) / shape)
             last, drawn = float(pieces[-1][-1]), drawn + 1024
         clock = np.concatenate(pieces)

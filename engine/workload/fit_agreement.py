@@ -1,9 +1,9 @@
 """Fit the agreement model to acceptance logs: `python -m engine.workload.fit_agreement --logs FILE...`.
 
-Fits by maximum likelihood on half of the questions and prints how well it predicts the other half, then the parameters
-fitted to all of them: what `markov.DRAFTERS` holds. Censoring is exact: after a draft accepted as a whole the next
-position is unobserved and adds nothing to the likelihood, and since draft lengths depend only on what was observed
-before them, leaving them out of the likelihood biases nothing.
+Fits by maximum likelihood on half of the questions and prints its prediction of the other half, then the parameters
+fitted to all of them, as `markov.DRAFTERS` holds them. Censoring is exact: after a draft accepted as a whole the next
+position is unobserved and adds nothing to the likelihood, and since draft lengths depend only on earlier
+observations, leaving them out of the likelihood adds no bias.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def fit_agreement(log: AcceptanceLog) -> MarkovChain:
 
 
 def fit_chain_equivalent(log: AcceptanceLog) -> MarkovChain:
-    """`fit_agreement`, then its base moved until drafts of the log's constant depth are accepted as far as the log's.
+    """`fit_agreement`, with its base moved until drafts of the log's constant depth have the log's accepted length.
 
     For tree drafters: a chain whose agreement does not depend on the depth cannot follow acceptance that first rises
     above and then falls below it as the tree narrows, but it can emit as many tokens an iteration.

@@ -1,7 +1,7 @@
 """Refit the length tables and print them with their held-out error: `python -m engine.workload.fit_lengths --data DIR`.
 
-DIR holds `lengths/` and `requests/` with the files named in `SOURCES`. Nothing is written: the printed tables are what
-`length_tables.py` holds.
+DIR holds `lengths/` and `requests/` with the files named in `SOURCES`. No file is written: `length_tables.py` holds
+the printed tables.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Formats of published request traces: how each is recognised by its columns, and what its times count.
+"""Formats of published request traces: identifying columns and time units.
 
 docs/workloads.md has the table for readers.
 """
@@ -32,9 +32,9 @@ class TraceFormat:
     """A format of trace: `time`, `prompt` and `output` name its columns.
 
     Args:
-        unit: of the times; None: dates, or a unit that the numbers have to tell.
-        also: other columns, any of which tells this format from one with the same three.
-        tick_s: arrivals were logged on a clock that ticks this slowly; None: they were not.
+        unit: of the times; None: dates, or a unit to be inferred from the numbers.
+        also: other columns, any of which distinguishes this format from one with the same three.
+        tick_s: resolution in s of a coarse clock that logged the arrivals; None: no such clock.
         failures: rows with 0 tokens are failed requests.
     """
 
@@ -53,7 +53,7 @@ class TraceFormat:
         return self.time, self.prompt, self.output
 
     def matches(self, keys: Sequence[str]) -> bool:
-        """Whether a file with these columns is of this format."""
+        """Return True if a file with these columns has this format."""
         return set(self.columns) <= set(keys) and (not self.also or any(key in keys for key in self.also))
 
 
@@ -119,7 +119,7 @@ def times(path: Path, column: str, values: Sequence[Any], rows: Sequence[int]) -
 
 
 def times_of(form: TraceFormat) -> Convert:
-    """How a format's times are converted: dates are refused where it has none."""
+    """Converter of a format's times; it refuses dates where the format has none."""
     return times if form.unit is None else numbers
 
 
@@ -129,7 +129,7 @@ def seconds(
     """Seconds, from the first time of the file if they are dates, and the name of the unit that was read.
 
     Raises:
-        WorkloadError: a negative time, or a unit that the numbers leave open.
+        WorkloadError: a negative time, or an ambiguous unit.
     """
     if raw.dtype.kind == "M":
         if unit is not None:
@@ -153,9 +153,9 @@ def seconds(
 
 
 def _unit_of(path: Path, form: TraceFormat, raw: NDArray[np.float64]) -> TimeUnit:
-    """The format's unit; else told from the size of numbers that count from 1970, or from the rate they imply.
+    """The format's unit; else inferred from the size of numbers that count from 1970, or from the implied rate.
 
-    Milliseconds are logged as whole numbers: a format's are not taken for them with fractions, or at unusual rates.
+    Milliseconds are logged as whole numbers: times with fractions, or at unusual rates, are not read as milliseconds.
     """
     if form.unit == "s":
         return form.unit

@@ -1,4 +1,4 @@
-"""How long prompts and outputs are: named data sets as quantile tables or lognormals, with their dependence."""
+"""Prompt and output lengths: named data sets as quantile tables or lognormals, with their dependence."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LengthModel(BaseModel, ABC):
         """Lengths of `num_requests` requests."""
 
     def describe(self) -> dict[str, Any]:
-        """Settings, for a workload's provenance; JSON-able."""
+        """Settings, for a workload's provenance; JSON-serialisable."""
         return {"model": type(self).__name__, **self.model_dump(mode="json")}
 
 
@@ -131,7 +131,7 @@ class FileLengths(LengthModel):
 
 
 class NamedLengths(LengthModel):
-    """A data set's lengths by name; `length_tables.py` says where each figure comes from and which are estimates.
+    """A data set's lengths by name; `length_tables.py` lists the source of each figure and marks estimates.
 
     `prompt_scale` and `output_scale` multiply the lengths: for domain randomisation, or to match a longer product. A
     total over `max_total_tokens` (None = any) shortens the prompt.
@@ -154,7 +154,7 @@ class NamedLengths(LengthModel):
 
     @property
     def model(self) -> LengthModel:
-        """The fitted law that this name stands for."""
+        """The fitted law of this name."""
         if self.name in TABLES:
             return QuantileLengths(levels=list(LEVELS), **TABLES[self.name])
         return LognormalLengths(**LOGNORMALS[self.name])

@@ -1,6 +1,6 @@
 """The law by which a drafter agrees with its target: a request's quality, and a two-state chain along its positions.
 
-Numbers and kernels alone; `engine.workload.agreement` has the models that a workload is configured with.
+Holds only numbers and kernels; `engine.workload.agreement` has the configurable models.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class MarkovChain:
 
     @property
     def chain(self) -> MarkovChain:
-        """Itself, as the law that a model of agreement stands for."""
+        """Return itself, as the law of an agreement model."""
         return self
 
     def draw(self, seed: int, request: NDArray[np.int64], output_tokens: NDArray[np.int32]) -> Agreement:
@@ -161,9 +161,9 @@ DRAFTERS: dict[FittedDrafter, MarkovChain] = {
 
 
 def fitted(drafter: FittedDrafter, mean_agreement: float | None = None) -> MarkovChain:
-    """A drafter's fitted law; with `mean_agreement` its base's mean is moved so that positions agree so often.
+    """A drafter's fitted law; with `mean_agreement` its base's mean is moved to that average agreement.
 
-    Raises ValueError when that is no share.
+    Raises ValueError when `mean_agreement` is outside (0, 1).
     """
     chain = DRAFTERS[drafter]
     if mean_agreement is not None and not 0.0 < mean_agreement < 1.0:

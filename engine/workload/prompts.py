@@ -1,4 +1,4 @@
-"""Requests of real text, for engines that run a model: who arrives when, with which tokens, sampled how."""
+"""Requests of real text, for engines that run a model: arrivals, tokens and sampling settings."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ SHAREGPT_LEAST, SHAREGPT_PROMPT, SHAREGPT_TOTAL = 4, 1024, 2048
 class Prompts:
     """R requests, in order of arrival.
 
-    arrival: (R,) s, non-decreasing · tokens: R arrays of token ids · max_tokens: (R,) output tokens each may generate,
-    which it does unless it meets a token of `stop` · sampling: R settings, each with its own seed · origin: where each
+    arrival: (R,) s, non-decreasing · tokens: R arrays of token ids · max_tokens: (R,) output tokens of each, fewer
+    only if it generates a token of `stop` · sampling: R settings, each with its own seed · origin: where each
     prompt's text is from.
     """
 
@@ -57,7 +57,7 @@ class Prompts:
 
     @property
     def digest(self) -> str:
-        """sha256 over everything that a run depends on, token by token."""
+        """sha256 over all data that a run depends on, token by token."""
         sha = hashlib.sha256(f"prompts {sorted(self.stop)}".encode())
         sha.update(self.arrival.tobytes())
         sha.update(self.max_tokens.tobytes())
@@ -68,7 +68,7 @@ class Prompts:
 
 
 class SamplingSettings(BaseModel):
-    """How every request's tokens are chosen (`engine.speculation.sampling.Sampling`)."""
+    """Sampling settings of every request (`engine.speculation.sampling.Sampling`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -162,7 +162,7 @@ class PromptSource(WorkloadSource):
             length = np.array([encoded[row.name].size for row in rows])
             origin = [_where(row, self.path) for row in rows]
             prompt, output, kept = self._bounded(length, output, limits, origin)
-            # What is cut off is the beginning: the end is what the output continues.
+            # The beginning is cut off, because the output continues the end.
             tokens = [encoded[rows[i].name][-prompt[i] :] for i in kept]
             origin = [rows[i].name for i in kept]
         prompts = Prompts(
@@ -234,7 +234,7 @@ class PromptSource(WorkloadSource):
         return [(prompt.name, prompt.text) for prompt in read_prompts(self.path)]
 
     def _recorded(self, given: list[Prompt] | None) -> NDArray[np.float64] | None:
-        """Arrival times that a file has, in s from its first; None: they are drawn."""
+        """Arrival times of a file, in s from its first; None: they are drawn."""
         if self.arrivals_path is not None:
             times = read_trace(self.arrivals_path, "drop", self.time_unit, self.spread_ticks).arrival
         elif self.own_arrivals and given is not None and given[0].arrival_s is not None:
@@ -267,7 +267,7 @@ class PromptSource(WorkloadSource):
     def _bounded(
         self, prompt: NDArray[np.int64], output: NDArray[np.int64], limits: EngineLimits, origin: Sequence[str]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Prompt and output lengths within the limits, and which requests are kept."""
+        """Prompt and output lengths within the limits, and the kept requests."""
         most = min(limits.max_model_len, limits.total_blocks * limits.block_size)
         over = np.flatnonzero(prompt + output > most)
         everything = np.arange(prompt.size)
@@ -292,8 +292,8 @@ class PromptSource(WorkloadSource):
 def prompts_for(workload: Workload, seed: int, tokenizer: Any, limits: EngineLimits) -> Prompts:
     """The requests of a workload of lengths, given text: prompts cut from the standard library's held-out files.
 
-    Outputs have the workload's lengths, no token ends one before. The workload's agreements are not used: the engine's
-    drafter agrees with its target where it does.
+    Outputs have the workload's lengths; no stop token ends one earlier. The workload's agreements are not used: real
+    acceptance depends on the engine's drafter and target.
 
     Raises:
         WorkloadError: a request exceeds the limits; the message names rows and what helps.

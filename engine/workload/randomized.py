@@ -1,4 +1,4 @@
-"""Domain randomisation: every seed draws another kind of traffic, so that a policy learns none of them by heart."""
+"""Domain randomisation: every seed draws another kind of traffic, so that a policy does not overfit to one."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class RandomizedSource(WorkloadSource):
         return self.drawn(seed).draw(seed)
 
     def drawn(self, seed: int) -> SyntheticSource:
-        """The traffic that this seed stands for."""
+        """Draw the traffic of this seed."""
         rng = stream(seed, DOMAIN)
         # Every quantity takes its number from the stream whether it is used or not, so that changing one range leaves
         # the other draws as they were.

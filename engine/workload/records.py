@@ -86,7 +86,7 @@ def numbers(path: Path, column: str, values: Sequence[Any], rows: Sequence[int])
 
 
 def is_number(value: Any) -> bool:
-    """Whether `numbers` takes this value for a number, be it finite or not."""
+    """Return True if `numbers` reads this value as a number, finite or not."""
     try:
         _as_floats([value])
     except (TypeError, ValueError, OverflowError):
@@ -101,7 +101,7 @@ def _as_floats(values: Sequence[Any]) -> NDArray[np.float64]:
 
 
 def shown(value: Any) -> str:
-    """The value as messages show it: quoted, and short whatever it is."""
+    """The value for messages, quoted and shortened."""
     text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of more than 40 digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -112,7 +112,7 @@ def ending(path: Path) -> str:
 
 
 def stem(path: Path) -> str:
-    """The file's name without the endings that say its kind: `azure.2023-11-16.csv.gz` is `azure.2023-11-16`."""
+    """The file's name without the endings of its kind: `azure.2023-11-16.csv.gz` is `azure.2023-11-16`."""
     bare = path.name[:-3] if path.name.lower().endswith(".gz") else path.name
     known = (*ENDINGS, ".txt", ".md", ".py")
     return bare[: -len(ending(path))] if ending(path) in known and len(bare) > len(ending(path)) else bare
@@ -128,7 +128,7 @@ def content_digest(path: Path) -> str:
 
 
 def scenario_of(path: Path) -> str:
-    """The file's name with six digits of its content: files of one name in two folders are told apart."""
+    """The file's name with six digits of its content's hash, so that files of one name in two folders differ."""
     return f"{stem(path)}@{content_digest(path)[:6]}"
 
 

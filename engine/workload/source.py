@@ -1,4 +1,4 @@
-"""What a run asks for its requests: sources that turn a seed into a `Workload`, checked when they are configured."""
+"""Workload sources: validated configurations that turn a seed into a `Workload`."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Scale = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
-# Streams of one seed. A number is never given another meaning: that would change everybody's requests.
+# Streams of one seed. The numbers must not change: that would change all requests.
 ARRIVALS, LENGTHS, AGREEMENT, PROMPTS, SAMPLING, DOMAIN = range(6)
 
 
 class WorkloadSource(BaseModel, ABC):
     """One kind of workload with its settings; an unknown key, a wrong type or range is refused with the key's name.
 
-    The luck of a request depends on the seed and its number in the source only, never on `rate_scale`: the same
-    request meets the same agreements at every load.
+    A request's agreements depend only on the seed and its number in the source, not on `rate_scale`: they are the same
+    at every load.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,7 +47,7 @@ class WorkloadSource(BaseModel, ABC):
     @property
     @abstractmethod
     def scenario(self) -> str:
-        """A short name for the workload without its seed, for tables: two runs can be compared if it is equal."""
+        """A short name of the workload without its seed, for tables: runs with equal names are comparable."""
 
     @property
     def contents(self) -> dict[str, str]:
@@ -102,7 +102,7 @@ class TraceSource(WorkloadSource):
         return f"{scenario_of(self.path)}{options}{self._suffix()}"
 
     def draw(self, seed: int) -> Workload:
-        """The recorded requests; `seed` draws the agreements that the record does not have."""
+        """The recorded requests; `seed` draws their agreements, which are not recorded."""
         trace = prepare_trace(
             read_trace(self.path, self.zero_output, self.time_unit, self.spread_ticks),
             start_s=self.start_s,
@@ -129,7 +129,7 @@ class TraceSource(WorkloadSource):
 
 
 class SyntheticSource(WorkloadSource):
-    """Arrivals x lengths x agreement, each from its own stream of the seed: changing one leaves the others' luck.
+    """Arrivals x lengths x agreement, each from its own stream of the seed: changing one keeps the others' draws.
 
     `num_requests` or `duration_s` bounds the workload (both: whichever ends first). `rate_scale` stretches time, the
     schedule of a time-varying rate included, so the requests are the same at every scale; `duration_s` counts before
@@ -209,7 +209,7 @@ class AcceptanceLogSource(WorkloadSource):
 
 
 def stream(seed: int, *key: int) -> np.random.Generator:
-    """The random stream that one purpose (`ARRIVALS`, ...) has of this seed."""
+    """The random stream of this seed for one purpose (`ARRIVALS`, ...)."""
     if seed < 0 or not math.isfinite(seed):
         raise WorkloadError(f"seed={seed} must be a non-negative whole number")
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))

@@ -57,11 +57,11 @@ def read_trace(
 ) -> Trace:
     """Read a trace file (CSV, JSON lines or a JSON list, each also gzipped) and log what was read.
 
-    The format follows from the columns (`engine.workload.formats`); others are ignored. `time_unit` is what the times
-    count, where that is not what the format says. Requests that generated nothing are an error that names the row;
+    The format follows from the columns (`engine.workload.formats`); others are ignored. `time_unit` is the unit of
+    the times, where it differs from the format's. Requests that generated nothing are an error that names the row;
     `zero_output="drop"` leaves them out, and a format that logs failed requests as 0 tokens always does.
-    `spread_ticks`: whether arrivals that a coarse clock logged are spread over its ticks; None: where the format is
-    known for such a clock, and the arrivals show it.
+    `spread_ticks`: True spreads arrivals logged by a coarse clock over its ticks; None: only where the format is known
+    for such a clock and the arrivals show it.
 
     Raises:
         WorkloadError: naming file and row.
@@ -167,11 +167,11 @@ def _log(trace: Trace, form: TraceFormat, remarks: list[str]) -> None:
 
 
 def _tick(form: TraceFormat, arrival: NDArray[np.float64], asked: bool | None) -> float | None:
-    """The tick of the clock that logged these arrivals, if they are to be spread; None: they are not.
+    """Tick of the clock that logged these arrivals, if they are to be spread; else None.
 
     Asked for, the format's tick, or the median gap between distinct times. Not asked: the format's tick where the gaps
     are multiples of it within 2 %, at least half of them one tick. Without `hash_ids`, which published traces have,
-    exact multiples may be waves that somebody made: these are left alone.
+    exact multiples may be deliberate bursts, which are kept.
     """
     if asked is False or arrival.size < 2:
         return None

@@ -1,4 +1,4 @@
-"""A workload is a fixed thing: who arrives when, with how many tokens, and where drafter and target agree."""
+"""Workloads: fixed arrivals, token counts, and agreement of drafter and target by position."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Workload:
     generated drafts positions g, g + 1, ...; with a greedy chain of c candidates it accepts
     `min(c, run_length[offset[r] + g])` of them.
 
-    Raises `WorkloadError` naming the request (and its row in the source) when an array breaks what is said below.
+    Raises `WorkloadError` naming the request (and its row in the source) when an array violates the rules below.
     """
 
     name: str
@@ -91,8 +91,8 @@ class Workload:
     ) -> Workload:
         """Draw the agreement of every output position and return the finished workload.
 
-        The luck of a request depends on the seed (one integer drawn from `rng`, or `rng` itself when it is an integer)
-        and on its `source_row` alone: rescaling the load, dropping other requests or clipping its output does not
+        A request's agreement depends only on the seed (one integer drawn from `rng`, or `rng` itself when it is an
+        integer) and on its `source_row`: rescaling the load, dropping other requests or clipping its output does not
         change it.
         """
         seed = int(rng) if isinstance(rng, int | np.integer) else int(rng.integers(2**63))
@@ -132,12 +132,12 @@ class Workload:
 
     @property
     def total_tokens(self) -> NDArray[np.int64]:
-        """(R,) prompt + output tokens, what a finished request has held in the KV cache."""
+        """(R,) prompt + output tokens, the KV cache use of a finished request."""
         return self.prompt_tokens.astype(np.int64) + self.output_tokens
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the arrays a run depends on: what "the same requests" means in reports."""
+        """sha256 over the arrays a run depends on; identifies "the same requests" in reports."""
         sha = hashlib.sha256()
         for name in _DTYPES:
             array = getattr(self, name)
@@ -185,7 +185,7 @@ class Workload:
         self._check_limit("the KV cache of this engine", kv_capacity_tokens)
 
     def subset(self, requests: ArrayLike, name: str | None = None) -> Workload:
-        """The given requests (indices in increasing order, or a boolean mask), with their luck, as a new workload."""
+        """The given requests (indices in increasing order, or a boolean mask) as a new workload, agreement included."""
         index = np.asarray(requests)
         index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64)
         positions = np.concatenate(

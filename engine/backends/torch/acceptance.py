@@ -1,4 +1,4 @@
-"""What speculation gets on a torch engine: logs of accepted candidates, and where drafter and target agree."""
+"""Acceptance on a torch engine: logs of accepted candidates, and agreement of drafter and target by position."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOT_PROPOSED = 255
 
 @dataclass(frozen=True)
 class SpeculationRun:
-    """What a run under one c gave.
+    """Results of a run under one c.
 
     outputs: tokens of each request · turns: a line of an acceptance log for each (see
     `engine.workload.acceptance_log.read_acceptance_log`) · tokens_per_iteration: emitted by a request in an iteration.
@@ -36,7 +36,7 @@ class SpeculationRun:
 def speculate(
     engine: RealEngine, prompts: Sequence[NDArray[np.int32]], max_tokens: int, candidates: int, token_budget: int
 ) -> SpeculationRun:
-    """Serve the prompts greedily at one c, all arriving at once, and note every verification."""
+    """Serve the prompts greedily at one c, all arriving at once, and log every verification."""
     engine.reset(engine.clock)
     numbers = [engine.submit(prompt, max_tokens) for prompt in prompts]
     accepted: list[list[int]] = [[] for _ in numbers]
@@ -48,7 +48,7 @@ def speculate(
         if not engine.step(candidates, token_budget):
             break
         after = [rows[name][: len(numbers)] for name in names]
-        # A request that generates for the first time ends its prefill and verifies nothing.
+        # A request's first token ends its prefill and verifies nothing.
         for i in np.flatnonzero((after[0] > before[0]) & (before[0] > 0)).tolist():
             drafted[i].append(int(after[1][i] - before[1][i]))
             accepted[i].append(int(after[2][i] - before[2][i]))
@@ -67,7 +67,7 @@ def speculate(
 def agreement(
     engine: TorchEngine, prompts: Sequence[NDArray[np.int32]], outputs: Sequence[Sequence[int]]
 ) -> dict[str, NDArray[Any]]:
-    """Rank and confidence at every output position, the drafter being shown the target's own tokens before it.
+    """Rank and confidence at every output position, with the target's own tokens as the drafter's context.
 
     Arrays as in `engine.workload.workload.Workload`: prompt_tokens, output_tokens (R,), offset (R+1,), rank (P,) uint8,
     confidence (P,) float32. Prompt lookup has one proposal or none: rank 0 or 255, confidence 1 or 0.

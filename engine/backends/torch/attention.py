@@ -28,14 +28,14 @@ _UNKNOWN = ("attention_mask", "position_bias", "head_mask", "indices", "block_in
 
 
 class Step(Protocol):
-    """What attention does in one forward, layer by layer."""
+    """Attention of one forward, layer by layer."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, options: dict[str, Any]) -> Tensor:
         """Attention output (1, T, heads, width) of the next layer for query, key, value (1, heads, T, width)."""
 
 
 class LayerShape(NamedTuple):
-    """What one layer caches and how it attends."""
+    """Cache shape and attention options of one layer."""
 
     kv_heads: int
     key_width: int
@@ -65,7 +65,7 @@ def _attention(
         raise RuntimeError(f"attention {NAME!r} works only inside a forward of PagedModel")
     if "sliding_window" not in options:
         options["sliding_window"] = getattr(module, "sliding_window", None)
-    # No mask is made for this function: one that comes is the layer's own.
+    # No mask is made for this function, so a mask that arrives is the layer's own.
     options["attention_mask"] = attention_mask
     return _current.step.attend(query, key, value, scaling, options), None
 
@@ -81,7 +81,7 @@ def configs_of(model: Any) -> list[Any]:
 
 @contextmanager
 def attending(configs: list[Any], step: Step) -> Iterator[None]:
-    """Within, modules of these configurations attend through `step`; afterwards they are as they were."""
+    """Context in which modules of these configurations attend through `step`; restores them afterwards."""
     usual = [config._attn_implementation for config in configs]
     outer, _current.step = _current.step, step
     try:
@@ -98,9 +98,9 @@ class Pool:
     """Keys and values of all layers in blocks, and a buffer they are gathered into.
 
     Per layer two tensors (blocks * kv_heads, block_size * width), so that each head's keys of a gathered request are in
-    one piece: attention of few query rows reads them half again as fast as interleaved ones. Attention multiplies
-    masked values by zero, which leaves a NaN of a NaN: unused slots are zero, and those of a block are made so again
-    (`clear`) when another request comes to use it.
+    one piece: attention of few query rows reads them 1.5 times as fast as interleaved ones. Attention multiplies masked
+    values by zero, and zero times NaN is NaN. Unused slots are therefore zero, and the slots of a block are zeroed
+    (`clear`) when another request gets it.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Pool:
     def move(self, places: NDArray[np.int64]) -> None:
         """Copy keys and values of all layers: (2, 2, tokens), from blocks and places within them, to blocks and places.
 
-        What is asked of a GPU is not waited for.
+        Does not wait for the GPU.
         """
         device = self._pieces[0].device
         host = torch.from_numpy(places)
@@ -163,7 +163,7 @@ class Pool:
 
 
 class PagedStep:
-    """One packed forward: new keys and values go to the pool, then each group attends over what its requests hold."""
+    """One packed forward: new keys and values go to the pool, then each group attends over its requests' cache."""
 
     def __init__(self, pool: Pool, pack: Pack, exact: bool) -> None:
         self._pool, self._pack = pool, pack
@@ -231,7 +231,7 @@ def _attended(
 
 
 class ProbeStep:
-    """A plain causal forward that notes what the model's layers ask for."""
+    """A plain causal forward that records the options of the model's layers."""
 
     def __init__(self) -> None:
         self.shapes: list[LayerShape] = []

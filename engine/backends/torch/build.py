@@ -14,7 +14,7 @@ from engine.models.shapes import Shape, llama_config, shape_named
 from engine.workload.markov import fitted
 
 if TYPE_CHECKING:
-    # Loading torch takes seconds, which a simulated run has no use for: it is imported where a model is.
+    # Importing torch takes seconds, so simulated runs avoid it: it is imported only where a model is loaded.
     import torch
 
     from engine.backends.torch.config import TorchEngineConfig

@@ -1,9 +1,9 @@
-"""The way of Llama-family models on a CPU in float32: numpy and compiled functions from token ids to logits.
+"""Forward pass of Llama-family models on a CPU in float32: numpy and compiled functions from token ids to logits.
 
-A small model's forward on CPU is a few hundred tensor operations of a few microseconds each, and as much time again
-between them. Here the products are calls of BLAS, or of a kernel where they have few rows, on weights that lie as both
-read them fastest; everything between two products is one compiled function, and attention reads keys and values where
-they are in the cache. `PagedModel` checks the outcome against the plain model when it loads.
+A small model's forward on CPU is a few hundred tensor operations of a few microseconds each, with as much overhead
+between them. Here matrix products call BLAS, or a kernel where they have few rows, on weights in the layout that both
+read fastest. Everything between two products is one compiled function, and attention reads keys and values in place in
+the cache. `PagedModel` checks the result against the plain model when it loads.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _Layer(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """Memory of one forward's intermediate values, used again by the next; (T, ...) but for attention's own."""
+    """Memory of one forward's intermediate values, reused by the next; (T, ...) except for attention's own."""
 
     hidden: NDArray[np.float32]
     normed: NDArray[np.float32]
@@ -73,8 +73,8 @@ class _Work(NamedTuple):
 class CompiledLlama:
     """The forward of a model for which `supports` holds, in place of its modules.
 
-    The model's own projections become views of the matrices used here, so that weights are in memory once; but where
-    input embedding and output projection are one, the latter's transpose is kept beside it.
+    The model's own projections become views of the matrices used here, so that weights are in memory once. Where input
+    embedding and output projection are tied, a transposed copy of the latter is kept as well.
     """
 
     def __init__(self, model: Any, shapes: list[LayerShape]) -> None:
@@ -98,7 +98,7 @@ class CompiledLlama:
 
     @staticmethod
     def supports(model: Any, shapes: list[LayerShape]) -> bool:
-        """Whether the model is of the family that `FusedLlama` knows, on CPU, in float32, its layers alike."""
+        """Return True for a model of the family of `FusedLlama`, on CPU, in float32, with identical layers."""
         if not FusedLlama.supports(model, shapes) or model.device.type != "cpu" or model.dtype != torch.float32:
             return False
         alike = {(shape.kv_heads, shape.key_width, shape.value_width) for shape in shapes}
@@ -151,7 +151,7 @@ class CompiledLlama:
         return keys.view(shape).numpy(), values.view(shape).numpy()
 
     def _memory(self, rows: int, seen: int) -> _Work:
-        """Room for `rows` tokens that see up to `seen` positions; grows by half, so that memory is touched once."""
+        """Memory for `rows` tokens that see up to `seen` positions; grows by half, so that memory is touched once."""
         if rows > self._rows:
             self._rows = rows + rows // 2
         if seen > self._seen:

@@ -1,4 +1,4 @@
-"""What a torch engine is configured with, validated."""
+"""Validated configuration of a torch engine."""
 
 from __future__ import annotations
 
@@ -33,26 +33,27 @@ class TorchEngineConfig(RealEngineConfig):
         name, max_num_seqs, max_model_len, block_size, profile, trust_remote_code: see `RealEngineConfig`.
         target: a local folder, a hub id, `embedded` for the target that ships with the project, or `shape:NAME` for an
             architecture of `engine.models.shapes` with random weights (`engine.models.bigram`).
-        layers: deepen the target to this many layers, which change its cost and not its output (`engine.models.deepen`
-            says how); a shape is built with so many in place of its own. None: as it is.
-        drafter: who proposes candidate tokens: `model`, `ngram` (prompt lookup) or `none`.
+        layers: deepen the target to this many layers, which change its cost and not its output (see
+            `engine.models.deepen`); a shape is built with this many in place of its own. None: as it is.
+        drafter: source of candidate tokens: `model`, `ngram` (prompt lookup) or `none`.
         drafter_model: folder, hub id, `embedded` or `shape:NAME`; of the target's vocabulary. Read with `drafter=model`
             only.
         agreement: whose fitted `MarkovChain` a drafter that is a shape has with a target that is one.
         mean_agreement: how often they agree on average; None: as fitted.
         weights_seed: of the weights of shapes, and so of their text.
         ngram_shortest, ngram_longest: tokens of the n-grams that prompt lookup matches.
-        allocation: who gets how many of an action's candidates: `uniform`, `local` or `global`.
+        allocation: allocation of an action's candidates: `uniform`, `local` or `global`.
         branching: most children of a candidate; 1 for chains.
         draft_depth: most drafter steps in an iteration; None: see `Speculation`.
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
         dtype: of weights and cache; `auto` keeps the weights' own, which is bfloat16 for shapes.
         threads: torch's threads on CPU.
-        fused: take the shorter way through Llama-family models.
+        fused: use the faster forward pass of Llama-family models.
         exact: float64 and batch-independent rounding, for tests.
         watermark: share of KV blocks kept free when a new request is admitted.
         num_kv_blocks: KV blocks; 0: enough for `max_num_seqs` requests of `max_model_len` tokens.
-        prefill: how prompts meet decodes: `chunked`, `whole`, `first` or `turns`, as in `engine.config.EngineConfig`.
+        prefill: batching of prompts with decodes: `chunked`, `whole`, `first` or `turns`, as in
+            `engine.config.EngineConfig`.
     """
 
     unnamed = RealEngineConfig.unnamed | {"layers", "watermark", "num_kv_blocks"}
@@ -90,9 +91,9 @@ class TorchEngineConfig(RealEngineConfig):
         return Speculation(self.allocation, self.branching, self.draft_depth)
 
     def governed_by(self, speculation: Speculation | None) -> Self:
-        """The same engine sharing candidates as a controller asks for; None: as it is configured.
+        """The same engine with the allocation that a controller asks for; None: as it is configured.
 
-        Raises ValueError for what the real engine cannot do.
+        Raises ValueError for an allocation that the real engine does not support.
         """
         if speculation is None:
             return self

@@ -49,9 +49,9 @@ class TorchEngine(RealEngine):
 
     Args:
         model: the target; its cache must have the blocks of `limits` and those for scratch (`CacheTable.num_blocks`).
-        limits: as the scheduler knows them.
+        limits: scheduler limits.
         drafter: proposes candidates; none by default.
-        speculation: how an action's candidates are spent; chains of c each by default.
+        speculation: allocation of an action's candidates; chains of c each by default.
         ttft_target: latency requirement on TTFT in s, which telemetry and lateness are counted against.
         queue_rows: M, the requests an observation lists one by one.
         clock: real time by default.
@@ -117,10 +117,10 @@ class TorchEngine(RealEngine):
         """See `RealEngine.submit`.
 
         Args:
-            ending: looks at the tokens for another end.
+            ending: an additional stop criterion on the tokens.
             constraints: on the tokens.
-            logprobs: note log probabilities, of so many of the most probable tokens too, in `logprobs`.
-            prompt_logprobs: note those of the prompt as well.
+            logprobs: record log probabilities in `logprobs`, including those of this many most probable tokens.
+            prompt_logprobs: record those of the prompt as well.
         """
         tokens, arrival, row = self._append(prompt, max_tokens, arrival)
         number = row + self._retired
@@ -134,7 +134,7 @@ class TorchEngine(RealEngine):
         return number
 
     def cancel(self, number: int) -> bool:
-        """Drop a request, keeping the output it has; returns False when it was over already."""
+        """Cancel a request, keeping its output so far; returns False when it was over already."""
         if number < self._retired or not cancel(self.state, 0, number - self._retired):
             return False
         self.drafter.forget(number)
@@ -147,12 +147,12 @@ class TorchEngine(RealEngine):
         return list(self._generations[number].output)
 
     def collect(self, number: int) -> list[int]:
-        """The output of a request that is over, which the engine then no longer keeps."""
+        """Return the output of a finished request and drop it from the engine."""
         self._scored.discard(number)
         return self._generations.pop(number).output
 
     def stopped(self, number: int) -> bool:
-        """Whether a stop ended the output, and not its limit."""
+        """Return True if a stop ended the output, and not its token limit."""
         return self._generations[number].stopped
 
     def timeline(self, number: int) -> np.void:
@@ -163,7 +163,7 @@ class TorchEngine(RealEngine):
     def retire(self) -> NDArray[Any]:
         """Take the rows of the earliest requests out of the table, up to the first unfinished; returns them.
 
-        Requests keep their numbers. The state is then that of the others only.
+        Requests keep their numbers. The state then holds only the others.
         """
         self.table.leave(self.state)
         rows = retire(self.state, self.feed)
@@ -189,7 +189,7 @@ class TorchEngine(RealEngine):
             logits = self.model.forward(
                 self.table, planned.seats, planned.starts, planned.counts, planned.keep, branches
             )
-        # Here, and only here, an iteration waits for the device.
+        # The only place where an iteration waits for the device.
         choices = self.model.top(logits)[:, 0]
         failed = planned.requests_of(~self.model.finite(logits, choices))
         if drafts is not None:
@@ -232,13 +232,13 @@ class TorchEngine(RealEngine):
         self.drafter.prepare(self.table, trees)
 
     def rehearsal(self, text: NDArray[np.int32]) -> Rehearsal:
-        """What measures this engine's iterations."""
+        """Driver that repeats single iterations of this engine, for profiling."""
         from engine.backends.torch.rehearsal import Rehearsal
 
         return Rehearsal(self, text)
 
     def memory(self) -> MemoryFigures:
-        """What weights and cache take."""
+        """Memory taken by weights and cache."""
         pool, device = self.model.pool, self.model.device
         cached = sum(tensor.numel() * tensor.element_size() for tensor in (*pool.keys, *pool.values))
         if device.type == "cuda":
@@ -254,7 +254,7 @@ class TorchEngine(RealEngine):
         )
 
     def about(self) -> dict[str, Any]:
-        """The device and software it runs on; JSON-able."""
+        """Device and software that the engine runs on; JSON-serialisable."""
         device = self.model.device
         return {
             "device": str(device),
@@ -265,10 +265,10 @@ class TorchEngine(RealEngine):
         }
 
     def close(self) -> None:
-        """Nothing is held that goes not with the object."""
+        """Holds no resources that outlive the object."""
 
     def _seat(self) -> Planned:
-        """Give the planned batch its memory and look it up."""
+        """Assign memory to the planned batch and gather its arrays."""
         for row in self.table.follow(self.state):
             tokens = self._generations[row + self._retired].tokens
             self.table.tokens[self.table.seat_of[row], : len(tokens)] = tokens
@@ -282,7 +282,7 @@ class TorchEngine(RealEngine):
         return planned
 
     def _draft(self, planned: Planned) -> Drafts | None:
-        """Candidates for the decodes, which are given as many tokens as there are candidates for them; None: c = 0."""
+        """Draft candidates for the decodes and set their planned tokens to match; None: c = 0."""
         decodes = planned.decodes
         wanted = planned.counts[:decodes] - 1
         self._drafting.reset()
@@ -304,7 +304,7 @@ class TorchEngine(RealEngine):
             planned.ran_out = drafts.counts < wanted
         redistribute(self.state, 0, 1 + drafts.counts)
         if self.speculation.allocation == "global":
-            # Some may have got more blocks than planned, or fewer tokens than they were to get.
+            # Some may have more blocks than planned, or fewer tokens.
             self.table.follow(self.state)
             drafts.counts = self.state.batch_tokens[0, :decodes] - np.int64(1)
         planned.counts[:decodes] = 1 + drafts.counts
@@ -317,7 +317,7 @@ class TorchEngine(RealEngine):
     def _choose(
         self, planned: Planned, logits: torch.Tensor, choices: NDArray[np.int64], failed: set[int]
     ) -> list[list[int]]:
-        """What every request of a batch without candidates emits: a token, or none in the middle of its prompt."""
+        """Tokens emitted by each request of a batch without candidates: one, or none in the middle of its prompt."""
         decodes = planned.decodes
         self.state.accepted[0, :decodes] = 0
         self.state.reach[0, :decodes] = 0
@@ -344,10 +344,10 @@ class TorchEngine(RealEngine):
         choices: NDArray[np.int64],
         failed: set[int],
     ) -> tuple[list[list[int]], NDArray[np.int32]]:
-        """What every request of the batch emits, and (decodes, W) the accepted nodes of its tree.
+        """Tokens emitted by each request of the batch, and (decodes, W) the accepted nodes of its tree.
 
-        `state.accepted` and `state.reach` are filled. What failed together with its candidates is tried without them
-        and taken out of `failed` where that gives numbers: masked or not, a candidate's NaN spreads.
+        Fills `state.accepted` and `state.reach`. A request that failed with its candidates is tried without them, and
+        removed from `failed` where its logits are then finite: a candidate's NaN spreads even if it is masked.
         """
         decodes = planned.decodes
         first_row = np.concatenate(([0], np.cumsum(planned.keep)))
@@ -403,12 +403,12 @@ class TorchEngine(RealEngine):
             failed.discard(i)
             generation = self._generations[int(planned.numbers[i])]
             emitted[i] = [token][: generation.until_stop([token])]
-        # One that was asked for and not proposed counts as not accepted: what c yields is per c asked for.
+        # A candidate requested but not proposed counts as not accepted: yields are measured per requested c.
         reach[:decodes][planned.ran_out] = np.maximum(reach[:decodes], accepted[:decodes] + 1)[planned.ran_out]
         return emitted, paths
 
     def _without_candidates(self, planned: Planned, which: list[int]) -> list[tuple[int, int]]:
-        """(place in the batch, next token) of these decodes where the logits without candidates are numbers."""
+        """(place in the batch, next token) of these decodes where the logits without candidates are finite."""
         which = [i for i in which if planned.counts[i] > 1]
         if not which:
             return []
@@ -427,7 +427,7 @@ class TorchEngine(RealEngine):
         return found
 
     def _compact(self, planned: Planned, paths: NDArray[np.int32]) -> None:
-        """Put what the target cached of accepted nodes in a row behind the tokens it follows."""
+        """Move the target's cache of accepted nodes to the slots right after the tokens they follow."""
         accepted = self.state.accepted[0, : planned.decodes]
         column = np.arange(paths.shape[1])
         rows, columns = np.nonzero((column < accepted[:, None]) & (paths != column))
@@ -443,7 +443,7 @@ class TorchEngine(RealEngine):
         paths: NDArray[np.int32] | None,
         logits: torch.Tensor,
     ) -> None:
-        """Note log probabilities of what is emitted, and of prompts' tokens as far as they are read, where wanted."""
+        """Record the requested log probabilities of emitted tokens, and of the prompt tokens read so far."""
         if not self._scored:
             return
         first_row = np.concatenate(([0], np.cumsum(planned.keep))).tolist()
@@ -469,7 +469,7 @@ class TorchEngine(RealEngine):
     def _stop(self, planned: Planned, emitted: list[list[int]], failed: set[int]) -> list[tuple[int, int]]:
         """Tell the scheduler which requests end before their limit; returns (request, tokens emitted now).
 
-        One that failed counts one token, which nobody gets, and is to be cancelled: it must not be finished by it.
+        A failed request counts one token, which is discarded; the request is cancelled and must not finish by it.
         """
         stops = []
         for i, (row, number) in enumerate(zip(planned.rows.tolist(), planned.numbers.tolist(), strict=True)):
@@ -481,7 +481,7 @@ class TorchEngine(RealEngine):
         return stops
 
     def _store(self, planned: Planned, emitted: list[list[int]], failed: set[int]) -> None:
-        """Append what was emitted to outputs and token table; forget what the drafter cached of rejected candidates."""
+        """Append emitted tokens to outputs and token table; discard the drafter's cache of rejected candidates."""
         table, generations = self.table, self._generations
         counts = np.array([len(tokens) for tokens in emitted], dtype=np.int64)
         lengths = planned.starts + planned.counts
@@ -518,7 +518,7 @@ def _scores(
     tokens: NDArray[np.int32] = NO_NODES,
     parents: NDArray[np.int32] = NO_NODES,
 ) -> NDArray[np.float64]:
-    """(1 + nodes, V) logits that a request's tokens are chosen by, after its output and each node of a tree."""
+    """(1 + nodes, V) logits from which a request's tokens are chosen, after its output and each node of a tree."""
     scores: NDArray[np.float64] = logits.double().cpu().numpy()
     if not generation.constrained:
         return scores

@@ -1,7 +1,7 @@
-"""A shorter way through Llama-family models: fused projections, `F.rms_norm`, and no module calls in between.
+"""A faster forward pass of Llama-family models: fused projections, `F.rms_norm`, and no module calls in between.
 
-With few tokens to a forward, most of a small model's time on CPU is Python and small kernels around the products. What
-is computed is the same, and `PagedModel` checks it against the plain model when it loads.
+With few tokens per forward, most of a small model's time on CPU is Python and small kernels around the products. The
+computation is the same, and `PagedModel` checks it against the plain model when it loads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
 
 class FusedLayer(NamedTuple):
-    """What a layer multiplies with, queries, keys and values at once, gate and up at once."""
+    """Fused weights of one layer: queries, keys and values in one matrix, gate and up in another."""
 
     shape: LayerShape
     heads: int
@@ -47,7 +47,7 @@ class FusedLlama:
 
     @staticmethod
     def supports(model: Any, shapes: list[LayerShape]) -> bool:
-        """Whether the model is of the family, unquantised and with the usual activation."""
+        """Return True for an unquantised model of the family with the usual activation."""
         if type(model).__name__ not in FAMILY or model.config.hidden_act not in ("silu", "swish"):
             return False
         layer = model.model.layers[0]
@@ -83,7 +83,7 @@ class FusedLlama:
 
 
 def fuse(layer: Any, shape: LayerShape) -> FusedLayer:
-    """A layer of the family with its projections joined, of which its own become views."""
+    """A layer of the family with joined projections; the layer's own become views of them."""
     attention, mlp = layer.self_attn, layer.mlp
     qkv, qkv_bias = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
     gate_up, gate_up_bias = _joined(mlp.gate_proj, mlp.up_proj)
@@ -104,7 +104,7 @@ def fuse(layer: Any, shape: LayerShape) -> FusedLayer:
 
 
 def _joined(*parts: Any) -> tuple[Tensor, Tensor | None]:
-    """Weights and biases of linear maps as one, of which the parts become views."""
+    """Joined weights and biases of linear maps; the maps' own become views of them."""
     joined: list[Tensor | None] = []
     for name in ("weight", "bias"):
         own = [getattr(part, name) for part in parts]

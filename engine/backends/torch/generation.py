@@ -14,15 +14,15 @@ from engine.speculation.sampling import Sampling
 
 
 class Ending(Protocol):
-    """Finds the end of an output in tokens that are about to be emitted, which it is shown once and in order."""
+    """Finds the end of an output in tokens about to be emitted, each of which is passed in once and in order."""
 
     def __call__(self, tokens: list[int]) -> int | None:
-        """How many of `tokens` belong to the output, which ends with the last of these; None: it goes on."""
+        """Number of leading `tokens` that belong to the output, which then ends; None: it continues."""
 
 
 @dataclass(slots=True)
 class Generation:
-    """What the client asked for and what it has got."""
+    """A request's parameters and its output so far."""
 
     prompt: NDArray[np.int32]
     sampling: Sampling
@@ -58,7 +58,7 @@ class Generation:
         return np.concatenate((self.prompt, np.array(self.output, dtype=np.int32)))
 
     def until_stop(self, tokens: list[int]) -> int:
-        """How many of the next `tokens` belong to the output, which may be `stopped` by them; to be asked once."""
+        """Number of the next `tokens` that belong to the output; sets `stopped` if they end it. Call once per token."""
         count = len(tokens)
         if self.stop:
             for place, token in enumerate(tokens, start=1):

@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 class Graphs:
-    """Runs functions of a GPU; what is run again under the same key is replayed.
+    """Runs functions on a GPU; a function that is run again under the same key is replayed.
 
     A function reads its inputs from tensors that stay where they are, and returns tensors that the next run may
     overwrite. All graphs share one pool of memory. Without a GPU, and after a capture has failed, functions are called.
@@ -30,7 +30,7 @@ class Graphs:
         return len(self._known)
 
     def run(self, key: Hashable, function: Callable[[], Result]) -> Result:
-        """What `function` returns, its work being under way on the device."""
+        """Run `function` and return its result, whose work may still be in progress on the device."""
         if not self.enabled:
             return function()
         if key not in self._known:
@@ -45,7 +45,7 @@ class Graphs:
         return result  # type: ignore[return-value]
 
     def forget(self) -> None:
-        """Drop all graphs: what they read has moved."""
+        """Drop all graphs, because the tensors they read have moved."""
         self._known.clear()
 
     def _capture(self, function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:

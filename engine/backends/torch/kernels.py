@@ -1,7 +1,7 @@
-"""What a Llama layer computes in float32 on a CPU, compiled: products of few rows, normalisation, gating, attention.
+"""Compiled float32 CPU kernels of a Llama layer: products of few rows, normalisation, gating, attention.
 
 Weights are (inputs, outputs). Keys and values of a layer are (blocks, kv heads, block size, width), and attention reads
-them where they are; only for many new tokens are they gathered.
+them in place; they are gathered only for many new tokens.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def times(rows, matrix, out):
 
 @_kernel
 def embed(embedding, tokens, seats, starts, counts, hidden):
-    """Embeddings (T, D) of `counts[i]` tokens from `starts[i]` of every seat."""
+    """Embeddings (T, D) of `counts[i]` tokens from `starts[i]` of every batch slot."""
     row = 0
     for i in range(len(seats)):
         for t in range(counts[i]):

@@ -26,7 +26,7 @@ NODES_SEEN = 64
 
 
 class Inputs(NamedTuple):
-    """What one forward reads, as numpy arrays or as tensors.
+    """Inputs of one forward, as numpy arrays or as tensors.
 
     bits: (T,) int64 · kept: (K,) int64 rows whose logits are wanted · entries: (K,) int64 of `Promises.values`, where
     their choices go · ids, positions, slots, prefix: (T,) int32 · tiles: (tiles, 4) int32 · blocks: (requests, blocks)
@@ -44,12 +44,12 @@ class Inputs(NamedTuple):
     blocks: Any
 
     def first(self, rows: int, tiles: int) -> Inputs:
-        """The parts for the first so many rows and tiles."""
+        """The parts for the first `rows` rows and `tiles` tiles."""
         return Inputs._make((*(part[:rows] for part in self[:-2]), self.tiles[:tiles], self.blocks))
 
 
 class Layout(NamedTuple):
-    """How much room each part of `Inputs` has."""
+    """Capacity of each part of `Inputs`."""
 
     rows: int
     kept: int
@@ -87,16 +87,17 @@ class Staged:
         self._parts: dict[tuple[int, int], Inputs] = {}
 
     def parts(self, rows: int, tiles: int) -> Inputs:
-        """Arrays for the first so many rows and tiles."""
+        """Arrays for the first `rows` rows and `tiles` tiles."""
         if (known := self._parts.get((rows, tiles))) is None:
             known = self._parts[rows, tiles] = self._all.first(rows, tiles)
         return known
 
 
 class Staging:
-    """A ring of `Staged`: what a GPU has not copied yet is not written to.
+    """A ring of `Staged` buffers: a buffer that the GPU has not copied yet is not overwritten.
 
-    More than one iteration's forwards fit, and reading its promises waits for all of them, so that nothing else has to.
+    It holds the forwards of more than one iteration. Reading an iteration's deferred tokens waits for all of them, so
+    that no other wait is needed.
     """
 
     def __init__(self, layout: Layout, device: torch.device, promises: Promises) -> None:
@@ -105,7 +106,7 @@ class Staging:
         self._turn = 0
 
     def next(self) -> Staged:
-        """Memory that nothing is copied from any more."""
+        """Memory from which no copy is pending."""
         if self._turn == len(self._ring) < STAGED:
             self._ring.append(Staged(self._layout, self._device))
         self._turn %= len(self._ring)
@@ -187,7 +188,7 @@ def write(
 
     Args:
         promised: (sum of keep,) entries of `Promises.values` for the choices.
-        spare: the entry for choices that nobody asked for.
+        spare: the entry for choices that were not requested.
         tile_rows: most rows of a tile.
 
     Raises ValueError for a tree that reaches more than `NODES_SEEN` slots behind its root.

@@ -65,7 +65,7 @@ class PagedModel:
             views of joined weights (transposed ones, which cannot be saved as they are, for `CompiledLlama`).
         num_blocks: cache blocks, those for scratch included (`CacheTable.num_blocks`).
         block_size: tokens per block.
-        fused: take a shorter way through Llama-family models where it gives the same logits: `CompiledLlama` on a CPU
+        fused: use a faster forward of Llama-family models where it gives the same logits: `CompiledLlama` on a CPU
             in float32, `TritonLlama` on a GPU, `FusedLlama` otherwise.
         exact: for tests. A float64 copy of the model, and shapes that make every row's result independent of what else
             is in the batch, bit for bit.
@@ -138,18 +138,18 @@ class PagedModel:
         keep: NDArray[np.int64],
         branches: Branches | None = None,
     ) -> Tensor:
-        """Run `counts[i]` tokens from slot `starts[i]` of every seat in one pass, and cache them.
+        """Run `counts[i]` tokens from cache slot `starts[i]` of every batch slot in one pass, and cache them.
 
-        Returns logits (sum of keep, V) of the last `keep[i]` tokens of each seat, in the order of `seats`. Slots before
-        `starts[i]` must be cached already. Without `branches` all is plain text, and a slot is a position. The
-        logits hold until the next forward.
+        Returns logits (sum of keep, V) of the last `keep[i]` tokens of each request, in the order of `seats`. Cache
+        slots before `starts[i]` must be cached already. Without `branches` all is plain text, and a cache slot is a
+        position. The logits are valid until the next forward.
         """
         return self._forward(self.pool, table, seats, starts, counts, keep, branches)
 
     def top(self, logits: Tensor, count: int = 1) -> NDArray[np.int64]:
         """(rows, count) tokens with the highest of the logits that the latest forward returned, falling.
 
-        After `defer_to` they may be promised ones, which `known` of the other model looks up.
+        After `defer_to` they may be deferred tokens, which `known` of the other model looks up.
         """
         if isinstance(self.fused, TritonLlama):
             promised = self.fused.top(logits, count)
@@ -162,22 +162,22 @@ class PagedModel:
         return found
 
     def finite(self, logits: Tensor, choices: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(rows,) whether the latest forward's logits are numbers to choose from, given its `top` (see `finite_rows`).
+        """(rows,) True where the latest forward's logits are finite, given its `top` (see `finite_rows`).
 
-        Where they are not, the choice is any token.
+        Elsewhere the choice is an arbitrary token.
         """
         if isinstance(self.fused, TritonLlama):
             return self.fused.finite()
         return finite_rows(logits, choices)
 
     def defer_to(self, other: PagedModel) -> None:
-        """Leave what this model chooses on the device until `other`'s choices are read, where both can."""
+        """Keep this model's choices on the device until `other`'s choices are read, where both support it."""
         if isinstance(self.fused, TritonLlama) and isinstance(other.fused, TritonLlama):
             self.fused.join(other.fused.promises)
             self._defers = True
 
     def known(self, tokens: NDArray[np.integer], settle: bool = False) -> NDArray[np.int64]:
-        """Tokens with the promised ones filled in; `settle`: with those of the forwards since it was last asked."""
+        """Tokens with deferred ones filled in; `settle`: including those of the forwards since the last `settle`."""
         if not isinstance(self.fused, TritonLlama):
             return tokens.astype(np.int64, copy=False)
         if settle:
@@ -187,14 +187,14 @@ class PagedModel:
     def move(
         self, table: CacheTable, seats: NDArray[np.int64], source: NDArray[np.int64], target: NDArray[np.int64]
     ) -> None:
-        """Copy what is cached at slot `source[i]` of a seat to its slot `target[i]`."""
+        """Copy the cache at slot `source[i]` of a request to its slot `target[i]`."""
         size = table.block_size
         places = [(table.blocks[seats, slots // size], slots % size) for slots in (source, target)]
         with torch.inference_mode():
             self.pool.move(np.array(places, dtype=np.int64))
 
     def prepare(self, table: CacheTable, trees: bool) -> None:
-        """Do beforehand what first forwards over such a table would take time for; with `trees`, also of theirs."""
+        """Do in advance the set-up work of first forwards over such a table; with `trees`, also for trees."""
         if isinstance(self.fused, TritonLlama):
             self.fused.prepare(self.pool, table, trees)
 
@@ -209,7 +209,7 @@ class PagedModel:
         branches: Branches | None = None,
     ) -> Tensor:
         if not isinstance(self.fused, TritonLlama):
-            # Its kernel alone reads no slot that nobody sees.
+            # Only its kernel never reads a masked slot.
             pool.clear(table.unfilled(seats, starts, counts))
         if isinstance(self.fused, CompiledLlama | TritonLlama):
             return self.fused(pool, table, seats, starts, counts, keep, branches)
@@ -217,7 +217,7 @@ class PagedModel:
         rows = packed.kept
         wanted = rows.numel()
         if wanted == 0:
-            # `logits_to_keep` has no way to say "none" to every model.
+            # `logits_to_keep` cannot express "none" for every model.
             rows = rows.new_zeros(1)
         if self.exact and rows.numel() < EXACT_ROWS:
             rows = torch.cat((rows, rows[-1:].expand(EXACT_ROWS - rows.numel())))
@@ -232,7 +232,7 @@ class PagedModel:
         return output.logits[0, :wanted]
 
     def _shorter_way(self, shapes: list[LayerShape]) -> Way | None:
-        """The first one for this model that gives the plain logits."""
+        """The first runner that reproduces this model's plain logits."""
         ways: tuple[type[Way], ...] = (CompiledLlama, TritonLlama, FusedLlama)
         for way in ways:
             if way.supports(self.model, shapes):
@@ -243,7 +243,7 @@ class PagedModel:
         return None
 
     def _problem(self, shapes: list[LayerShape]) -> str:
-        """Why a packed forward is not the plain one; empty where their logits agree."""
+        """Difference between packed and plain forward, as text; empty where their logits agree."""
         tolerance = TOLERANCE.get(self.dtype, 0.05)
         lengths, parts = (5, 19, 40), ((3, 15, 16), (1, 4, 20), (1, 0, 4))
         error, where = self._packing_error(shapes, lengths, parts, parts), ""
@@ -270,7 +270,7 @@ class PagedModel:
     ) -> float:
         """Largest difference between logits of packed chunks and of plain forwards, in their standard deviations.
 
-        What rounding the logits themselves may make of it is taken off: one that stands far out is rounded coarsely.
+        The rounding error of the logits themselves is subtracted: large logits are rounded coarsely.
 
         Args:
             shapes: of the layers.
@@ -343,7 +343,7 @@ def _said(error: Exception) -> str:
 
 
 def _check_rope(model: Any, most_tokens: int) -> None:
-    """Refuse rotary embeddings that packing would change: the longest request would set the angles of all others."""
+    """Refuse rotary embeddings that packing changes: the longest request would set the angles of all others."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
@@ -359,7 +359,7 @@ def _check_rope(model: Any, most_tokens: int) -> None:
 
 
 def _probe(model: Any, layers: int, vocab_size: int) -> list[LayerShape]:
-    """What each layer caches, from one forward through the attention interface."""
+    """Cache shape of each layer, found by one forward through the attention interface."""
     step = ProbeStep()
     name = type(model).__name__
     try:

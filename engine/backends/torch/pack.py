@@ -75,7 +75,7 @@ class Group:
         return mask
 
     def _hidden(self, window: int | None) -> Tensor:
-        """(size, count, keys) whether a new token does not see a key."""
+        """(size, count, keys) True where a new token does not see a key."""
         if self.branches is not None:
             found = np.zeros((self.size, self.count, self.keys), dtype=np.bool_)
             hide(found, self.slots.cpu().numpy(), *self.branches, np.iinfo(np.int64).max if window is None else window)
@@ -123,7 +123,7 @@ def pack(
     exact: bool = False,
     branches: Branches | None = None,
 ) -> Pack:
-    """Lay out `counts[i]` >= 1 tokens from slot `starts[i]` of each seat, keeping the last `keep[i]` logits."""
+    """Lay out `counts[i]` >= 1 tokens from cache slot `starts[i]` of each request; the last `keep[i]` get logits."""
     missing = EXACT_ROWS - int(counts.sum()) if exact else 0
     if missing > 0:
         seats, starts = np.append(seats, table.scratch_seat), np.append(starts, 0)
@@ -154,8 +154,8 @@ def pack(
         blocks = int(key_blocks[order[first:last]].max())
         count = int(counts_sorted[last - 1])
         start, end = int(begins[first]), int(ends[last - 1])
-        # What is gathered beyond a request's own blocks is its first one again: masked values are multiplied by zero,
-        # which leaves a NaN of another request's NaN.
+        # Padding beyond a request's own blocks repeats its first block: masked values are multiplied by zero, which
+        # would let another request's NaN through.
         column = np.arange(blocks)
         column = np.where(column < own_blocks[order[first:last], None], column, 0)
         held = table.blocks[seats_sorted[first:last, None], column].astype(np.int64)

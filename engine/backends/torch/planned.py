@@ -1,4 +1,4 @@
-"""The batch of one iteration, as the torch engine looks it up after the scheduler has planned it."""
+"""The planned batch of one iteration, as arrays for the torch engine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Planned:
         return keep
 
     def requests_of(self, rows: NDArray[np.bool_]) -> set[int]:
-        """Which requests of the batch that emit now, by place in it, the marked rows of the logits belong to."""
+        """Places in the batch of the emitting requests to which the marked rows of logits belong."""
         if not rows.any():
             return set()
         emits = self.completes.copy()
@@ -49,7 +49,7 @@ class Planned:
         return set(marked[emits[marked]].tolist())
 
     def branches(self, drafts: Drafts) -> Branches | None:
-        """How the new tokens hang together; None where they are all chains and chunks."""
+        """Tree structure of the new tokens; None where they are all chains and chunks."""
         if not drafts.branched:
             return None
         roots = self.starts + self.counts
@@ -72,7 +72,7 @@ def _look_up(requests, batch_request, batch_tokens, seat_of, decodes, rows, seat
 
 
 def look_up(state: State, seat_of: NDArray[np.int64], retired: int, decodes: int, size: int) -> Planned:
-    """The batch of `size` requests that was planned, the first so many of them decodes.
+    """The planned batch of `size` requests, decodes first.
 
     `seat_of`: by row of the table · `retired`: rows that have left the table.
     """

@@ -16,14 +16,14 @@ _MOST_OFFSET = 8
 
 
 class PositionsError(ValueError):
-    """An engine would let a request past the model's last position; the message says how to keep it from that."""
+    """A request could pass the model's last position; the message says how to prevent it."""
 
 
 def check_positions(model: Any, limits: EngineLimits, name: str) -> None:
     """Compare the longest request with the positions that the model called `name` was made for.
 
-    Raises `PositionsError` where the model looks positions up in a table, which ends (GPT-2, OPT, GPT-J). Rotary ones
-    that are computed go on past what the model was trained on, and are warned of.
+    Raises `PositionsError` where the model looks positions up in a finite table (GPT-2, OPT, GPT-J). Computed rotary
+    positions continue past the model's training length, which gives a warning.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = min(limits.max_model_len, limits.total_blocks * limits.block_size)
@@ -41,7 +41,7 @@ def check_positions(model: Any, limits: EngineLimits, name: str) -> None:
 
 
 def _is_table(model: Any, positions: int) -> bool:
-    """Whether a module holds one row a position: learned embeddings, or sines that were computed beforehand."""
+    """Return True for a module with one row per position: learned embeddings, or precomputed sines."""
     tokens = model.get_input_embeddings()
     rows = range(positions, positions + _MOST_OFFSET + 1)
     if any(isinstance(part, nn.Embedding) and part is not tokens and part.num_embeddings in rows

@@ -1,8 +1,8 @@
-"""Tokens that a GPU has chosen and the host does not know yet.
+"""Deferred tokens: chosen on the GPU and not yet known to the host.
 
-A drafter's next step needs the token of the step before, and only the device has to know it. Until the host asks, such
-a token goes by a negative id, -1 - i for entry i of a tensor on the device; token tables and forwards take it as any
-other.
+A drafter's next step needs the token of the previous step, but only on the device. Until the host reads it, such a
+token has the negative id -1 - i for entry i of a tensor on the device. Token tables and forwards accept it like any
+other token.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 
 class Promises:
-    """Room for `room` promised tokens on a device.
+    """Buffer of `room` deferred tokens on a device.
 
-    values: (room + 1,) int64 on the device; the last entry is for choices that nobody asked for · logits: (room + 1,)
+    values: (room + 1,) int64 on the device; the last entry is for choices that were not requested · logits: (room + 1,)
     float32 likewise, of these tokens, where a forward chose them.
     """
 
@@ -31,7 +31,7 @@ class Promises:
 
     @property
     def spare(self) -> int:
-        """The entry for what nobody asked for."""
+        """The entry for choices that were not requested."""
         return len(self.values) - 1
 
     @property
@@ -40,9 +40,9 @@ class Promises:
         return self.spare - (0 if self._settled else self._used)
 
     def make(self, count: int) -> NDArray[np.int64]:
-        """(count,) entries to be filled on the device. The first after `settle` begin anew.
+        """(count,) entries to be filled on the device. Numbering restarts after `settle`.
 
-        Raises RuntimeError when there is no room: more was promised than `settle` was called for.
+        Raises RuntimeError when the buffer is full because `settle` was not called in time.
         """
         if self._settled:
             self._used, self._settled = 0, False
@@ -55,7 +55,7 @@ class Promises:
         return np.arange(first, first + count)
 
     def settle(self) -> None:
-        """Wait until the device has done all that was asked of it, and read the promised tokens."""
+        """Wait until the device has finished its work, and read the deferred tokens."""
         device = self.values.device
         if self._settled:
             return
@@ -74,12 +74,12 @@ class Promises:
         self.settled += 1
 
     def known(self, tokens: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Tokens of any shape with those that were promised before the last `settle` filled in."""
+        """Tokens of any shape, with those deferred before the last `settle` filled in."""
         promised = tokens < 0
         if promised.all():
             return self._known[-1 - tokens]
         return np.where(promised, self._known[np.maximum(-1 - tokens, 0)], tokens)
 
     def finite(self, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether the logits of tokens that forwards promised before the last `settle` are finite."""
+        """True where the logits of tokens that were deferred before the last `settle` are finite."""
         return self._finite[-1 - tokens]

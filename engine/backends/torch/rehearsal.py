@@ -1,8 +1,8 @@
-"""The same iteration of a torch engine, again and again: what a profile measures.
+"""Repeats one iteration of a torch engine, for profiling.
 
-Keys and values are never computed to arrange a batch, because an iteration's time does not depend on them: the
-scheduler runs with a stand-in for the target that answers with the text's next token. Tokens, seats, blocks and what
-the drafter has read are those that serving would have left.
+Arranging a batch computes no keys and values, because an iteration's time does not depend on them. The scheduler runs
+with a substitute for the target that returns the text's next token. Tokens, batch slots, blocks and the drafter's
+progress are the same as after real serving.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from engine.speculation.sampling import most_probable
 
 
 class Rehearsal:
-    """Puts an engine that has nothing to do into a state, and runs the same iteration from there repeatedly.
+    """Puts an idle engine into a given state and repeatedly runs the same iteration from there.
 
     Args:
-        engine: it serves nobody else meanwhile; afterwards it is empty.
+        engine: must not serve other requests meanwhile; empty afterwards.
         text: token ids that prompts are cut from; longer than the longest prompt.
     """
 
@@ -40,7 +40,7 @@ class Rehearsal:
         self._observation = engine.new_observation()
 
     def arrange(self, point: Point, rng: np.random.Generator) -> None:
-        """Bring the engine to the beginning of the iteration; prompts start at random places of the text."""
+        """Bring the engine to the beginning of the iteration; prompts start at random places in the text."""
         engine = self.engine
         self.clear()
         self._point = point
@@ -67,7 +67,7 @@ class Rehearsal:
         self._saved = [(array, array.copy()) for array in arrays]
 
     def run(self) -> Timing:
-        """The arranged iteration once."""
+        """Run the arranged iteration once."""
         self._restore()
         engine = self.engine
         begin = engine.clock.now()
@@ -77,7 +77,7 @@ class Rehearsal:
         return Timing(engine.clock.now() - begin, engine.draft_s, engine.forward_s)
 
     def planned(self) -> dict[str, int]:
-        """What the latest iteration was, as the scheduler counts (see `engine.core.state.BATCH`)."""
+        """Batch of the latest iteration, as the scheduler counts it (see `engine.core.state.BATCH`)."""
         kv = self._point.kv_tokens
         return counted(self.engine.state) | {
             "candidates": self._point.candidates,
@@ -102,7 +102,7 @@ class Rehearsal:
 
     @contextmanager
     def _known(self) -> Iterator[None]:
-        """Within, the target is not run: the next token is that of the text."""
+        """Context in which the target does not run and the next token is that of the text."""
 
         def forward(table: Any, seats: Any, starts: Any, counts: Any, keep: Any, *_: Any, **__: Any) -> torch.Tensor:
             ends, numbers = (starts + counts)[keep > 0], table.owner[seats[keep > 0]]

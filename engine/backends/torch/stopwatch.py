@@ -1,4 +1,4 @@
-"""Seconds that pieces of an iteration take where they run: on the host, or on a GPU that works behind it."""
+"""Durations of parts of an iteration, on the host or on an asynchronous GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Times a block of code by entering it; on CUDA what the block has asked of the device, and not only the asking.
+    """Context manager that times a block of code; on CUDA it times the device's work and not only the launches.
 
     `seconds` may be read once the device has done that work; reading it does not wait.
     """
@@ -40,7 +40,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """What the latest block since `reset` took."""
+        """Duration of the latest block since `reset`."""
         if self._events is not None and self._ran:
             return 1e-3 * self._events[0].elapsed_time(self._events[1])
         return self._seconds

@@ -1,7 +1,6 @@
-"""Which memory each running request holds: its seat, its KV blocks, its token ids.
+"""Memory of each running request: its batch slot, its KV blocks, its token ids.
 
-The scheduler counts blocks and knows nothing of which ones. This table gives the counted blocks names, following the
-scheduler's counts after every plan.
+The scheduler only counts blocks. This table assigns block ids to match the scheduler's counts after every plan.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ SCRATCH_TOKENS = 16
 
 @kernel
 def _leave(requests, owner, seat_of, blocks, held, free_blocks, free_seats, free_counts):
-    """Take back seat and blocks of every request that the scheduler has taken the blocks of."""
+    """Free the batch slot and blocks of every request whose blocks the scheduler has freed."""
     for seat in range(len(held)):
         r = owner[seat]
         if r >= 0 and requests[r].blocks == 0:
@@ -38,7 +37,7 @@ def _leave(requests, owner, seat_of, blocks, held, free_blocks, free_seats, free
 
 @kernel
 def _enter(requests, batch, owner, seat_of, blocks, held, free_blocks, free_seats, free_counts, entered):
-    """Seat the batch's new requests and name the blocks that it was given; returns how many are new."""
+    """Assign batch slots to new requests and ids to newly counted blocks; returns the number of new requests."""
     new = 0
     for r in batch:
         seat = seat_of[r]
@@ -58,7 +57,7 @@ def _enter(requests, batch, owner, seat_of, blocks, held, free_blocks, free_seat
 
 @kernel
 def _lend(seats, ends, blocks, held, free_blocks, free, block_size, reached):
-    """Write ids of free blocks behind those that the seats hold; they stay free."""
+    """Write ids of free blocks behind those that the requests hold; the blocks stay free."""
     for i in range(len(seats)):
         count = held[seats[i]]
         while count * block_size < ends[i] and free > 0 and count < blocks.shape[1]:
@@ -70,7 +69,7 @@ def _lend(seats, ends, blocks, held, free_blocks, free, block_size, reached):
 
 @kernel
 def _extend(tokens, draft_computed, seats, lengths, counts, new):
-    """Write tokens behind those that the seats have, and forget what the drafter has read past them."""
+    """Append tokens to those of the requests, and discard the drafter's progress past them."""
     at = 0
     for i in range(len(seats)):
         for j in range(counts[i]):
@@ -81,7 +80,7 @@ def _extend(tokens, draft_computed, seats, lengths, counts, new):
 
 
 class CacheTable:
-    """Seats, blocks and tokens of up to `max_num_seqs` running requests.
+    """Batch slots ("seats"), blocks and tokens of up to `max_num_seqs` running requests.
 
     tokens: (seats + 1, max_model_len + 1) int32 ids, prompt then output then candidates · blocks: (seats + 1, blocks of
     the longest request) int32, block i of a seat holds its positions [i * block_size, (i + 1) * block_size) · owner:
@@ -110,11 +109,11 @@ class CacheTable:
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that no seat holds."""
+        """Number of free blocks."""
         return int(self._free_counts[0])
 
     def follow(self, state: State) -> list[int]:
-        """Bring seats and blocks in line with the batch just planned; returns the requests that got a new seat.
+        """Update batch slots and blocks to the batch just planned; returns the requests with a new batch slot.
 
         A request that was preempted and returns counts as new: its cache is lost.
         """
@@ -160,7 +159,7 @@ class CacheTable:
         return self.places(seats[begun], ends[begun], missing[begun])
 
     def leave(self, state: State) -> None:
-        """Take back seat and blocks of every request that has no more blocks in `state`."""
+        """Free the batch slot and blocks of every request that has no blocks left in `state`."""
         _leave(state.requests, *self._places, self._free_counts)
 
     def renumber(self, count: int) -> None:
@@ -173,9 +172,9 @@ class CacheTable:
         return self.owner, self.seat_of, self.blocks, self.held, self._free_blocks, self._free_seats
 
     def borrow(self, seats: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Name free blocks behind those the seats hold, for slots up to `ends[i]`; returns the slots they reach.
+        """Lend free blocks beyond those the requests hold, for slots up to `ends[i]`; returns the slots they reach.
 
-        What is written there is worth nothing after the next `follow`. No seat is lent a block that another is lent.
+        Contents written there are lost at the next `follow`. No block is lent to two requests.
         """
         reached = np.zeros(len(seats), dtype=np.int64)
         free = self._free_counts[0]

@@ -1,7 +1,7 @@
-"""What a Llama-family layer does between two matrix products on a GPU, a kernel for each piece.
+"""Triton kernels for the parts of a Llama-family layer between two matrix products.
 
-Everything that differs from one iteration to the next (which rows are whose, how far they see, where they are cached)
-is read from device memory, so that a captured graph can be replayed for another batch. Rows are tokens. Scores and sums
+Everything that differs between iterations (owners of rows, visible positions, cache slots) is read from device memory,
+so that a captured graph can be replayed for another batch. Rows are tokens. Scores and sums
 are float32 whatever the model's type.
 """
 
@@ -176,7 +176,7 @@ def _join(partial, peaks, sums, out, results, WIDTH: tl.constexpr, SPLITS: tl.co
 
 
 def attention_warps(block_m: int, capability: int) -> int:
-    """Warps of a program of attention with so many query rows on a GPU of such a major compute capability.
+    """Warps of an attention program, by query rows and the GPU's major compute capability.
 
     From 9 on four warps multiply 64 rows together; before, four would keep more than their registers hold.
     """

@@ -1,9 +1,9 @@
-"""The way of Llama-family models on a GPU: matrix products of the libraries, and a kernel for each piece between them.
+"""Forward pass of Llama-family models on a GPU: library matrix products, and a kernel for each part between them.
 
-A batch of decodes is bound by the launches of a few hundred small kernels and by what they read beside the weights.
-Here a layer is four products and five or six kernels, small batches are replayed as CUDA graphs, a forward's inputs
-come in one copy, and what it chooses stays on the device until it is asked for (`Promises`). `PagedModel` checks the
-outcome against the plain model when it loads.
+A batch of decodes is bound by the launches of a few hundred small kernels and by their memory traffic beside the
+weights. Here a layer is four products and five or six kernels, small batches are replayed as CUDA graphs, a forward's
+inputs come in one copy, and chosen tokens stay on the device until they are read (`Promises`). `PagedModel` checks the
+result against the plain model when it loads.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class TritonLlama:
 
     @staticmethod
     def supports(model: Any, shapes: list[LayerShape]) -> bool:
-        """Whether the model is of the family that `FusedLlama` knows, on a GPU, not in float64, its layers alike."""
+        """Return True for a model of the family of `FusedLlama`, on a GPU, not in float64, with identical layers."""
         if not FusedLlama.supports(model, shapes) or importlib.util.find_spec("triton") is None:
             return False
         if model.device.type != "cuda" and not TritonLlama.interpreted:
@@ -121,7 +121,7 @@ class TritonLlama:
     def top(self, logits: Tensor, count: int) -> NDArray[np.int64]:
         """(rows, count) tokens of the highest of the latest forward's logits, falling, by the ids of `Promises`.
 
-        They are read at once where so many do not fit among the promised.
+        They are read at once where they do not fit into the buffer of deferred tokens.
         """
         if count == 1:
             return self.codes[:, None]
@@ -136,13 +136,13 @@ class TritonLlama:
         return -1 - entries.reshape(-1, count)
 
     def finite(self) -> NDArray[np.bool_]:
-        """(rows,) whether the highest of the latest forward's logits are finite; known with its choices."""
+        """(rows,) True where the highest of the latest forward's logits are finite; known with its choices."""
         return self.promises.finite(self.codes)
 
     def prepare(self, pool: Pool, table: CacheTable, trees: bool) -> None:
         """Compile all kernels, and capture every graph that batches over such a table come to need.
 
-        Forwards of nobody's rows do it: they are cached in scratch. What only trees need is left out unless asked for.
+        Done by forwards of dummy rows, which are cached in scratch. Parts that only trees need are done on request.
         """
         self._follow(pool, table)
         nobody = np.zeros(0, dtype=np.int64)
@@ -166,13 +166,13 @@ class TritonLlama:
                     self._run(host, size, splits, branched)
 
     def join(self, promises: Promises) -> None:
-        """Promise in the same room as another model, so that both are read at once."""
+        """Share another model's buffer of deferred tokens, so that both are read at once."""
         self.promises = promises
-        # The next forward makes anew what was made for the old one.
+        # The next forward rebuilds what belonged to the old one.
         self._pool = None
 
     def _follow(self, pool: Pool, table: CacheTable) -> None:
-        """Make ready for another cache, or a table of another size."""
+        """Prepare for another cache, or a table of another size."""
         seats, blocks = table.blocks.shape
         most = Layout(GRAPH_ROWS[-1], GRAPH_ROWS[-1], GRAPH_ROWS[-1], seats, blocks)
         if pool is self._pool and most == self._layout:
@@ -223,7 +223,7 @@ class TritonLlama:
             )
 
     def _forward(self, inputs: Inputs, trees: bool, splits: int, tile_rows: int) -> Tensor:
-        """Logits of the rows in `inputs.kept`, the highest of which are written down as promised."""
+        """Logits of the rows in `inputs.kept`; their argmax is stored among the deferred tokens."""
         assert self._pool is not None
         kernels, pool, heads, rows = self._kernels, self._pool, self._heads, len(inputs.ids)
         bits = inputs.bits if trees else None

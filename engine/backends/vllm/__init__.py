@@ -1,8 +1,8 @@
 """vLLM under a governor: schedulers for its `--scheduler-cls` that ask a controller for c and n before every step, and
 vLLM in this process as an engine that is stepped from outside.
 
-`docs/vllm.md` says how to start it and which versions were tried. vLLM does not promise this interface. Nothing of vLLM
-is imported before it is asked for: `engine_config` works without it.
+`docs/vllm.md` describes how to start it and lists the tested versions. vLLM does not guarantee this interface. vLLM is
+imported only on first use: `engine_config` works without it.
 """
 
 from typing import TYPE_CHECKING, Any

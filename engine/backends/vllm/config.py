@@ -1,4 +1,4 @@
-"""What a governed vLLM is told: which controller, on what predictions, within which limits."""
+"""Configuration of a governed vLLM: its controller, the predictions it uses, and its limits."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class GovernorConfig(BaseModel):
         ttft_target: latency requirement on TTFT in s; None: the controller's own, or 1 s.
         actions: the choices of controllers that choose from a grid; those above vLLM's maxima are left out.
         queue_rows: waiting requests that are observed one by one.
-        time_limit_s: how long a step waits for its decision.
-        most_failures: decisions in a row that may fail before the controller is switched off.
+        time_limit_s: longest wait of a step for its decision.
+        most_failures: consecutive failures after which the controller is switched off.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,9 +77,9 @@ class GovernorConfig(BaseModel):
         return _made("controller", self.controller)
 
     def plant(self, most_candidates: int, most_tokens: int, max_num_seqs: int, kv_tokens: int) -> Plant:
-        """What the controller may know: the choices within vLLM's maxima, and the predicted iteration times.
+        """Static engine information for the controller: choices within vLLM's maxima, predicted iteration times.
 
-        `kv_tokens` is what the KV cache holds.
+        `kv_tokens` is the capacity of the KV cache.
         """
         grid = ActionGrid(
             candidate_choices=_within(self.actions.candidate_choices, most_candidates),

@@ -43,10 +43,10 @@ _running: list[VllmEngine] = []
 
 
 class Driver:
-    """In the governor's place: the decision of a step is what the engine's owner gave.
+    """Substitute for the governor: the decision of a step is set by the engine's owner.
 
     Args:
-        scheduler: vLLM's, to be stepped by nobody else.
+        scheduler: vLLM's, stepped only through this engine.
     """
 
     steers_candidates = True
@@ -71,7 +71,7 @@ class Driver:
 
 
 class DrivenScheduler(_Governed):
-    """vLLM's scheduler, told c and n from outside; what it does is written into a ledger."""
+    """vLLM's scheduler with c and n set from outside; its steps are written into a ledger."""
 
     governor: Driver
 
@@ -93,11 +93,11 @@ class DrivenScheduler(_Governed):
 
     @property
     def drafted(self) -> int:
-        """What the latest drafts were asked for."""
+        """The c that the latest drafts were requested with."""
         return self._drafted
 
     def begin(self) -> None:
-        """Nothing was drafted for those that come."""
+        """Record that nothing is drafted for coming requests."""
         self._drafted = 0
 
     def shutdown(self) -> None:
@@ -108,11 +108,11 @@ class DrivenScheduler(_Governed):
 class VllmEngine(RealEngine):
     """Serves token-id prompts with vLLM, one `step` an iteration.
 
-    The c of a step is drafted at its end and verified in the next; its n holds at once. Requests are counted in the
+    The c of a step is drafted at its end and verified in the next; its n applies at once. Requests are counted in the
     request table by the same code as on every other engine, and observed as a governed vLLM observes.
 
     Args:
-        config: what vLLM is started with.
+        config: settings that vLLM is started with.
         ttft_target: latency requirement on TTFT in s, which telemetry and lateness are counted against.
         queue_rows: M, the requests an observation lists one by one.
         clock: real time by default.
@@ -177,10 +177,10 @@ class VllmEngine(RealEngine):
         return number
 
     def cancel(self, number: int) -> bool:
-        """Drop a request, keeping the output it has; returns False when it was over already."""
+        """Cancel a request, keeping its output so far; returns False when it was over already."""
         if not cancel(self.state, 0, number):
             return False
-        # One that has not arrived is skipped when it does.
+        # A request that has not arrived is skipped on arrival.
         self._core.abort_requests([str(number)])
         return True
 
@@ -208,7 +208,7 @@ class VllmEngine(RealEngine):
         return True
 
     def _store(self, answers: Any, elapsed: float) -> None:
-        """Append what was emitted to the outputs, and close the step in the ledger."""
+        """Append emitted tokens to the outputs, and close the step in the ledger."""
         ledger = self._scheduler.governor.ledger
         found = {int(answer.request_id): answer for outputs in answers.values() for answer in outputs.outputs}
         self.emitted, self.finished, counts, ended = [], [], [], []
@@ -231,7 +231,7 @@ class VllmEngine(RealEngine):
         if scheduler.requests:
             self._core.abort_requests(list(scheduler.requests))
         if scheduler.has_finished_requests():
-            # Request numbers begin anew: an empty step tells the workers that those before are over.
+            # Request numbers restart: an empty step tells the workers that earlier requests are over.
             self._core.step()
         super().reset(clock)
         self._requests, self._outputs = {}, {}
@@ -262,13 +262,13 @@ class VllmEngine(RealEngine):
         return executor.driver_worker.worker.model_runner
 
     def rehearsal(self, text: NDArray[np.int32]) -> VllmRehearsal:
-        """What measures this engine's iterations."""
+        """Driver that repeats single iterations of this engine, for profiling."""
         from engine.backends.vllm.rehearsal import VllmRehearsal
 
         return VllmRehearsal(self, text)
 
     def memory(self) -> MemoryFigures:
-        """What weights and cache take."""
+        """Memory taken by weights and cache."""
         drafter = getattr(getattr(self.runner, "drafter", None), "model", None)
         cached = sum(tensor.size for tensor in self._scheduler.kv_cache_config.kv_cache_tensors)
         return MemoryFigures(
@@ -279,7 +279,7 @@ class VllmEngine(RealEngine):
         )
 
     def about(self) -> dict[str, Any]:
-        """The device and software it runs on; JSON-able."""
+        """Device and software that the engine runs on; JSON-serialisable."""
         model = self._core.vllm_config.model_config
         processor = current_platform.is_cpu()
         return {
@@ -297,7 +297,7 @@ class VllmEngine(RealEngine):
             return
         _running.remove(self)
         if _running:
-            # Engines of one process share vLLM's communicators, which its shutdown ends for all.
+            # Engines of one process share vLLM's communicators, and its shutdown closes them for all.
             self._scheduler.shutdown()
         else:
             self._core.shutdown()
@@ -316,7 +316,7 @@ def _started(config: VllmEngineConfig) -> EngineCore:
 
 @contextmanager
 def _environment(**variables: str) -> Iterator[None]:
-    """Within, these environment variables are set: what vLLM takes from nowhere else."""
+    """Context in which these environment variables are set, for settings that vLLM reads from nowhere else."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -331,10 +331,10 @@ def _environment(**variables: str) -> Iterator[None]:
 
 @contextmanager
 def _scannable_llvmlite() -> Iterator[None]:
-    """Within, vLLM 0.32's worker survives its look at every module.
+    """Context that works around vLLM 0.32's worker inspecting every loaded module.
 
-    On a processor without Triton it takes `__dict__` of all they hold. Numba's handle of LLVM makes a C function of
-    that name, and the start ends with "'_lib_fn_wrapper' object has no attribute 'get'".
+    On a CPU without Triton it reads `__dict__` of every module attribute. Numba's LLVM handle turns that name into a C
+    function, and start-up fails with "'_lib_fn_wrapper' object has no attribute 'get'".
     """
     ffi = sys.modules.get("llvmlite.binding.ffi")
     functions = getattr(getattr(ffi, "lib", None), "_fntab", None)

@@ -1,4 +1,4 @@
-"""What a vLLM in this process is configured with, validated. Nothing of vLLM is imported before it is built."""
+"""Validated configuration of a vLLM in this process. vLLM is not imported before the engine is built."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ CPU_CACHE_BYTES = 2**30
 class VllmEngineConfig(RealEngineConfig):
     """vLLM serving a model in this process, its scheduler governed from outside.
 
-    Prefix caching and asynchronous scheduling are off: no engine here has the former, and with the latter a step is
-    scheduled before the one before it is seen.
+    Prefix caching and asynchronous scheduling are off: no engine here has the former, and the latter schedules a step
+    before the result of the previous one is known.
 
     Args:
         name, max_num_seqs, max_model_len, block_size, profile, trust_remote_code: see `RealEngineConfig`. On a
             processor `block_size` is a multiple of 32.
         target: a local folder, a hub id, or `embedded` for the target that ships with the project.
-        drafter: who proposes candidate tokens: `model`, `ngram` (vLLM's prompt lookup) or `none`.
+        drafter: source of candidate tokens: `model`, `ngram` (vLLM's prompt lookup) or `none`.
         drafter_model: folder, hub id or `embedded`; of the target's vocabulary. Read with `drafter=model` only.
         ngram_shortest, ngram_longest: tokens of the n-grams that prompt lookup matches.
-        num_speculative_tokens: vLLM's largest c; no action goes above it.
+        num_speculative_tokens: vLLM's largest c, an upper limit of all actions.
         max_num_batched_tokens: vLLM's most tokens in a step; it must leave room for the largest n beside the decodes.
         dtype: of weights and cache, as vLLM names it.
-        enforce_eager: no compilation and no CUDA graphs; a processor without a C++ compiler needs it.
+        enforce_eager: no compilation and no CUDA graphs; required on a CPU without a C++ compiler.
         threads: torch's threads on a processor.
         watermark: share of KV blocks kept free when a new request is admitted.
         num_kv_blocks: KV blocks; 0: enough for `max_num_seqs` requests of `max_model_len` tokens.
-        kv_cache_memory_bytes: what vLLM is told it may use for the cache, which has `num_kv_blocks` all the same; None:
-            its own rule on a GPU, 1 GiB on a processor.
+        kv_cache_memory_bytes: the cache memory limit given to vLLM; the cache has `num_kv_blocks` regardless. None:
+            vLLM's own rule on a GPU, 1 GiB on a CPU.
     """
 
     unnamed = RealEngineConfig.unnamed | {"watermark", "num_kv_blocks", "kv_cache_memory_bytes"}
@@ -86,14 +86,14 @@ class VllmEngineConfig(RealEngineConfig):
         return CHAINS
 
     def governed_by(self, speculation: Speculation | None) -> Self:
-        """This engine. Raises ValueError for a controller that wants candidates shared out otherwise."""
+        """Return this engine. Raises ValueError for a controller that asks for another allocation."""
         if speculation is not None and speculation != CHAINS:
             raise refuse_sharing(speculation)
         return self
 
     @property
     def limits(self) -> EngineLimits:
-        """What a scheduler knows of the cache."""
+        """Scheduler limits, as they follow from the cache."""
         blocks = self.num_kv_blocks or self.max_num_seqs * -(-self.max_model_len // self.block_size)
         return EngineLimits(
             blocks, self.block_size, int(self.watermark * blocks), self.max_num_seqs, self.max_model_len, "chunked"
@@ -110,7 +110,7 @@ class VllmEngineConfig(RealEngineConfig):
             MissingVllmError: vLLM is not installed.
             ValueError: a setting that vLLM refuses.
         """
-        # Read when vLLM is imported; what it says of itself at a start is 40 lines.
+        # Read when vLLM is imported; its start-up log is 40 lines.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         require_vllm()
         from engine.backends.vllm.engine import VllmEngine
@@ -118,7 +118,7 @@ class VllmEngineConfig(RealEngineConfig):
         return VllmEngine(self, ttft_target=ttft_target, queue_rows=queue_rows, clock=clock)
 
     def folders(self) -> tuple[str, str]:
-        """Where vLLM finds target and drafter."""
+        """Folders from which vLLM loads target and drafter."""
         from engine.models.load import DRAFTER_FOLDER, TARGET_FOLDER
 
         return (
@@ -127,7 +127,7 @@ class VllmEngineConfig(RealEngineConfig):
         )
 
     def arguments(self, on_processor: bool) -> dict[str, Any]:
-        """vLLM's own settings (`EngineArgs`), but for the scheduler's class."""
+        """vLLM's own settings (`EngineArgs`), except the scheduler's class."""
         target, drafter = self.folders()
         speculation: dict[str, Any] = {"num_speculative_tokens": self.num_speculative_tokens}
         if self.drafter == "model":

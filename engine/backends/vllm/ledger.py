@@ -1,6 +1,6 @@
-"""What a vLLM scheduler does, kept in the request table that every engine here is measured by.
+"""Records the steps of a vLLM scheduler in the request table that all engines are measured by.
 
-Nothing of vLLM is imported: the scheduler's owner tells of what happens.
+vLLM is not imported: the scheduler's owner reports each event.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.core.state import DECODING, State
 
 @dataclass(frozen=True)
 class Entry:
-    """A request in a step: its row, the tokens it gets, whether its drafter proposed fewer than it was asked for."""
+    """A request in a step: its row, its tokens, and True if its drafter proposed fewer candidates than requested."""
 
     row: int
     tokens: int
@@ -38,11 +38,11 @@ class Ledger:
         self._decodes = 0
 
     def preempted(self, row: int) -> None:
-        """A running request lost its blocks, before the step is planned."""
+        """Record, before the step is planned, that a running request lost its blocks."""
         preempt(self.state, 0, row)
 
     def planned(self, entries: Sequence[Entry], candidates: int, token_budget: int, free_blocks: int) -> None:
-        """A step was scheduled for these requests; `candidates` is the c that its drafts were asked for."""
+        """Record a scheduled step of these requests; `candidates` is the c that its drafts were requested with."""
         requests = self.state.requests
         decodes = [entry for entry in entries if requests["phase"][entry.row] == DECODING]
         prefills = [entry for entry in entries if requests["phase"][entry.row] != DECODING]
@@ -52,16 +52,16 @@ class Ledger:
         take_up(self.state, 0, rows, tokens, self._decodes, candidates, token_budget, free_blocks)
 
     def done(self, emitted: Sequence[int], ended: Sequence[bool], elapsed: float, free_blocks: int) -> None:
-        """The step is over, `elapsed` s after it began.
+        """Record the end of the step, `elapsed` s after it began.
 
-        emitted: tokens of each request, in the order of `rows` · ended: whether it is finished · free_blocks: after
-        those of the finished are given back.
+        emitted: tokens of each request, in the order of `rows` · ended: True for finished requests · free_blocks: after
+        finished requests have freed theirs.
         """
         state = self.state
         for i, (entry, tokens, over) in enumerate(zip(self._batch, emitted, ended, strict=True)):
             if i < self._decodes:
                 state.accepted[0, i] = tokens - 1
-                # The tokens behind a request's end are cut off, accepted or not.
+                # Tokens after a request's end are cut off, accepted or not.
                 if over:
                     state.reach[0, i] = tokens - 1
                 elif entry.ran_out:

@@ -1,4 +1,4 @@
-"""What is said where vLLM is not installed."""
+"""Error for a missing vLLM installation."""
 
 
 class MissingVllmError(ImportError, ValueError):

@@ -1,6 +1,6 @@
 """A controller's telemetry, read from the queues of a vLLM scheduler.
 
-Nothing of vLLM is imported: a scheduler is whatever has its attributes, and the observer is told of what happens.
+vLLM is not imported: any object with a scheduler's attributes works, and its owner reports each event.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from engine.core.telemetry import NO_DEADLINE_S, RATE_BANDS, Observation, alloca
 
 
 def decodes(request: Any) -> bool:
-    """Whether a running vLLM request has nothing left to compute but its latest token."""
+    """Return True if a running vLLM request has only its latest token left to compute."""
     generated = request.num_output_tokens + request.num_output_placeholders
     return bool(generated > 0 and _remaining(request) <= 1)
 
 
 def decode_tokens(request: Any, max_model_len: int) -> int:
-    """Tokens that vLLM's next step schedules for a decoding request: its latest one and what was drafted for it.
+    """Tokens that vLLM's next step schedules for a decoding request: its latest token and its draft.
 
-    Under async scheduling a request whose step in flight is sure to be its last gets none.
+    Under async scheduling a request whose step in flight is certainly its last gets none.
     """
     placeholders = request.num_output_placeholders
     last = request.num_prompt_tokens + request.max_tokens
@@ -45,7 +45,7 @@ def _remaining(request: Any) -> int:
 
 @dataclass(slots=True)
 class _Seen:
-    """What is kept of a request that vLLM does not keep."""
+    """Per-request data that vLLM does not keep."""
 
     deadline: float
     """s on the observer's clock, for its first token."""
@@ -81,13 +81,13 @@ class _Step:
 
 
 class Observer:
-    """Counts what a vLLM scheduler does, and writes it as telemetry.
+    """Counts the events of a vLLM scheduler, and writes them as telemetry.
 
-    The scheduler's owner calls `arrived`, `planned`, `preempted`, `done` and `gone` as these things happen, and
-    `observe` before a step.
+    The scheduler's owner calls `arrived`, `planned`, `preempted`, `done` and `gone` at these events, and `observe`
+    before a step.
 
     Args:
-        scheduler: vLLM's; read, never written.
+        scheduler: vLLM's; only read.
         ttft_target: s, from the arrival at vLLM's front end.
         queue_rows: M, the waiting requests listed one by one.
         clock: seconds, of the same zero as the requests' `arrival_time`.
@@ -134,7 +134,7 @@ class Observer:
         self._exhausted[:] = 0
 
     def arrived(self, request: Any) -> None:
-        """A request joined the queue."""
+        """Record a request that joined the queue."""
         seen = _Seen(request.arrival_time + self._ttft_target)
         self._seen[request.request_id] = seen
         self._due.append(seen)
@@ -144,12 +144,12 @@ class Observer:
         self._counts["arrived_tokens"] += request.num_prompt_tokens
 
     def preempted(self, request: Any) -> None:
-        """A running request lost its KV blocks and waits again."""
+        """Record that a running request lost its KV blocks and waits again."""
         self._preempted[request.request_id] = request
         self._counts["preemptions"] += 1
 
     def gone(self, request_id: str) -> None:
-        """A request ended before its output did: aborted by its client, or an error."""
+        """Record a request that ended early: aborted by its client, or failed."""
         self._preempted.pop(request_id, None)
         self._unstarted_tokens -= self._unstarted.pop(request_id, 0)
         seen = self._seen.pop(request_id, None)
@@ -157,9 +157,9 @@ class Observer:
             self._no_longer_waits(seen)
 
     def planned(self, output: Any, candidates: int) -> None:
-        """A step was scheduled: `output` is vLLM's SchedulerOutput, its requests not yet advanced.
+        """Record a scheduled step: `output` is vLLM's SchedulerOutput, its requests not yet advanced.
 
-        `candidates` is what its drafts were asked for.
+        `candidates` is the c that its drafts were requested with.
         """
         step = _Step(self.clock(), candidates)
         for request_id, tokens in output.num_scheduled_tokens.items():
@@ -176,8 +176,10 @@ class Observer:
         self._steps[id(output)] = step
 
     def done(self, output: Any, before: Iterable[tuple[Any, int]]) -> None:
-        """The step of `output` ran, and vLLM has taken its tokens; `before` are its requests with their output tokens
-        until then."""
+        """Record that the step of `output` ran and vLLM has taken its tokens.
+
+        `before` holds its requests with their output tokens before the step.
+        """
         step = self._steps.pop(id(output), None)
         if step is None:
             return
@@ -201,14 +203,14 @@ class Observer:
         self._counts["emitted_tokens"] += emitted_sum
         if output.total_num_scheduled_tokens > 0:
             self._counts["iterations"] += 1
-            # Steps overlap under async scheduling: a step's time counts from when the one before it was done.
+            # Steps overlap under async scheduling: a step's time counts from the end of the previous one.
             self._last = (max(0.0, now - max(step.started, self._last_end)), step, emitted_sum)
             self._last_end = now
 
     def _count_verified(self, seen: _Seen, step: _Step, drafted: int, accepted: int, finished: bool) -> None:
-        """One verification: where it stopped. A candidate asked for and not proposed counts as not accepted."""
+        """Record where a verification stopped. A candidate requested and not proposed counts as not accepted."""
         ran_out = seen.ran_out and drafted < step.candidates
-        # The tokens behind a request's end are cut off, accepted or not.
+        # Tokens after a request's end are cut off, accepted or not.
         rejected = not finished and (accepted < drafted or ran_out)
         counts = self._stopped if rejected else self._exhausted
         counts[min(accepted, MAX_CANDIDATES)] += 1
@@ -222,9 +224,9 @@ class Observer:
         seen.waits = seen.overdue = False
 
     def observe(self, candidates: int) -> Observation:
-        """Telemetry of now (N = 1) in arrays of its own; counters begin anew.
+        """Current telemetry (N = 1) in fresh arrays; resets the counters.
 
-        `candidates` is what the latest drafts were asked for, to know whose drafter ran out.
+        `candidates` is the c that the latest drafts were requested with. It shows which drafters ran out of proposals.
         """
         now = self.clock()
         while self._due and self._due[0].deadline < now:
@@ -292,7 +294,7 @@ class Observer:
         scheduler = self._scheduler
         queued = chain(prefilling, getattr(scheduler, "kv_holding_waiting", ()), scheduler.waiting)
         listed = 0
-        # Those behind arrived later: the first that has a deadline has the smallest slack.
+        # Later rows arrived later, so the first with a deadline has the smallest slack.
         rest_slack = NO_DEADLINE_S
         filled: list[tuple[int, float]] = []
         for request in islice(queued, rows + 1 + len(self._preempted)):
@@ -312,7 +314,7 @@ class Observer:
 
     def _observe_acceptance(self, observation: Observation) -> None:
         """Per-depth counts from the histograms of accepted lengths."""
-        # Whoever accepted d or more got to depth d; whoever stopped at d - 1 was refused there.
+        # A verification that accepted d or more reached depth d; one that stopped at d - 1 was rejected there.
         reached = np.cumsum((self._stopped + self._exhausted)[::-1])[::-1][1:]
         observation.accepted[0] = reached
         observation.drafted[0] = reached + self._stopped[:-1]

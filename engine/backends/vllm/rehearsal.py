@@ -1,7 +1,7 @@
-"""The same kind of iteration of a vLLM, again and again: what a profile measures.
+"""Repeats one kind of vLLM iteration, for profiling.
 
-vLLM computes what it is arranged with, and what it computed stays: decoding requests go on from one run to the next, a
-few tokens longer each time, and prompts are new ones of the same lengths.
+vLLM computes the arranged batch for real, and its results stay: decoding requests continue from one run to the next, a
+few tokens longer each time. Prompts are new ones of the same lengths.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ MOST_STEPS = 14
 
 
 class VllmRehearsal:
-    """Puts an engine that has nothing to do into a state, and runs the same kind of iteration from there repeatedly.
+    """Puts an idle engine into a given state and repeatedly runs the same kind of iteration from there.
 
     A point's `fresh` has no meaning here: vLLM's drafter reads a prompt while the target does.
 
     Args:
-        engine: it serves nobody else meanwhile; afterwards it is empty.
+        engine: must not serve other requests meanwhile; empty afterwards.
         text: token ids that prompts are cut from; longer than the longest prompt.
     """
 
@@ -43,16 +43,16 @@ class VllmRehearsal:
         self._observation = engine.new_observation()
 
     def arrange(self, point: Point, rng: np.random.Generator) -> None:
-        """Bring the engine to the beginning of the iteration; prompts start at random places of the text."""
+        """Bring the engine to the beginning of the iteration; prompts start at random places in the text."""
         engine = self.engine
         self.clear()
         self._point, self._rng = point, rng
-        # While the last prompts are read, the first requests go on by a token a step.
+        # While the last prompts are read, the first requests grow by one token a step.
         reading = -(-sum(point.kv_tokens) // engine.most_prompt_tokens) + 1
         emitted = MOST_STEPS * (1 + point.candidates) + reading
         room = engine.limits.max_model_len - emitted
         for length in point.kv_tokens:
-            # A request that is nearly as long as the context is shortened: it must not end on the way.
+            # A request nearly as long as the context is shortened, so that it does not end early.
             self._submit(min(length, room), emitted)
         while engine.poll() and (engine.state.requests["phase"][: len(point.kv_tokens)] != DECODING).any():
             engine.step(0, engine.most_prompt_tokens)
@@ -61,7 +61,7 @@ class VllmRehearsal:
             engine.step(point.candidates, 1)
 
     def run(self) -> Timing:
-        """An iteration of the arranged kind."""
+        """Run an iteration of the arranged kind."""
         engine, point = self.engine, self._point
         for number in self._prompts:
             engine.cancel(number)
@@ -83,7 +83,7 @@ class VllmRehearsal:
         return Timing(engine.clock.now() - begin, draft[0], model[0] - draft[0])
 
     def planned(self) -> dict[str, int]:
-        """What the latest iteration was, as the request table counts (see `engine.core.state.BATCH`)."""
+        """Batch of the latest iteration, as the request table counts it (see `engine.core.state.BATCH`)."""
         return counted(self.engine.state) | {
             "candidates": self._point.candidates,
             "prefill_context": self._point.context,
@@ -102,7 +102,7 @@ class VllmRehearsal:
 
     @contextmanager
     def _timed(self, *methods: str) -> Iterator[list[float]]:
-        """Within, calls of the model runner's methods are timed."""
+        """Context in which calls of the model runner's methods are timed."""
         runner = self.engine.runner
         spent = [0.0]
 

@@ -23,10 +23,10 @@ log = init_logger(f"vllm.{__name__}")
 
 
 class Governor:
-    """The controller of one vLLM scheduler: what it sees, who asks it, and what it may choose.
+    """The controller of one vLLM scheduler, with its observer, guard and choices.
 
     Args:
-        scheduler: built; its configured maxima are the controller's.
+        scheduler: a constructed one; its configured maxima bound the controller's choices.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -67,13 +67,13 @@ class Governor:
             log.warning("data-parallel engines must draft equally many candidates: c stays as vLLM sets it")
 
     def _rehearse(self, controller: Any) -> None:
-        """One decision on an engine without requests, so that compiling it is nobody's wait."""
+        """Make one decision on an idle engine, so that no request waits for compilation."""
         controller.choose(as_dict(self.observer.observe(0)))
 
     def decide(self, drafted: int) -> tuple[int, int] | None:
-        """(c of the next drafts, total tokens of this step), or None where vLLM's own setting holds.
+        """(c of the next drafts, total tokens of this step), or None where vLLM's own setting applies.
 
-        `drafted` is what the latest drafts were asked for.
+        `drafted` is the c that the latest drafts were requested with.
         """
         view = as_dict(self.observer.observe(drafted))
         decision = self.guard.ask(view, self.observer.num_decodes)
@@ -84,7 +84,7 @@ class Governor:
 
 
 class _Governed(Scheduler):
-    """What is added to both of vLLM's schedulers."""
+    """Mixin with the additions to both of vLLM's schedulers."""
 
     max_num_scheduled_tokens: int
     dynamic_sd_lookup: list[int] | None
@@ -100,18 +100,18 @@ class _Governed(Scheduler):
             )
         self.governor = self._new_governor()
         self._decision: tuple[int, int] | None = None
-        # The latest drafts were asked for so many candidates.
+        # The c that the latest drafts were requested with.
         self._drafted = 0
         if self.dynamic_sd_lookup is None and self.num_spec_tokens > 0:
-            # Where vLLM knows that draft lengths vary, it pads nobody's to the largest.
+            # Where vLLM knows that draft lengths vary, it does not pad them to the largest.
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
 
     def _new_governor(self) -> Any:
-        """Who decides, built when the scheduler is."""
+        """Build the governor, together with the scheduler."""
         return Governor(self)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """vLLM's own, with the total of this step's tokens as the controller says, never above vLLM's."""
+        """vLLM's own, with this step's total tokens set by the controller, at most vLLM's."""
         most = self.max_num_scheduled_tokens
         self._decision = self.governor.decide(self._drafted) if any(self.get_request_counts()) else None
         if self._decision is not None:
@@ -130,7 +130,7 @@ class _Governed(Scheduler):
         super()._update_after_schedule(scheduler_output)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
-        """vLLM's own; what it emitted is counted."""
+        """vLLM's own; counts emitted tokens."""
         requests = (self.requests.get(request_id) for request_id in scheduler_output.num_scheduled_tokens)
         before = [(request, request.num_output_tokens) for request in requests if request is not None]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -138,14 +138,14 @@ class _Governed(Scheduler):
         return outputs
 
     def add_request(self, request: Request) -> None:
-        """vLLM's own; a new request is counted."""
+        """vLLM's own; counts the new request."""
         new = request.request_id not in self.requests
         super().add_request(request)
         if new:
             self.governor.observer.arrived(request)
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: Any) -> list[Request]:
-        """vLLM's own; who leaves early is forgotten."""
+        """vLLM's own; forgets requests that leave early."""
         left = super().finish_requests(request_ids, finished_status)
         for request in left:
             self.governor.observer.gone(request.request_id)
@@ -156,7 +156,7 @@ class _Governed(Scheduler):
         self.governor.observer.preempted(request)
 
     def shutdown(self) -> None:
-        """vLLM's own, after the controller's thread has been let go."""
+        """vLLM's own, after ending the controller's thread."""
         tally = self.governor.guard.tally
         log.info("governed %d steps; %d kept vLLM's own setting: %s", tally.asked, tally.failed, tally)
         self.governor.guard.close()
@@ -164,8 +164,8 @@ class _Governed(Scheduler):
 
 
 class GovernedScheduler(_Governed):
-    """For `--scheduler-cls engine.backends.vllm.GovernedScheduler --no-async-scheduling`, and wherever vLLM says that
-    it does not schedule asynchronously."""
+    """For `--scheduler-cls engine.backends.vllm.GovernedScheduler --no-async-scheduling`, and wherever vLLM reports
+    that it does not schedule asynchronously."""
 
 
 class GovernedAsyncScheduler(_Governed, AsyncScheduler):
