@@ -1,1 +1,1 @@
-"""One file per idea of how to choose c and n. A controller sees telemetry and answers with an action."""
+"""Controllers, one file per method of choosing c and n. A controller maps telemetry to an action."""

@@ -1,4 +1,4 @@
-"""Tokens per iteration G(c), learnt online: by draft depth, from the requests' own rates, or by the c chosen."""
+"""Online estimates of tokens per iteration G(c): by draft depth, from the requests' own rates, or by the chosen c."""
 
 import math
 
@@ -23,8 +23,8 @@ def learn_acceptance(memory, drafted, accepted, elapsed_s, tokens):
 
     Old counts fade with a time constant of `MEMORY_S`. The chance that a candidate at depth d is accepted, given that
     those before it were, is (accepted_d + k p_(d-1)) / (drafted_d + k) with k = PRIOR_COUNT and p_0 =
-    PRIOR_ACCEPTANCE: a depth that is never drafted is believed to be like the one before it, and an engine that stopped
-    speculating drifts back to the prior and tries again.
+    PRIOR_ACCEPTANCE: a depth that is never drafted is estimated like the one before it, and after speculation stops the
+    estimate returns to the prior, so that speculation is tried again.
 
     Args:
         memory: (2, C) from `new_memory`.
@@ -58,7 +58,7 @@ def expected_tokens(acceptance, candidates):
 
 @kernel
 def tokens_of_requests(rates, tokens):
-    """Write into `tokens` G(c) of c candidates for each of the requests that decode now, by their own acceptance rates.
+    """Write G(c) of c candidates for each decoding request into `tokens`, by the requests' own acceptance rates.
 
     Args:
         rates: (bands,) requests by acceptance rate, as in the observation; each counts with the middle of its band.
@@ -79,10 +79,10 @@ def tokens_of_requests(rates, tokens):
 
 @kernel
 def tokens_by_marginal_gain(rates, tokens, scratch):
-    """The same with the c x B candidates given one by one to the request that gains the most by one more.
+    """The same, with the c x B candidates given one by one to the request with the largest marginal gain.
 
     A request's k-th candidate gains a^k (SmartSpec's length per request; X. Liu et al., 2024, section 4). `scratch` is
-    (2, bands): what one more candidate gains in each band, and how many of its requests have had theirs.
+    (2, bands): marginal gain of one more candidate in each band, and the number of its requests that have it.
     """
     bands = rates.shape[0]
     gain, had = scratch[0], scratch[1]
@@ -119,11 +119,11 @@ def new_choice_memory(max_candidates: int) -> NDArray[np.float64]:
 
 @kernel
 def learn_by_choice(memory, chosen, decodes, accepted, elapsed_s, tokens):
-    """Correct G in `tokens` by what was emitted under each c that was chosen, whoever got the candidates.
+    """Correct G in `tokens` by the tokens emitted under each chosen c, for any allocation of candidates.
 
-    G by depth supposes that every request has c candidates in a row. Where they are shared out otherwise, or are trees,
-    what is measured under a c replaces it as it comes in, with PRIOR_COUNT requests' weight for the supposition; where
-    a c was not tried, the supposition is scaled by how far off it was on the whole.
+    G by depth assumes that every request has a chain of c candidates. For other allocations, or trees, measurements
+    under a c gradually replace this prior, which has the weight of PRIOR_COUNT requests. For a c that was not tried,
+    the prior is scaled by its overall error.
 
     Args:
         memory: (2, C + 2) fading sums of requests that decoded, and of tokens accepted, by c; the last column holds

@@ -1,4 +1,4 @@
-"""AdaServe: as many candidates as the hardware verifies at little cost, given first to requests that need them."""
+"""AdaServe: as many candidates as the hardware verifies at little cost, given first to the neediest requests."""
 
 from typing import Annotated, NamedTuple
 
@@ -49,16 +49,16 @@ def cheap_tokens(grid: LookupGrid, slowdown: float) -> float:
 
 @configured
 class AdaServe(KernelController):
-    """c = budget / B - 1 candidates a request, shared out by what each request's TPOT target asks for.
+    """c = budget / B - 1 candidates a request, allocated by the need of each request's TPOT target.
 
     The engine selects: first, neediest requests first, as many candidates as are expected to bring each back to its
     TPOT target, A = (l + t) / tpot_target - o; then the most probable ones of the whole batch (`Speculation` with
     `allocation=slo`). Z. Li et al., "AdaServe: Accelerating Multi-SLO LLM Serving with SLO-Customized Speculative
-    Decoding" (arXiv 2501.12162, sections 4 and 5). Its budget comes from profiling the hardware; here it is read off
+    Decoding" (arXiv 2501.12162, sections 4 and 5). Its budget comes from profiling the hardware; here it comes from
     the predicted times.
 
     Args:
-        tpot_target: s per token that every request should have.
+        tpot_target: target of every request, s per token.
         verified_tokens: most tokens verified in an iteration over all requests; None: those at which a forward is
             predicted to take `slowdown` times as long as its shortest.
         slowdown: see there.

@@ -1,4 +1,4 @@
-"""What of the queue could be prefilled now, from telemetry."""
+"""Prompt tokens of the queue that can be prefilled now, from telemetry."""
 
 from engine.compiled import kernel
 from engine.core.telemetry import FREE_KV_TOKENS, FREE_SEQS, NUM_DECODES, PREFILLING_TOKENS
@@ -8,8 +8,8 @@ from engine.core.telemetry import FREE_KV_TOKENS, FREE_SEQS, NUM_DECODES, PREFIL
 def admissible_tokens(observation, e):
     """Prompt tokens that the next iteration could prefill: the prompt in progress and what fits behind it.
 
-    With the KV cache or the batch full the answer is little or nothing however long the queue is, and a budget chosen
-    for the queue would be spent on nobody.
+    With the KV cache or the batch full, the result is small even for a long queue, and a budget chosen for the queue
+    would go unused.
     """
     load = observation.load
     tokens = load[e, PREFILLING_TOKENS]

@@ -1,4 +1,4 @@
-"""The analytic optimizer made fit for service: guarded deadlines, a price for prefill, and a plan for overload."""
+"""The analytic optimizer for production use: guarded deadlines, a price for prefill, and an overload mode."""
 
 import math
 from typing import Annotated, Literal, NamedTuple
@@ -58,7 +58,7 @@ class Settings(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What the optimizer keeps between decisions, and its scratch space.
+    """Optimizer state between decisions, and scratch space.
 
     acceptance: (N, 2, C) counts · choices: (N, 2, C + 2) tokens accepted by c chosen · tokens: (N, C + 1) G by
     candidate count · arriving: (N, 1) moving average of requests that arrive per second · finished: (N, 2) fading sums
@@ -77,7 +77,7 @@ class Memory(NamedTuple):
 
 
 def new_analytic_memory(grid: LookupGrid, instances: int) -> Memory:
-    """Nothing remembered yet of so many instances, sized for a table."""
+    """Empty memory of `instances` instances, sized for a table."""
     acceptance = new_memory(int(grid.candidates.max()))
     one = Memory(
         acceptance=acceptance,
@@ -93,7 +93,7 @@ def new_analytic_memory(grid: LookupGrid, instances: int) -> Memory:
 
 
 class Params(NamedTuple):
-    """What a decision reads: predicted times and settings."""
+    """Inputs of a decision: predicted times and settings."""
 
     grid: LookupGrid
     settings: Settings
@@ -101,7 +101,7 @@ class Params(NamedTuple):
 
 @kernel
 def row_of(memory, i):
-    """Return what is kept of instance `i`."""
+    """Return the memory of instance `i`."""
     return Memory(
         memory.acceptance[i],
         memory.choices[i],
@@ -116,11 +116,11 @@ def row_of(memory, i):
 
 @kernel
 def _limit_by_deadlines(queue, extra_slack, work, grid, last, settings, memory):
-    """Fill `most_seconds` for budgets 1..last; returns whether a queued request is past saving.
+    """Fill `most_seconds` for budgets 1..last; returns whether a queued request cannot meet its deadline any more.
 
     Request i needs ceil(S_i / n) iterations of T(c, n) before its first token. It can be saved if some budget makes
-    that fit its slack without speculation; a request that cannot be saved constrains nothing. For the others only
-    `guard` of the slack is planned with: batches grow while a prompt waits, and predictions err.
+    that fit its slack without speculation; a request that cannot be saved adds no constraint. For the others only the
+    share `guard` of the slack is used: batches grow while a prompt waits, and predictions err.
     """
     seconds = memory.seconds
     most_seconds = memory.most_seconds
@@ -151,7 +151,7 @@ def _limit_by_deadlines(queue, extra_slack, work, grid, last, settings, memory):
 
 @kernel
 def _shorten(seconds, prefill_tokens, j, work):
-    """Make column j of `seconds` what `work` prompt tokens take, fewer than its budget and more than the one before."""
+    """Set column j of `seconds` to the time of `work` prompt tokens, between the previous budget and its own."""
     low = prefill_tokens[j - 1]
     share = (work - low) / (prefill_tokens[j] - low)
     for c in range(seconds.shape[0]):
@@ -174,10 +174,10 @@ def _remember_load(observation, e, settings, memory):
 
 @kernel
 def _prefill_price(num_decodes, token_value, settings, memory):
-    """Price of a prompt token relative to its cost in bulk: decodes that a prompt put off will meet, per decode now.
+    """Price of a prompt token relative to its cost in bulk: decodes that a deferred prompt will meet, per decode now.
 
-    Of the requests that decode now a share exp(-l guard / (output length x mu)) is still there when the slack is used
-    up; the others are replaced by the batch that the present rate of arrivals leads to.
+    Of the requests that decode now, a share exp(-l guard / (output length x mu)) still decodes when the slack is used
+    up. The others are replaced by the batch that the present arrival rate leads to.
     """
     length = (memory.finished[1] + PRIOR_OUTPUT_TOKENS) / (memory.finished[0] + 1.0)
     stay = math.exp(-settings.guard * settings.ttft_target / (length * token_value))
@@ -198,10 +198,10 @@ def _least_prefill_rate(work, last, longest, token_value, grid, settings, memory
 
 @kernel
 def _cost_after(num_decodes, kv_tokens, queue, work, prefilled, emitted, price, token_value, grid, memory):
-    """Least cost of the iteration after one that prefilled so many prompt tokens, in s per request that decodes now.
+    """Least cost of the iteration after one that prefilled `prefilled` tokens, in s per request that decodes now.
 
-    Prompts that were completed decode then; nobody finishes. Each decode costs what the iteration takes beyond what its
-    tokens are worth, less the price of the prompt tokens it prefills.
+    Completed prompts then decode, and no request finishes. Each decode costs the iteration's time beyond the value of
+    its tokens, less the price of the prompt tokens prefilled.
     """
     decodes = num_decodes
     kv_tokens += num_decodes * emitted
@@ -284,7 +284,7 @@ def decide(observation, i, params, memory):
 def choose_pair(observation, e, grid, settings, memory):
     """Indices (c, n) into the table's axes.
 
-    0 of the budget axis is no prefill, which is never chosen.
+    Index 0 of the budget axis means no prefill and is never chosen.
     """
     load = observation.load
     num_decodes = load[e, NUM_DECODES]
@@ -333,49 +333,49 @@ class Analytic(KernelController):
     """Chooses c for the decodes and n for the prompts, from predicted times and measured acceptance.
 
     Symbols: T(c, n) predicted iteration time at the current batch and cache (lookup table), G(c) tokens per iteration
-    (measured online), mu = min_c T(c, 0) / G(c) what a token costs a decoding request when nothing is prefilled, tau =
-    T / n of the largest budget alone, what a prompt token costs when prefilled in bulk, l the TTFT target.
+    (measured online), mu = min_c T(c, 0) / G(c) the cost of a token to a decoding request without prefill, tau = T / n
+    of the largest budget alone, the cost of a prompt token prefilled in bulk, l the TTFT target.
 
-    **Candidates.** For every n, c minimises T(c, n) - mu G(c): the time an iteration takes beyond what its tokens are
-    worth. Deadlines never choose c: giving up candidates to make one prompt punctual slows every decode, the batch
-    grows, and more prompts are late.
+    **Candidates.** For every n, c minimises T(c, n) - mu G(c): the time of an iteration beyond the value of its tokens.
+    Deadlines do not affect c: fewer candidates for the sake of one prompt would slow every decode, the batch would
+    grow, and more prompts would be late.
 
-    **Deadlines, guarded.** Queued request i needs ceil(S_i / n) iterations, whole ones: tokens come at an iteration's
-    end. Pairs with ceil(S_i / n) T > guard x slack_i are out, for every i that can still be saved. The rest of the
-    slack is for prediction error and for a batch that grows meanwhile. Iterations longer than `longest_iteration` x l
-    are out always: a prompt that arrives just after one began waits for all of it.
+    **Deadlines, guarded.** Queued request i needs ceil(S_i / n) whole iterations, because tokens are emitted at an
+    iteration's end. Pairs with ceil(S_i / n) T > guard x slack_i are excluded, for every i that can still be saved. The
+    rest of the slack covers prediction error and growth of the batch. Iterations longer than `longest_iteration` x l
+    are always excluded: a prompt that arrives just after one began waits for all of it.
 
-    **Price of prefill.** Among what is left, n minimises T - mu G - p tau n. With p = 0 this is the poster: as little
-    prefill as the deadlines allow. But prompt tokens have to be computed some time, and what they cost is the time by
-    which they delay every request that decodes. p says how many of those there will be later for one there is now:
-    p = s + (1 - s) B_coming / B, s = exp(-guard l / (mean output length x mu)) the share of today's batch that is still
-    decoding when the slack is used up, B_coming = (request rate) x (mean output length) x mu the batch that the present
-    arrivals lead to (Little's law). Where outputs are long or the load is steady p is near 1, and a prompt token is
-    taken whenever it costs no more than in bulk, above all in the shadow of the weights that a decode batch reads
-    anyway; where the batch is about to empty, prompts wait for that; where it is about to grow, they go first. With
-    nobody decoding, all that the deadlines allow is prefilled at once: it delays no one.
+    **Price of prefill.** Among the remaining pairs, n minimises T - mu G - p tau n. With p = 0 this is the poster: as
+    little prefill as the deadlines allow. But prompt tokens must be computed at some time, and their cost is the delay
+    of every decoding request. p is the number of decoding requests later per one now: p = s + (1 - s) B_coming / B.
+    s = exp(-guard l / (mean output length x mu)) is the share of the present batch that still decodes when the slack is
+    used up. B_coming = (request rate) x (mean output length) x mu is the batch that the present arrivals lead to
+    (Little's law). Where outputs are long or the load is steady, p is near 1. A prompt token is then taken whenever it
+    costs no more than in bulk, above all in a memory-bound decode batch that reads the weights anyway. Where the batch
+    is about to shrink, prompts wait; where it is about to grow, they go first. With no request decoding, all prefill
+    that the deadlines allow is done at once, because it delays no request.
 
-    **Overload.** A request that no budget can save constrains nothing, but it stands before others: first come, first
-    served. While there is one the queue is drained, at no less than `drain_rate` of the highest prefill rate n / T, by
-    the smallest n that does: the last few per cent of rate take budgets several times as large, and decodes get one
-    step per iteration. Requests further back that can still be saved keep their guarded deadlines meanwhile.
+    **Overload.** A request that no budget can save adds no constraint, but it blocks later requests: service is first
+    come, first served. While there is one, the queue is drained at no less than `drain_rate` of the highest prefill
+    rate n / T, by the smallest such n. The last few per cent of rate take budgets several times as large, and decodes
+    get one step per iteration. Later requests that can still be saved keep their guarded deadlines meanwhile.
 
-    Prompts that the KV cache or the batch limit keep out are no reason to choose a large n or a c for mixed batches,
-    so only prompts that can be admitted count as work.
+    Only prompts that can be admitted count as work. Prompts kept out by the KV cache or the batch limit must not lead
+    to a large n or to a c for mixed batches.
 
     Source: the optimizer minimises PerIterExecTime / PerIterGenTokens subject to TTFT <= l (`controllers.poster`); mu
     as the value of a token is Dinkelbach's method for that ratio (Management Science 13(7), 1967).
 
     Args:
         ttft_target: l in s.
-        guard: share of a request's slack that is planned with.
+        guard: share of a request's slack that may be used.
         longest_iteration: longest iteration, as a share of `ttft_target`.
         prefill_price: factor on p; 0 prefills as late as the deadlines allow.
         arrival_memory_s: time constant in s of the request rate.
-        drain_rate: share of the highest prefill rate kept while a request is past saving; 0 turns the rule off.
-        estimate: what G(c) is learnt from. `depths`: how often candidates at each draft depth are accepted, over all
-            requests. `requests`: the acceptance rates of the very requests that decode now. `choices`: what each c
-            that was chosen gave, which also holds where candidates are shared out globally or form trees.
+        drain_rate: share of the highest prefill rate kept while a request cannot be saved; 0 turns the rule off.
+        estimate: data behind G(c). `depths`: acceptance at each draft depth, over all requests. `requests`: the
+            acceptance rates of the requests that decode now. `choices`: the tokens of each chosen c, which is also
+            valid for global allocation and for trees.
         look_ahead: add the cost of the best iteration after next to each choice of n, at the batch and the queue that
             the choice leaves.
     """
@@ -403,5 +403,5 @@ class Analytic(KernelController):
         return Params(plant.lookup.grid, self.settings)
 
     def memory(self, plant: Plant, instances: int) -> Memory:
-        """Nothing remembered."""
+        """Empty memory."""
         return new_analytic_memory(plant.lookup.grid, instances)

@@ -1,4 +1,4 @@
-"""Bandits over pairs (c, n): no model of the engine, only what each pair has yielded so far."""
+"""Bandits over pairs (c, n), based only on past rewards, without a model of the engine."""
 
 import math
 from typing import Annotated, Literal, NamedTuple
@@ -28,12 +28,12 @@ class Params(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What the arms have yielded, for N instances.
+    """Rewards of the arms and the current play, for N instances.
 
     pulls, sums: (N, X, A) plays and rewards per context · losses: (N, X, A) estimated losses over which EXP3 weighs ·
     best_rate: (N, X) highest token rate a request has had, by which rewards are scaled · chance: (N, A) scratch ·
     random: (N, 1) uint64 state · current: (N, 4) context, arm, its probability, iterations left · gained: (N, 2)
-    request-seconds of decoding and tokens since the arm was chosen; late: (N, 1) whether a TTFT deadline was past
+    request-seconds of decoding and tokens since the arm was chosen; late: (N, 1) 1 if a TTFT deadline passed
     meanwhile.
     """
 
@@ -50,7 +50,7 @@ class Memory(NamedTuple):
 
 @kernel
 def _row(memory, i):
-    """Return what is kept of instance `i`."""
+    """Return the memory of instance `i`."""
     return Memory(
         memory.pulls[i],
         memory.sums[i],
@@ -77,7 +77,7 @@ def _uniform(random):
 
 @kernel
 def _context(observation, e, contexts):
-    """Bucket of the load: one per doubling of B, and whether prompts wait; 0 when there is a single context."""
+    """Bucket of the load: one per doubling of B, with and without waiting prompts; 0 with a single context."""
     if contexts == 1:
         return 0
     decodes = observation.load[e, NUM_DECODES]
@@ -88,7 +88,7 @@ def _context(observation, e, contexts):
 
 @kernel
 def _settle(params, mine):
-    """Turn what the current arm has gained into a reward in [0, 1] and remember it."""
+    """Turn the gain of the current arm into a reward in [0, 1] and record it."""
     x, arm = int(mine.current[0]), int(mine.current[1])
     if mine.gained[0] <= 0.0:
         return
@@ -106,7 +106,7 @@ def _settle(params, mine):
 
 @kernel
 def _pull_ucb(params, mine, x):
-    """The arm of the highest upper confidence bound; one that was hardly ever played comes first."""
+    """The arm of the highest upper confidence bound; rarely played arms come first."""
     total = 0.0
     for a in range(params.arms.shape[0]):
         total += mine.pulls[x, a]
@@ -178,11 +178,11 @@ def decide(observation, i, params, memory):
 
 @configured
 class Bandit(KernelController):
-    """Plays each pair (c, n) for `every` iterations and prefers those that paid.
+    """Plays each pair (c, n) for `every` iterations and prefers pairs with high rewards.
 
     The reward of a play is the token rate its decoding requests had, tokens per request and second, as a share of the
-    best rate seen, and 0 if a request was past its TTFT deadline meanwhile; plays in which nobody decoded teach
-    nothing. `ucb` is UCB1 (Auer, Cesa-Bianchi, Fischer, 2002) with forgetting, because loads change; `exp3` is Exp3
+    best rate seen, and 0 if a request was past its TTFT deadline meanwhile; plays without decodes are not
+    counted. `ucb` is UCB1 (Auer, Cesa-Bianchi, Fischer, 2002) with forgetting, because loads change; `exp3` is Exp3
     (Auer et al., SIAM J. Computing 2002). BanditSpec (Hou et al., 2025) plays both over speculation settings. With
     `contextual` there is one bandit for each doubling of B, with and without a queue, as Nightjar chooses its arm, no
     speculation among them, by batch size.
@@ -194,7 +194,7 @@ class Bandit(KernelController):
         token_budgets: the n of the arms.
         every: iterations an arm is played before the next choice.
         exploration: factor on UCB's confidence width, or Exp3's share of uniform exploration.
-        forgetting: factor per play on what was learnt before.
+        forgetting: factor per play on earlier rewards.
         seed: of Exp3's draws.
     """
 
@@ -224,7 +224,7 @@ class Bandit(KernelController):
         )
 
     def memory(self, plant: Plant, instances: int) -> Memory:
-        """No rewards. Every instance draws numbers of its own."""
+        """Empty memory. Every instance has its own random stream."""
         arms = len(self.candidates) * len(self.token_budgets)
         contexts = 28 if self.contextual else 1
         shape = (contexts, arms)

@@ -1,4 +1,4 @@
-"""A candidate count for every batch size: what the schedules of vLLM and TensorRT-LLM have in common."""
+"""A candidate count for every batch size: common base of the schedules of vLLM and TensorRT-LLM."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from engine.plant import Plant
 
 
 def given_whole(entries: Any) -> Any:
-    """A setting's entries by number. ValueError where some were added to others one by one.
+    """A setting's entries by number. ValueError for entries that were added one by one.
 
-    A command line's `+controller.slots.8=...` has a text as its key, where a mapping that is given whole has a number.
+    A command line's `+controller.slots.8=...` has a string key; a mapping that is given as a whole has numbers.
     """
     if isinstance(entries, dict) and len({type(key) for key in entries}) > 1:
         added = ", ".join(key for key in entries if isinstance(key, str))
@@ -55,13 +55,13 @@ def _beside_slots(observation, e, left, draft_slots):
         served = min(waiting, room)
         prompts += served
         left = room - served
-    # What is left is for a request that arrives before the iteration begins.
+    # The rest is for a request that arrives before the iteration begins.
     return prompts + max(left - draft_slots, 0)
 
 
 @kernel
 def decide(observation, i, params, memory):
-    """(c of this batch size, what the decoding requests leave of the total)."""
+    """(c of this batch size, the total less the tokens of the decoding requests)."""
     num_decodes = int(observation.load[i, NUM_DECODES])
     candidates = params.candidates[min(num_decodes, params.candidates.shape[0] - 1)]
     left = left_for_prompts(params.total_budget, num_decodes, candidates + params.draft_slots)
@@ -72,7 +72,7 @@ def decide(observation, i, params, memory):
 
 @configured
 class BatchSchedule(KernelController):
-    """Looks c up by the number of decoding requests; prompts get what the decodes leave of a fixed total.
+    """Looks c up by the number of decoding requests; prompts get the rest of a fixed total.
 
     Args:
         total_budget: tokens per iteration over decodes, candidates and prompt chunks.

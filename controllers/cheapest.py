@@ -1,4 +1,4 @@
-"""The candidate count that an iteration of given prompt tokens is best run with, at a price of a token in time."""
+"""The best candidate count of an iteration with given prompt tokens, at a given value of a token in time."""
 
 import math
 
@@ -7,7 +7,7 @@ from engine.compiled import kernel
 
 @kernel
 def cheapest_candidates(seconds, tokens, candidates, j, token_value):
-    """Index of the c with the least time beyond the value of its tokens, T(c, n_j) - mu G(c).
+    """Index of the c with the least time less value of its tokens, T(c, n_j) - mu G(c).
 
     seconds: (nC, nN + 1) predicted T · tokens: (C + 1,) G · candidates: (nC,) choices of c · token_value: mu in s.
     """

@@ -16,7 +16,7 @@ from engine.policy import Policy
 class KernelController(Controller):
     """A controller whose decision is one kernel, which `choose` and the simulator's compiled loop share.
 
-    Subclasses set `decide` and give `params`, and `memory` if they remember anything.
+    Subclasses set `decide` and override `params`, and `memory` if they keep state.
     """
 
     decide: ClassVar[Any]
@@ -28,24 +28,24 @@ class KernelController(Controller):
 
     @abstractmethod
     def params(self, plant: Plant) -> Any:
-        """What `decide` reads and does not change: a tuple of numbers and arrays."""
+        """Read-only inputs of `decide`: a tuple of numbers and arrays."""
 
     def memory(self, plant: Plant, instances: int) -> Any:
-        """What `decide` keeps and works in: a fresh tuple of arrays, instance first."""
+        """State and scratch memory of `decide`: a fresh tuple of arrays, instance first."""
         return ()
 
     def policy(self, plant: Plant, instances: int = 1) -> Policy:
-        """The controller as data, about to govern so many instances."""
+        """The controller as data, with fresh memory for `instances` instances."""
         return Policy(self.decide, self.params(plant), self.memory(plant, instances), self.look)
 
     def reset(self, plant: Plant) -> None:
-        """Forget everything and begin a run on `plant`."""
+        """Clear all state and begin a run on the engine described by `plant`."""
         super().reset(plant)
         self._policy = self.policy(plant)
 
     @property
     def current(self) -> Policy:
-        """The policy of the current run, one instance's."""
+        """The policy of the current run, for one instance."""
         if self._policy is None:
             raise RuntimeError(f"{type(self).__name__}.reset(plant) must be called before its first decision")
         return self._policy

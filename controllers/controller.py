@@ -1,4 +1,4 @@
-"""What every controller is: something that looks at telemetry and chooses c and n before an iteration."""
+"""Base class of controllers, which choose c and n from telemetry before an iteration."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -30,8 +30,8 @@ def configured(cls: type[T]) -> type[T]:
 class Controller(ABC):
     """Chooses an action from telemetry.
 
-    Subclasses are `configured` and implement `choose`. `reset` begins a run on a plant and must come before the first
-    decision.
+    Subclasses are `configured` and implement `choose`. `reset` begins a run on an engine and must be called before the
+    first decision.
     """
 
     decision_s: ClassVar[float] = 0.0
@@ -45,16 +45,16 @@ class Controller(ABC):
 
     @property
     def speculation(self) -> Speculation | None:
-        """How the engine must share candidates out under this controller; None: as the engine is configured."""
+        """Allocation that this controller needs; None: as the engine is configured."""
         return None
 
     def reset(self, plant: Plant) -> None:
-        """Forget everything and begin a run on `plant`."""
+        """Clear all state and begin a run on the engine described by `plant`."""
         self._plant = plant
 
     @property
     def plant(self) -> Plant:
-        """The plant of the current run."""
+        """Static information about the engine of the current run."""
         if self._plant is None:
             raise RuntimeError(f"{type(self).__name__}.reset(plant) must be called before its first decision")
         return self._plant
@@ -68,7 +68,7 @@ class Controller(ABC):
         return self.plant.grid.floor(*self.choose(observation))
 
     def label(self) -> str:
-        """How tables and figures call this controller with these settings."""
+        """Label of this controller and its settings in tables and figures."""
         return type(self).__name__.lower()
 
 

@@ -1,7 +1,7 @@
-"""What a learned policy is shown: telemetry as some hundred numbers of order one, with a memory of the recent past.
+"""Features of learned policies: telemetry as about a hundred numbers of order one, with memory of the recent past.
 
 Times are relative to the targets and to predicted iteration times, counts and tokens in logarithms, so that a policy
-can be carried to another model, GPU or target. The same kernels prepare a policy's input in training and in service.
+transfers to another model, GPU or target. The same kernels prepare a policy's input in training and in service.
 """
 
 import math
@@ -76,7 +76,7 @@ PREDICTED = ("token_time", "drain_time", "required_rate", "timing_error")
 
 
 class Layout(BaseModel):
-    """Which features a policy is shown.
+    """Choice of a policy's features.
 
     Args:
         queue_rows: waiting requests shown one by one (prompt tokens and slack); the rest are one row. 0 shows none.
@@ -89,7 +89,7 @@ class Layout(BaseModel):
     predictions: bool = True
 
     def names(self, grid: ActionGrid) -> tuple[str, ...]:
-        """The features in order. A policy fits no other list than the one that it was trained with."""
+        """The features in order. A policy fits only the list that it was trained with."""
         names = list(LOAD)
         names += [f"accepted_{depth + 1}" for depth in range(max(1, grid.candidate_choices[-1]))]
         names += [f"rate_{band}" for band in range(RATE_BANDS)]
@@ -122,7 +122,7 @@ class FeatureMemory(NamedTuple):
 
 
 class View(NamedTuple):
-    """How telemetry is shown: predicted times, targets in s, and `Layout` as numbers."""
+    """Parameters of the features: predicted times, targets in s, and `Layout` as numbers."""
 
     grid: LookupGrid
     ttft_target: float
@@ -144,7 +144,7 @@ def unpredicted(grid: ActionGrid) -> LookupGrid:
 
 
 def new_feature_memory(instances: int, grid: ActionGrid) -> FeatureMemory:
-    """Nothing remembered, for so many engines."""
+    """Empty memory of N engines."""
     depths = max(1, grid.candidate_choices[-1])
     return FeatureMemory(
         acceptance=np.zeros((instances, 2, depths)),
@@ -159,7 +159,7 @@ def new_feature_memory(instances: int, grid: ActionGrid) -> FeatureMemory:
 
 @kernel
 def forget(memory, m):
-    """Begin anew with engine m."""
+    """Clear the memory of engine m."""
     memory.acceptance[m] = 0.0
     memory.tokens[m] = 1.0
     memory.arriving[m] = 0.0
@@ -170,7 +170,7 @@ def forget(memory, m):
 
 @kernel
 def remember(observation, e, view, memory, m):
-    """Take the latest telemetry of engine `e` into row m of the memory; once for every observation."""
+    """Update row m of the memory with the latest telemetry of engine `e`; call once per observation."""
     load = observation.load
     elapsed = load[e, INTERVAL_S]
     learn_acceptance(memory.acceptance[m], observation.drafted[e], observation.accepted[e], elapsed, memory.tokens[m])
@@ -209,7 +209,7 @@ def _slack(slack, target):
 
 @kernel
 def show(observation, e, view, memory, m, out):
-    """Write the features of engine `e`, remembered in row m, to `out` (float32); returns how many."""
+    """Write the features of engine `e`, with memory row m, to `out` (float32); returns their number."""
     load = observation.load
     queue = observation.queue
     target = view.ttft_target

@@ -40,7 +40,7 @@ class Memory(NamedTuple):
 
 @kernel
 def _shortage(observation, i, params):
-    """By how much the most urgent prompt lacks the wanted slack, as a share of l: 1 and above past its deadline."""
+    """Missing slack of the most urgent prompt, as a share of l: 1 and above past its deadline."""
     load = observation.load
     extra = params.ttft_target - load[i, TTFT_TARGET_S]
     least = params.ttft_target
@@ -73,12 +73,12 @@ def decide(observation, i, params, memory):
 
 @configured
 class Feedback(KernelController):
-    """n from the slack that the most urgent waiting prompt has left, c fixed: the classic control baseline.
+    """n from the remaining slack of the most urgent waiting prompt, c fixed: the classic control baseline.
 
-    The error is `wanted_slack` minus the least slack in the queue as a share of l (with nobody waiting the slack is
-    all of l). `aimd` turns TCP's rule (Jacobson, SIGCOMM 1988; Chiu and Jain, 1989) on the decodes' side: what backs
-    off at a congestion signal is their share, so while the error is positive n is divided by `backoff`, and otherwise
-    n falls by `step_tokens` an iteration. `pi` sets log n between its bounds to `proportional` x error plus
+    The error is `wanted_slack` minus the least slack in the queue as a share of l (with an empty queue the slack is
+    all of l). `aimd` applies TCP's rule (Jacobson, SIGCOMM 1988; Chiu and Jain, 1989) to the decodes: their share backs
+    off at a congestion signal. So while the error is positive n is divided by `backoff`, and otherwise n falls by
+    `step_tokens` an iteration. `pi` sets log n between its bounds to `proportional` x error plus
     the integral of `integral_per_s` x error over time, held in [0, 1] so that it does not wind up.
 
     Args:

@@ -1,4 +1,4 @@
-"""The same c and n in every iteration: what every engine does out of the box."""
+"""The same c and n in every iteration, the default of every engine."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -36,7 +36,7 @@ def constant(candidates: int, token_budget: int) -> Policy:
 
 @configured
 class Fixed(KernelController):
-    """Always the same candidate count and token budget.
+    """A constant candidate count and token budget.
 
     Args:
         candidates: c, candidate tokens per decoding request.

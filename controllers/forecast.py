@@ -1,4 +1,4 @@
-"""The engine as `controllers.mpc` predicts it: a fluid of decodes, prompts in line, and what a plan will cost."""
+"""Engine model of `controllers.mpc`: a fluid of decodes, a queue of prompts, and the cost of a plan."""
 
 import math
 from typing import NamedTuple
@@ -41,7 +41,7 @@ class Line(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What is learnt, and scratch space, for N instances.
+    """Learned state and scratch space, for N instances.
 
     acceptance: (N, 2, C) counts · tokens: (N, C + 1) G · finished: (N, 2) fading sums of finished requests and their
     tokens · arrived: (N, 2) of arrivals and their tokens · rate: (N, 2) of arrivals and seconds, fading faster ·
@@ -61,7 +61,7 @@ class Memory(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A row of `Memory`: what is kept of one instance."""
+    """A row of `Memory`, for one instance."""
 
     acceptance: NDArray[np.float64]
     tokens: NDArray[np.float64]
@@ -76,7 +76,7 @@ class Kept(NamedTuple):
 
 @kernel
 def row_of(memory, i):
-    """Return what is kept of instance `i`."""
+    """Return the memory of instance `i`."""
     line = memory.line[i]
     return Kept(
         memory.acceptance[i],
@@ -92,11 +92,11 @@ def row_of(memory, i):
 
 
 class Now(NamedTuple):
-    """The predicted engine when a rollout begins, and the prices behind the horizon.
+    """The predicted engine when a rollout begins, and the prices after the horizon.
 
-    decodes, kv_tokens, free_kv, free_seqs: as observed · in_progress: whether the first row has been admitted · rows:
+    decodes, kv_tokens, free_kv, free_seqs: as observed · in_progress: 1 if the first row has been admitted · rows:
     of the line · length: mean output tokens · decode_cost: of a request decoding for a second · request_cost: of a
-    request that has all its tokens before it · token_cost: of a prompt token · drain_s: s per prompt token.
+    request that has emitted no tokens yet · token_cost: of a prompt token · drain_s: s per prompt token.
     """
 
     decodes: float
@@ -127,11 +127,10 @@ def _late_cost(line, row, end, settings):
 
 @kernel
 def predicted_cost(grid, settings, memory, now, first, tail, switch_s, most):
-    """Objective of the next `horizon_s` seconds and an estimate of what is left then, under an action sequence.
+    """Objective of the next `horizon_s` seconds and an estimate for the work left then, under an action sequence.
 
-    Budget `first` (an index) in iterations that begin before `switch_s`, then `tail`; c as `memory.cheapest` has it for
-    the
-    budget. Ends early, with a cost that is only known to be larger, past `most`.
+    Budget `first` (an index) in iterations that begin before `switch_s`, then `tail`; c as in `memory.cheapest` for the
+    budget. Stops early past `most`, with a cost that is only known to be larger.
     """
     line = memory.line
     candidates = grid.candidates
@@ -173,7 +172,7 @@ def predicted_cost(grid, settings, memory, now, first, tail, switch_s, most):
         seconds = lookup_choice(grid, decodes, kv_tokens, c, prompt_tokens)
         times = 1.0
         if row == begun:
-            # Nothing changes but that time passes: several iterations are one step.
+            # Only time passes, so several iterations are one step.
             until = switch_s if time < switch_s else horizon_s
             if prompt_tokens > 0.0:
                 times = math.ceil(rest / budget)

@@ -34,7 +34,7 @@ PRIOR_VARIANCE = 1.0
 
 
 class Params(NamedTuple):
-    """candidates: (K,) choices of c · scale: (4,) what features are divided by · the rest as in `Goodput`."""
+    """candidates: (K,) choices of c · scale: (4,) divisors of the features · the rest as in `Goodput`."""
 
     candidates: NDArray[np.int64]
     scale: NDArray[np.float64]
@@ -67,7 +67,7 @@ class Memory(NamedTuple):
 
 @kernel
 def _row(memory, i):
-    """Return what is kept of instance `i`."""
+    """Return the memory of instance `i`."""
     return Memory(
         memory.acceptance[i],
         memory.verified[i],
@@ -111,7 +111,7 @@ def _fit(params, mine, seconds):
 
 @kernel
 def _learn(observation, e, params, mine):
-    """Take in how long the latest iteration took and how many of its candidates were accepted."""
+    """Update the estimates with the latest iteration's time and accepted candidates."""
     load = observation.load
     if load[e, ITERATIONS] <= 0.0:
         return
@@ -134,7 +134,7 @@ def _learn(observation, e, params, mine):
     trace = 0.0
     for i in range(FEATURES):
         trace += mine.covariance[i, i]
-    # Without new directions forgetting would let the covariance grow without bound.
+    # Without new directions, forgetting lets the covariance grow without bound.
     if trace < 1e3 * FEATURES * PRIOR_VARIANCE:
         _fit(params, mine, float(load[e, LAST_ITERATION_S]))
 
@@ -186,12 +186,11 @@ class Goodput(KernelController):
 
     T(k) = alpha x context tokens + gamma x batched tokens + beta x k + delta: the target's time is the paper's linear
     model, and the drafter's k steps, which its T_batch adds, are the third term. The coefficients start from a least
-    squares fit to the predicted times of the plant, as the released code profiles offline, and follow the measured
-    ones by recursive least squares. The token acceptance rate a is a moving average of the share of candidates accepted
-    so far, as in the released code. Averaging the share of each single iteration instead, a handful of candidates with
-    few requests running, is noisy enough to reach k = 0, where nothing is drafted and so nothing is learnt again. For
-    the same reason what was seen fades: an engine that stopped speculating comes back to `initial_acceptance`, and
-    tries.
+    squares fit to the engine's predicted times, as the released code profiles offline, and follow the measured times by
+    recursive least squares. The token acceptance rate a is a moving average of the share of candidates accepted so far,
+    as in the released code. The share of each single iteration, a handful of candidates with few requests running, is
+    noisy enough to reach k = 0, where nothing is drafted and so nothing is learned again. For the same reason old
+    observations fade: after speculation stops, a returns to `initial_acceptance`, and speculation is tried again.
 
     X. Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput" (arXiv 2406.14066,
     section 4; later TurboSpec). The released code chooses anew every 20 steps, stops searching k at the first decrease
@@ -203,10 +202,10 @@ class Goodput(KernelController):
         weight: of the latest share in a.
         forgetting: factor per iteration on the weight of older times and acceptances.
         every: iterations between two choices of k.
-        stop_at_decrease: do not look past the first k that is worse than the one before.
+        stop_at_decrease: stop the search at the first k that is worse than the one before.
         zero_bonus: factor on the goodput of k = 0.
-        per_request: choose k x B candidates and let the engine give them to the requests that gain the most, the j-th
-            of request i a_i^j; a_i is then measured request by request.
+        per_request: choose k x B candidates, which the engine gives to the requests with the largest gains, a_i^j for
+            the j-th of request i; a_i is then measured per request.
     """
 
     decision_s = 10e-6
@@ -254,7 +253,7 @@ class Goodput(KernelController):
         )
 
     def memory(self, plant: Plant, instances: int) -> Memory:
-        """Coefficients fitted to predicted times, and the acceptance believed at first."""
+        """Coefficients fitted to predicted times, and the initial acceptance."""
         one = Memory(
             acceptance=np.array([self.initial_acceptance]),
             verified=np.zeros(2),

@@ -33,10 +33,10 @@ PAIR, JOINT, BOX = range(len(HEADS))
 
 
 class Sight(NamedTuple):
-    """What a policy is shown.
+    """Parameters of a policy's inputs.
 
-    residual: 1 if the base's choice is shown, and shifted · settings: of the base, the controller that is shifted ·
-    reach: most steps of c and of n that it is shifted.
+    residual: 1 if the base's choice is an input, and is shifted · settings: of the base, the controller that is shifted
+    · reach: most steps of c and of n that it is shifted.
     """
 
     shown: View
@@ -48,14 +48,14 @@ class Sight(NamedTuple):
 
 
 class SightMemory(NamedTuple):
-    """What is remembered of N instances, for the policy's features and for its base."""
+    """Memory of N instances, for the policy's features and for its base."""
 
     features: FeatureMemory
     base: Memory
 
 
 class Params(NamedTuple):
-    """What a decision reads."""
+    """Parameters of a decision."""
 
     sight: Sight
     network: Network
@@ -65,9 +65,9 @@ class Params(NamedTuple):
 
 
 class LearnedMemory(NamedTuple):
-    """What a decision keeps, for N instances.
+    """Memory of decisions, for N instances.
 
-    held: (N, 3) c and n that hold, and for how many more iterations.
+    held: (N, 3) current c and n, and the number of further iterations they hold.
     """
 
     sight: SightMemory
@@ -80,7 +80,7 @@ def _predicted(plant: Plant, layout: Layout, residual: Residual | None) -> Looku
 
 
 def new_sight(plant: Plant, layout: Layout, residual: Residual | None, ttft_target: float, tpot_target: float) -> Sight:
-    """What a policy of this layout is shown.
+    """Parameters of the inputs of a policy of this layout.
 
     Raises:
         ValueError: predictions or a base are asked for, and the engine's times are not known.
@@ -99,7 +99,7 @@ def new_sight(plant: Plant, layout: Layout, residual: Residual | None, ttft_targ
 
 
 def new_sight_memory(plant: Plant, layout: Layout, residual: Residual | None, instances: int) -> SightMemory:
-    """Nothing remembered of so many instances."""
+    """Empty memory of `instances` instances."""
     return SightMemory(
         features=new_feature_memory(instances, plant.grid),
         base=new_analytic_memory(_predicted(plant, layout, residual), instances),
@@ -107,7 +107,7 @@ def new_sight_memory(plant: Plant, layout: Layout, residual: Residual | None, in
 
 
 def policy_params(policy: Policy, plant: Plant, ttft_target: float, tpot_target: float) -> Params:
-    """A policy about to govern a plant for these targets (s).
+    """Parameters of a policy that governs an engine for these targets (s).
 
     Raises:
         PolicyError: it was made for other choices.
@@ -124,7 +124,7 @@ def policy_params(policy: Policy, plant: Plant, ttft_target: float, tpot_target:
 
 
 def policy_memory(policy: Policy, plant: Plant, instances: int) -> LearnedMemory:
-    """What a policy keeps of so many instances, as a run begins."""
+    """A policy's memory of `instances` instances at the beginning of a run."""
     header = policy.header
     return LearnedMemory(
         sight=new_sight_memory(plant, header.layout, header.residual, instances),
@@ -135,7 +135,7 @@ def policy_memory(policy: Policy, plant: Plant, instances: int) -> LearnedMemory
 
 @kernel
 def begin(memory, m):
-    """Forget instance m."""
+    """Clear the memory of instance m."""
     forget(memory.features, m)
     base = memory.base
     base.acceptance[m] = 0.0
@@ -147,7 +147,7 @@ def begin(memory, m):
 
 @kernel
 def notice(observation, i, sight, memory, m):
-    """Take in instance i's telemetry as row m, once for every observation; returns the base's indices of (c, n)."""
+    """Update row m with instance i's telemetry, once per observation; returns the base's indices of (c, n)."""
     remember(observation, i, sight.shown, memory.features, m)
     if sight.residual == 0:
         return 0, 0
@@ -157,7 +157,7 @@ def notice(observation, i, sight, memory, m):
 
 @kernel
 def show_all(observation, i, sight, memory, m, base_c, base_n, out):
-    """Write all inputs of a policy for instance i to `out`; returns how many."""
+    """Write all inputs of a policy for instance i to `out`; returns their number."""
     f = show(observation, i, sight.shown, memory.features, m, out)
     if sight.residual == 0:
         return f
@@ -182,9 +182,9 @@ def shifted(sight, base_c, base_n, c, n):
 
 @kernel
 def distinct_choices(observation, i, candidates, budgets):
-    """How many of the first choices of c, and of n, differ in effect.
+    """Numbers of leading choices of c, and of n, that differ in effect.
 
-    With nobody to decode every c is the same, and so are all n that the prompts at hand do not fill.
+    Without decodes every c has the same effect, and so do all n that exceed the available prompt tokens.
     """
     work = admissible_tokens(observation, i)
     n = 1
@@ -229,7 +229,7 @@ def own_choice(observation, i, params, room):
 
 @kernel
 def choose(observation, i, params, memory, m, base_c, base_n):
-    """Indices of the choices of (c, n) for instance i, remembered in row m."""
+    """Indices of the choices of (c, n) for instance i, with memory row m."""
     room = network_row(memory.network, m)
     show_all(observation, i, params.sight, memory.sight, m, base_c, base_n, room.values)
     c, n = own_choice(observation, i, params, room)
@@ -254,8 +254,8 @@ def decide(observation, i, params, memory):
 class Learned(KernelController):
     """A policy that `python -m runs.train` made, or one shipped in `controllers/policies`.
 
-    It refuses to govern what it was not trained for: other choices of c and n, or an observation whose features have
-    changed. Other targets are no obstacle, since what it is shown is relative to them.
+    It refuses setups that it was not trained for: other choices of c and n, or an observation whose features have
+    changed. Other targets are accepted, since its inputs are relative to them.
 
     Args:
         path: a policy file, or the name of a shipped one.
@@ -276,7 +276,7 @@ class Learned(KernelController):
 
     @classmethod
     def of(cls, policy: Policy, ttft_target: float = 1.0, tpot_target: float = 0.05) -> "Learned":
-        """A policy that is not in a file."""
+        """A controller of a policy in memory."""
         made = cls(path=policy.header.name, ttft_target=ttft_target, tpot_target=tpot_target)
         made.__dict__["policy_file"] = policy
         return made
@@ -286,7 +286,7 @@ class Learned(KernelController):
         return policy_params(self.policy_file, plant, self.ttft_target, self.tpot_target)
 
     def memory(self, plant: Plant, instances: int) -> LearnedMemory:
-        """Nothing remembered."""
+        """Empty memory."""
         return policy_memory(self.policy_file, plant, instances)
 
     def label(self) -> str:

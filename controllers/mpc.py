@@ -1,4 +1,4 @@
-"""Model predictive control: roll a predicted engine forward under several action sequences, do the best one's first."""
+"""Model predictive control: rolls a predicted engine forward under action sequences and takes the best one's first."""
 
 import math
 from typing import Annotated, NamedTuple
@@ -51,7 +51,7 @@ COARSE = 2
 
 
 class Params(NamedTuple):
-    """What a decision reads: predicted times and settings."""
+    """Inputs of a decision: predicted times and settings."""
 
     grid: LookupGrid
     settings: Settings
@@ -76,7 +76,7 @@ def _learn(observation, e, settings, memory):
 
 @kernel
 def _line_up(observation, e, settings, memory):
-    """Fill the line with who waits and who is expected within the horizon; returns its rows.
+    """Fill the line with waiting requests and those expected within the horizon; returns its number of rows.
 
     The requests behind the listed ones are one row. Arrivals are expected evenly, with the mean prompt.
     """
@@ -110,7 +110,7 @@ def _line_up(observation, e, settings, memory):
 
 @kernel
 def _look_ahead(observation, e, grid, settings, memory):
-    """Value tokens and prompts as they will be behind the horizon; fill `cheapest`; returns `Now`."""
+    """Price tokens and prompts after the horizon; fill `cheapest`; returns `Now`."""
     load, seconds = observation.load, memory.seconds
     decodes, kv_tokens = load[e, NUM_DECODES], load[e, DECODE_KV_TOKENS]
     length = max(2.0, (memory.finished[1] + PRIOR_OUTPUT_TOKENS) / (memory.finished[0] + 1.0))
@@ -169,7 +169,7 @@ def decide(observation, e, params, memories):
         else:
             first, tail = sequence - widest + 1, held
             tokens = waiting
-        # A budget is no different from a smaller one that holds everything.
+        # A budget equals a smaller one that already covers all prompt tokens.
         if first > 1 and grid.prefill_tokens[first - 1] >= tokens:
             continue
         apart = abs(first - tail)
@@ -184,28 +184,28 @@ def decide(observation, e, params, memories):
 
 @configured
 class Mpc(KernelController):
-    """Chooses (c, n) by rolling a model of the engine forward under several sequences of actions; it does not peek.
+    """Chooses (c, n) by rolling a model of the engine forward under several action sequences, without future knowledge.
 
     **What is predicted**, from telemetry alone: iteration times by the lookup table; G(c) from measured acceptance
     (`controllers.acceptance`); mean prompt, mean output and arrival rate from fading counts; arrivals evenly spaced.
 
-    **The model** (`controllers.forecast`) is a fluid where the engine is not. Decoding requests are a number B that
+    **The model** (`controllers.forecast`) is a fluid approximation. Decoding requests are a number B that
     share their cached tokens evenly; their remaining outputs are exponential with the mean output length L, so an
     iteration leaves B exp(-G / L) of them. Prompts are rows in order of service, admitted whole while cache and batch
-    have room, and prefilled in whole iterations as the scheduler does. Iterations in which nobody joins are one step.
+    have room, and prefilled in whole iterations as the scheduler does. Iterations without new requests are one step.
     Not in the model: the rest of a block, preemption, the watermark, growth of the cache within a step, differences
     between requests in acceptance and length; requests behind the listed ones are one row that is served last.
 
     **Sequences.** For every n, c minimises T(c, n) - mu G(c), mu = min_c T(c, 0) / G(c), as in `controllers.analytic`.
     Each n is held over the horizon; then others, the smallest, the best one's neighbours and every second beyond, are
-    held for `switch_s` before it. Of the cheapest sequence the first action is taken, and before the next iteration all
-    begins anew (receding horizon control; Rawlings, Mayne, Diehl, Model Predictive Control, 2nd ed. 2017, section 1.2).
-    With nobody waiting all n are the same and the largest is taken, for prompts that arrive meanwhile.
+    held for `switch_s` before it. The first action of the cheapest sequence is taken, and the search restarts before
+    the next iteration (receding horizon control; Rawlings, Mayne, Diehl, Model Predictive Control, 2nd ed. 2017,
+    section 1.2). With an empty queue all n are equal and the largest is taken, for prompts that arrive meanwhile.
 
     **Cost** is the objective (`engine.core.objective`) over the horizon: a decoding request pays 1 / ((L - 1)
     tpot_target) per second. A deadline costs nothing up to `guard` of its slack and rises linearly to `violation` at
-    all of it, because predictions err and batches grow. What is unfinished at the horizon is charged L mu of decoding
-    per request, lateness in a queue drained at the highest rate, and `prefill_price` times the delay that the prompt
+    all of it, because predictions err and batches grow. Requests unfinished at the horizon are charged L mu of decoding
+    each, lateness in a queue drained at the highest rate, and `prefill_price` times the delay that the prompt
     tokens left will cause to the usual batch.
 
     Args:
@@ -215,7 +215,7 @@ class Mpc(KernelController):
         lateness: cost of being late by one more `ttft_target`.
         horizon_s: how far the model is rolled forward, in s.
         switch_s: how long the first of two budgets is held, in s; below `horizon_s`. 0 tries no second one.
-        guard: share of a request's slack that is free of risk.
+        guard: share of a request's slack that carries no cost.
         prefill_price: factor on the price of prompt tokens left; above 1, as they also delay prompts behind them.
         batch_memory_s: time constant in s of the usual batch.
         rate_memory_s: time constant in s of the arrival rate.
@@ -246,7 +246,7 @@ class Mpc(KernelController):
         return Params(plant.lookup.grid, Settings(**{name: float(getattr(self, name)) for name in Settings._fields}))
 
     def memory(self, plant: Plant, instances: int) -> Memory:
-        """Nothing learnt."""
+        """Empty memory."""
         grid = plant.lookup.grid
         acceptance = new_memory(int(grid.candidates.max()))
         one = Memory(

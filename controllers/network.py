@@ -32,7 +32,7 @@ class Network(NamedTuple):
 
 
 class NetworkMemory(NamedTuple):
-    """Room for forward passes, float32, a row an instance: two layers' values, and the LSTM's state, cell and gates."""
+    """Memory of forward passes, float32, one row per instance: two layers' values, the LSTM's state, cell and gates."""
 
     values: NDArray[np.float32]
     others: NDArray[np.float32]
@@ -42,7 +42,7 @@ class NetworkMemory(NamedTuple):
 
 
 def new_network_memory(network: Network, instances: int) -> NetworkMemory:
-    """Zeros, as an episode begins."""
+    """Zeros, for the beginning of an episode."""
     widest = max(int(network.sizes.max()), len(network.mean), network.hidden)
     hidden = max(1, network.hidden)
 
@@ -54,7 +54,7 @@ def new_network_memory(network: Network, instances: int) -> NetworkMemory:
 
 @kernel
 def network_row(memory, i):
-    """Return the room of instance `i`."""
+    """Return the memory of instance `i`."""
     return NetworkMemory(memory.values[i], memory.others[i], memory.state[i], memory.cell[i], memory.gates[i])
 
 
@@ -87,7 +87,7 @@ def _recur(network, memory):
 
 @kernel
 def forward(network, memory):
-    """Run the network on the F numbers in `memory.values`, of one instance; its outputs are there afterwards."""
+    """Run the network on the F numbers in `memory.values`, of one instance, and write its outputs there."""
     values, others = memory.values, memory.others
     for i in range(network.mean.shape[0]):
         x = (values[i] - network.mean[i]) * network.scale[i]

@@ -1,4 +1,4 @@
-"""P-PAS: a small token budget while several prompts stand before running decodes, a large one otherwise."""
+"""P-PAS: a small token budget while several prompts wait beside running decodes, a large one otherwise."""
 
 from typing import Annotated, NamedTuple
 
@@ -24,7 +24,7 @@ class Params(NamedTuple):
 
 @kernel
 def decide(observation, i, params, memory):
-    """(c, n) with the total chosen by whether several prompts stand before running decodes."""
+    """(c, n), with the total chosen by whether several prompts wait beside running decodes."""
     num_decodes = int(observation.load[i, NUM_DECODES])
     contended = observation.load[i, NUM_WAITING] >= 2.0 and num_decodes > 0
     total = params.contended_budget if contended else params.free_budget

@@ -1,4 +1,4 @@
-"""A learned policy in one file: weights, normalisation, what it is shown and may choose, and where it comes from."""
+"""A learned policy in one file: weights, normalisation, features, choices, and provenance."""
 
 import io
 import json
@@ -29,7 +29,7 @@ HEADS: tuple[Head, ...] = ("pair", "joint", "box")
 
 
 class PolicyError(ValueError):
-    """A policy file is broken, of another version, or made for something else."""
+    """A policy file is broken, of another version, or made for another setup."""
 
 
 class Residual(BaseModel):
@@ -60,20 +60,20 @@ class Residual(BaseModel):
 
 
 class Header(BaseModel):
-    """What a policy file says beside its arrays.
+    """Metadata of a policy file.
 
     Args:
-        name: how tables call it.
+        name: label in tables.
         features: names of its inputs, in order (`Layout.names`, then the base's choice if it is residual).
-        layout: what it is shown.
+        layout: choice of its features.
         actions: the choices that it picks from.
         decide_every: iterations that a choice holds.
-        residual: whose choice it shifts; None if it chooses by itself.
-        head, masked: how its outputs become a choice, and whether choices that change nothing are left out of it.
+        residual: the base policy whose choice it shifts; None if it chooses by itself.
+        head, masked: mapping of its outputs to a choice; True excludes choices without effect.
         ttft_target, tpot_target: the targets in s that it was trained for.
         hidden, activation: see `controllers.network.Network`.
         env: digest of the environment's configuration that it was trained in.
-        trained: algorithm, seed, steps, command, code: where it comes from.
+        trained: provenance: algorithm, seed, steps, command, code.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -102,13 +102,13 @@ class Header(BaseModel):
 
     @property
     def outputs(self) -> int:
-        """How many numbers the network must give."""
+        """Number of network outputs."""
         c, n = spread(self.actions, self.residual)
         return {"pair": c + n, "joint": c * n, "box": 2}[self.head]
 
 
 def spread(actions: ActionGrid, residual: Residual | None) -> tuple[int, int]:
-    """How many values a policy picks c and n from: the choices, or the shifts of a residual one."""
+    """Numbers of values for c and n: the choices, or the shifts of a residual policy."""
     if residual is None:
         return len(actions.candidate_choices), len(actions.budget_choices)
     return 2 * residual.candidates + 1, 2 * residual.budgets + 1
@@ -147,7 +147,7 @@ class Policy:
             raise PolicyError(f"{header.name}: its weights do not fit its {width} inputs and {header.outputs} outputs")
 
     def save(self, path: Path) -> None:
-        """Write the file; it is whole or not there. The same policy always gives the same bytes."""
+        """Write the file atomically. The same policy always gives the same bytes."""
         content = io.BytesIO()
         arrays: dict[str, Any] = {name: getattr(self.network, name) for name in ARRAYS}
         arrays[HEADER] = np.array(self.header.model_dump_json())
@@ -180,7 +180,7 @@ def read_stored(
 ) -> tuple[Path, Any, dict[str, NDArray[Any]]]:
     """Path, header and arrays of a file shipped in `controllers/policies` by name, or of one by path.
 
-    Raises PolicyError: it is not there, or is no `kind` that `maker` wrote with this `schema`.
+    Raises PolicyError: no such file, or not a `kind` that `maker` wrote with this `schema`.
     """
     path = Path(name_or_path)
     if path.suffix != ".npz":
@@ -231,7 +231,7 @@ def _header(path: Path, plain: Any) -> Header:
 
 
 def refuse_other_choices(name: str, trained: ActionGrid, grid: ActionGrid) -> None:
-    """PolicyError unless the two hold exactly the same choices of c and n."""
+    """Raise PolicyError unless the two have exactly the same choices of c and n."""
     for key in ("candidate_choices", "budget_choices"):
         its, ours = getattr(trained, key), getattr(grid, key)
         if its != ours:

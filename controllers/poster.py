@@ -1,4 +1,4 @@
-"""The optimizer as its poster states it, to the letter: a table of G / T and the queue's deadlines."""
+"""The optimizer exactly as its poster states it: a table of G / T and the queue's deadlines."""
 
 from typing import Annotated, NamedTuple
 
@@ -25,7 +25,7 @@ G_WEIGHT = 0.02
 
 
 class PosterMemory(NamedTuple):
-    """What the optimizer keeps between decisions, and scratch space.
+    """Optimizer state between decisions, and scratch space.
 
     tokens: (N, nC) G, measured tokens per iteration under each candidate choice · seconds: (N, nC, nN + 1) predicted T
     at the current load, scratch · most_seconds: (N, nN + 1) largest T each budget may take, scratch.
@@ -37,7 +37,7 @@ class PosterMemory(NamedTuple):
 
 
 class Params(NamedTuple):
-    """What a decision reads: predicted times, and l in s."""
+    """Inputs of a decision: predicted times, and l in s."""
 
     grid: LookupGrid
     ttft_target: float
@@ -62,7 +62,7 @@ def _measure_tokens(observation, i, candidates, tokens):
 def _limit_by_deadlines(queue, extra_slack, budgets, most_seconds):
     """For each budget n the largest T with n / T >= S_i / slack_i for every queued request i with n < S_i.
 
-    A request whose deadline has passed constrains nothing: the poster's right-hand side is negative there.
+    A request whose deadline has passed adds no constraint: the poster's right-hand side is negative there.
     """
     for j in range(budgets.shape[0]):
         most_seconds[j] = np.inf
@@ -81,7 +81,7 @@ def _limit_by_deadlines(queue, extra_slack, budgets, most_seconds):
 
 @kernel
 def decide(observation, i, params, memory):
-    """(c, n) in tokens: the largest G / T that keeps the deadlines, else the fastest prefill."""
+    """(c, n) in tokens: the largest G / T that meets the deadlines, else the fastest prefill."""
     grid = params.grid
     tokens, predicted, most_seconds = memory.tokens[i], memory.seconds[i], memory.most_seconds[i]
     load = observation.load
@@ -114,9 +114,9 @@ class Poster(KernelController):
     n < S_i  =>  n / T(c, n) >= S_i / ((t_i + l) - t).
 
     G is a table of measured tokens per iteration under each c, updated online; T comes from the lookup table. Where
-    the poster is silent: a request past its deadline constrains nothing, and when no pair keeps every deadline the
-    pair with the highest prefill rate n / T is taken. It plans to finish exactly at the deadline; `Analytic` is the
-    same idea with what that leaves open.
+    the poster does not specify: a request past its deadline adds no constraint, and when no pair keeps every deadline
+    the pair with the highest prefill rate n / T is taken. It plans to finish exactly at the deadline; `Analytic` adds
+    a margin and the cases that the poster leaves open.
 
     Args:
         ttft_target: l in s.
@@ -134,7 +134,7 @@ class Poster(KernelController):
         return Params(plant.lookup.grid, self.ttft_target)
 
     def memory(self, plant: Plant, instances: int) -> PosterMemory:
-        """G as `initial_acceptance` has it."""
+        """G computed from `initial_acceptance`."""
         grid = plant.lookup.grid
         powers = self.initial_acceptance ** np.arange(1, int(grid.candidates.max()) + 1)
         tokens = 1.0 + np.concatenate([[0.0], np.cumsum(powers)])

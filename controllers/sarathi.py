@@ -24,7 +24,7 @@ class Params(NamedTuple):
 
 @kernel
 def decide(observation, i, params, memory):
-    """(c, what the decoding requests leave of the total)."""
+    """(c, the total less the tokens of the decoding requests)."""
     num_decodes = int(observation.load[i, NUM_DECODES])
     return params.candidates, left_for_prompts(params.total_budget, num_decodes, params.candidates)
 
@@ -36,7 +36,7 @@ def total(total_budget: int, candidates: int = 0) -> Policy:
 
 @configured
 class Sarathi(KernelController):
-    """A fixed total of tokens per iteration; prompts get what the decodes leave.
+    """A fixed total of tokens per iteration; prompts get the rest after the decodes.
 
     Sarathi-Serve (Agrawal et al., OSDI 2024, section 4.3) uses 512 for a strict and 2,048 for a relaxed TBT target.
     Its budget counts decode tokens, so n = total - B (1 + c).

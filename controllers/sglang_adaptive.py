@@ -42,7 +42,7 @@ class Slot(BaseModel):
 
 
 def default_slots() -> dict[int, Slot]:
-    """SGLang's own."""
+    """SGLang's default slots."""
     return {
         1: Slot(candidate_steps=[1, 3, 5, 7]),
         8: Slot(candidate_steps=[0, 1, 3], down_hysteresis=0.0),
@@ -71,7 +71,7 @@ class Params(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What is remembered of each slot, for N instances.
+    """Memory of each slot, for N instances.
 
     chosen: (N, S) index of the current steps · average: (N, S) accepted tokens · batches: (N, S) verified.
     """
@@ -83,7 +83,7 @@ class Memory(NamedTuple):
 
 @kernel
 def _row(memory, i):
-    """Return what is kept of instance `i`."""
+    """Return the memory of instance `i`."""
     return Memory(
         memory.chosen[i],
         memory.average[i],
@@ -102,13 +102,13 @@ def _slot_of(lowest, batch):
 
 @kernel
 def _move(params, mine, slot):
-    """Choose the slot's steps anew from its average: down while it is low enough, else up while it is high enough."""
+    """Update the slot's steps from its average: down while it is low enough, else up while it is high enough."""
     steps, average = params.steps[slot], mine.average[slot]
     last = params.sizes[slot] - 1
     before = mine.chosen[slot]
     index = before
     if steps[before] == 0:
-        # Nothing was drafted, so nothing is known: try the next steps, believing all but one accepted.
+        # Nothing was drafted, so acceptance is unknown: try the next steps, assuming all but one accepted.
         index = min(before + 1, last)
         if steps[index] > 0 and average < 0.0:
             mine.average[slot] = steps[index] - 1.0
@@ -133,7 +133,7 @@ def _move(params, mine, slot):
 
 @kernel
 def _learn(observation, i, params, mine):
-    """Feed the iteration that just ended to the slot it ran under."""
+    """Update the slot of the iteration that just ended."""
     load = observation.load
     if load[i, ITERATIONS] <= 0.0 or load[i, LAST_NUM_DECODES] <= 0.0:
         return
@@ -151,7 +151,7 @@ def _learn(observation, i, params, mine):
 
 @kernel
 def decide(observation, i, params, memory):
-    """(the steps of this batch size's slot, what the decoding requests leave of the total)."""
+    """(the steps of this batch size's slot, the total less the tokens of the decoding requests)."""
     mine = _row(memory, i)
     _learn(observation, i, params, mine)
     num_decodes = int(observation.load[i, NUM_DECODES])
@@ -167,8 +167,8 @@ class SglangAdaptive(KernelController):
     In every slot the accepted tokens a request and iteration are averaged (weight `ema_alpha`). After `warmup_batches`
     and then every `update_interval` iterations in the slot, the steps fall to the next lower candidate as long as the
     average is at most that candidate - 0.5 + `down_hysteresis` (0.5 + it for candidate 0), or else rise as long as the
-    average exceeds the current steps - 0.5 + `up_hysteresis`. At 0 steps nothing is learnt, so the next update tries
-    the lowest positive candidate.
+    average exceeds the current steps - 0.5 + `up_hysteresis`. At 0 steps acceptance is not observed, so the next update
+    tries the lowest positive candidate.
 
     Source: SGLang, `python/sglang/srt/speculative/adaptive_spec_params.py` (`AdaptiveStepSlot`), without its padding
     of batch sizes to those of CUDA graphs.
@@ -218,7 +218,7 @@ class SglangAdaptive(KernelController):
         )
 
     def memory(self, plant: Plant, instances: int) -> Memory:
-        """Every slot at its first steps, all but one of them believed accepted."""
+        """Every slot at its first steps, with all but one of them assumed accepted."""
         slots = [self.slots[key] for key in sorted(self.slots)]
         chosen = np.array([self._first(slot) for slot in slots], dtype=np.int64)
         steps = np.array([slot.candidate_steps[k] for slot, k in zip(slots, chosen.tolist(), strict=True)])
@@ -231,5 +231,5 @@ class SglangAdaptive(KernelController):
         return steps.index(self.initial_steps) if self.initial_steps in steps else len(steps) // 2
 
     def label(self) -> str:
-        """How tables call it."""
+        """Label in tables."""
         return "sglang adaptive"

@@ -28,10 +28,10 @@ WAITING_TOKENS_EDGES = (0, 1, 64, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384, 
 
 
 class TableHeader(BaseModel):
-    """What a table says beside its entries.
+    """Metadata of a table.
 
     Args:
-        name: how tables call it.
+        name: label in tables.
         actions: the choices that its entries are indices into.
         made_of: the controller that it was distilled from, the engines and the number of decisions.
     """
@@ -89,8 +89,8 @@ def tabulate(
 ) -> Table:
     """The table of a controller's decisions.
 
-    An entry is the median index of c, and a quantile of that of n, over the decisions that fall into its cell; a cell
-    without any takes the entry of the nearest one that has some, in steps along the axes.
+    An entry is the median index of c, and a quantile of the index of n, over the decisions in its bin. An empty bin
+    takes the entry of the nearest non-empty one, in steps along the axes.
 
     Args:
         places: (D, 3) decodes, cached tokens and waiting tokens at each decision.
@@ -118,7 +118,7 @@ def tabulate(
 
 
 def save_table(path: Path, header: TableHeader, table: Table) -> None:
-    """Write the file; it is whole or not there."""
+    """Write the file atomically."""
     content = io.BytesIO()
     np.savez_compressed(content, header=np.array(header.model_dump_json()), **table._asdict())
     write_whole(path, content.getvalue())

@@ -21,7 +21,7 @@ from envs.reward import TERMS, unfinished_cost
 
 @kernel
 def _step_all(system, seen, candidates, budgets, decision_s, decide_every, prices, observation, costs, drained):
-    """One decision in every engine: up to `decide_every` iterations, what they cost, then the telemetry."""
+    """One decision in every engine: up to `decide_every` iterations, their costs, then the telemetry."""
     state = system.state
     for e in range(candidates.shape[0]):
         totals = state.totals[e]
@@ -110,9 +110,9 @@ class ServingBatch(Episodes):
             self._origins[e] = origin
 
     def snapshot(self) -> dict[str, Any]:
-        """Where every episode is, to be pickled: a batch of the same settings goes on from there with `restore`.
+        """Picklable state of every episode, from which a batch of the same settings continues with `restore`.
 
-        Workloads that were drawn are kept as their source and seed.
+        Drawn workloads are stored as their source and seed.
         """
         return {
             "origins": dict(self._origins),
@@ -121,7 +121,7 @@ class ServingBatch(Episodes):
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Take up a `snapshot` of a batch of the same settings, bit for bit."""
+        """Continue from a `snapshot` of a batch of the same settings, bit for bit."""
         self._load(range(self.num_envs), [snapshot["origins"][e] for e in range(self.num_envs)])
         self.decisions[:] = snapshot["decisions"]
         self.simulator.restore(snapshot["simulator"])

@@ -1,4 +1,4 @@
-"""What episodes on simulated and on real engines have in common: settings, where workloads come from, actions."""
+"""Common base of episodes on simulated and on real engines: settings, sources of workloads, actions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ Origin = tuple[WorkloadSource | Given, int]
 def default_workload() -> WorkloadSource:
     """Poisson arrivals at 2 requests/s with ShareGPT lengths, 200 requests an episode.
 
-    The default engine serves them on time under good decisions and not under bad ones; at twice the rate under none.
+    The default engine serves them on time under good decisions only; at twice the rate no decisions suffice.
     """
     return SyntheticSource(
         arrivals=PoissonArrivals(rate=2.0),
@@ -68,13 +68,13 @@ def check_type(name: str, value: Any, *kinds: type) -> None:
 
 
 def check_render_mode(render_mode: str | None) -> None:
-    """ValueError for a render mode that there is not."""
+    """Raise ValueError for an unknown render mode."""
     if render_mode not in (None, *RENDER_MODES):
         raise ValueError(f"render_mode={render_mode!r} must be None or one of {', '.join(map(repr, RENDER_MODES))}")
 
 
 def _prices(prices: Prices | None, tpot_target: float | None) -> Prices:
-    """The prices with this TPOT target; ValueError when they set another one themselves."""
+    """The prices with this TPOT target; ValueError when they set a different one."""
     prices = prices if prices is not None else Prices()
     if tpot_target is None or tpot_target == prices.tpot_target:
         return prices
@@ -154,7 +154,7 @@ class Episodes(ABC):
         self._drawn: dict[int, Any] = {}
 
     def draws_from(self, source: WorkloadSource) -> None:
-        """Draw the workloads of coming episodes from another source; episodes that have begun go on."""
+        """Draw the workloads of coming episodes from another source; running episodes continue."""
         self.source = source
         self._drawn.clear()
 
@@ -166,7 +166,7 @@ class Episodes(ABC):
         )
 
     def _made(self, origin: Origin) -> Any:
-        """The requests of an origin, as the engine takes them."""
+        """The requests of an origin, in the engine's form."""
         source, seed = origin
         if not isinstance(source, WorkloadSource) or self.distinct_workloads is None or source != self.source:
             return self._make(source, seed)
@@ -176,7 +176,7 @@ class Episodes(ABC):
 
     @abstractmethod
     def _make(self, source: WorkloadSource | Given, seed: int) -> Any:
-        """The requests that a source draws with this seed, or those given, as the engine takes them."""
+        """The requests that a source draws with this seed, or those given, in the engine's form."""
 
     def _origins_of(self, rngs: Sequence[np.random.Generator], given: Sequence[Given] | None) -> list[Origin]:
         if given is None:
@@ -233,4 +233,4 @@ class Episodes(ABC):
         return episode_summary(self.state, e, self.arrived(e), self.prices)
 
     def close(self) -> None:  # noqa: B027 - simulated engines hold nothing
-        """Let go of the engines."""
+        """Release the engines."""

@@ -4,7 +4,7 @@ from engine.workload.source import WorkloadSource
 
 
 def named_workload(name: str) -> WorkloadSource:
-    """The source that `conf/workload/NAME.yaml`, or a yaml file of one's own, describes.
+    """Build the source described by `conf/workload/NAME.yaml` or by a user's yaml file.
 
     Raises:
         ValueError: no such name, or a source with a setting that must be given or is refused.

@@ -1,4 +1,4 @@
-"""One real engine with episodes: the same actions, telemetry and costs as simulated ones, in the time that it takes."""
+"""Episodes on one real engine: the same actions, telemetry and costs as on simulated ones, in real time."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,15 +24,15 @@ VLLM = "vllm"
 
 
 def runs_for_real(engine: Any) -> bool:
-    """Whether an environment's `engine` is a real one."""
+    """Return True if an environment's `engine` is a real one."""
     return engine == VLLM or isinstance(engine, RealEngineConfig)
 
 
 class RealEpisodes(Episodes):
     """One real engine with episodes.
 
-    Args are those of `envs.serving.ServingEnv`. The engine is started here and lives until `close`. Its clock stands
-    still between two steps and jumps over times without work, so an episode takes the seconds of its iterations.
+    Args are those of `envs.serving.ServingEnv`. The engine is started here and runs until `close`. Its clock pauses
+    between two steps and skips times without work, so an episode takes the seconds of its iterations.
     """
 
     takes = (Workload, Prompts)
@@ -74,7 +74,7 @@ class RealEpisodes(Episodes):
     def reset(
         self, envs: Sequence[int], rngs: Sequence[np.random.Generator], workloads: Sequence[Given] | None = None
     ) -> None:
-        """See `Episodes.reset`: the engine starts anew on the prompts of the one environment."""
+        """See `Episodes.reset`: the engine restarts on the prompts of the single environment."""
         prompts: Prompts = self._made(self._origins_of(rngs, workloads)[0])
         engine = self.engine
         if self._clock is None:
@@ -88,7 +88,7 @@ class RealEpisodes(Episodes):
         self.decisions[:] = 0
 
     def _settle(self, clock: SteppedClock) -> bool:
-        """With nothing to do, jump to the next arrival; returns False when no request is left."""
+        """Jump to the next arrival if idle; returns False when no request is left."""
         while not self.engine.poll():
             arrival = self.engine.next_arrival
             if arrival is None:
@@ -103,7 +103,7 @@ class RealEpisodes(Episodes):
         return charges(self.engine.state, 0)
 
     def step(self, actions: NDArray[np.int64]) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_]]:
-        """See `Episodes.step`: iterations are run for real."""
+        """See `Episodes.step`: iterations run on the real engine."""
         clock = self._clock
         if clock is None:
             raise RuntimeError("call reset() before anything else")

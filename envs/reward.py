@@ -1,11 +1,11 @@
-"""What a decision costs: the reported objective (`engine.core.objective`), charged as time passes.
+"""Cost of a decision: the reported objective (`engine.core.objective`), charged as time passes.
 
-Every term is charged while it comes about. Between its first and last token a request pays 1 / (output - 1) TPOT
-seconds per second; the moment its deadline passes without a first token it pays the violation; from then on lateness,
-until the first token is out. So the rewards of an episode that serves everything sum to minus the number of requests
-times the objective, whatever the decisions in between, and neither delaying nor reordering work hides any of it.
+Every term is charged as it accrues. Between its first and last token a request is charged 1 / (output - 1) TPOT seconds
+per second. When its deadline passes without a first token, the violation is charged, and from then on lateness until
+the first token. The rewards of an episode that serves all requests therefore sum to minus the number of requests times
+the objective, whatever the decisions in between. Neither delaying nor reordering work hides any cost.
 
-An episode cut short charges what it leaves behind (`unfinished_cost`), so that dropping requests does not pay.
+A truncated episode is charged for unfinished requests (`unfinished_cost`), so that dropping requests does not pay.
 """
 
 import numpy as np
@@ -21,9 +21,9 @@ TERMS = ("tpot", "violation", "lateness", "unfinished")
 def unfinished_cost(state: State, i: int, arrived: NDArray[np.void], prices: Prices) -> float:
     """Cost of the requests that have arrived at instance `i` and are not finished, as if served badly from now on.
 
-    Tokens still owed are charged at twice the TPOT target or twice the request's own pace, whichever is slower; a
-    request without a first token also pays a violation, unless it has paid one already, and one more `ttft_target`
-    of lateness.
+    Missing tokens are charged at twice the TPOT target or twice the request's own pace, whichever is slower. A request
+    without a first token is also charged a violation, unless it was charged one already, and one more `ttft_target` of
+    lateness.
     """
     instance = state.instances[i]
     rows = arrived[arrived["phase"] != FINISHED]

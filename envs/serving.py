@@ -46,9 +46,9 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
 
     ## Observation space
 
-    A `Dict` of float32 arrays in engineering units; nothing in it knows an output length, a future arrival or a future
-    agreement of drafter and target. "Last" is the iteration before, "new" is since the previous observation. All
-    values are >= 0 but slack.
+    A `Dict` of float32 arrays in engineering units, without output lengths, future arrivals or future agreements of
+    drafter and target. "Last" is the previous iteration, "new" is since the previous observation. All values except
+    slack are >= 0.
 
     | Key | Index | Observation | Unit | Max |
     |-----|-------|-------------|------|-----|
@@ -90,10 +90,11 @@ class ServingEnv(gymnasium.Env[dict[str, NDArray[np.float32]], NDArray[np.int64]
 
     ## Episode end
 
-    Never by termination: serving is a continuing task. Truncation when every request of the workload has finished, or
-    after `episode_s` or `episode_decisions`; what is unfinished then is charged. `info["episode_summary"]` reports the
-    episode. Returns of episodes cut by decisions do not order policies: a decision for a large n takes longer and meets
-    more requests. Gymnasium's own `max_episode_steps` cuts in the same way and charges nothing.
+    Episodes never terminate, because serving is a continuing task. They are truncated when every request of the
+    workload has finished, or after `episode_s` or `episode_decisions`; unfinished requests are then charged.
+    `info["episode_summary"]` reports the episode. Returns of episodes truncated by decisions do not rank policies: a
+    decision for a large n takes longer and meets more requests. Gymnasium's own `max_episode_steps` truncates in the
+    same way without a charge.
 
     ## Arguments
 
@@ -111,13 +112,13 @@ ShareGPT lengths at 2 a second |
     | `grid` | None | `engine.core.action.ActionGrid`, the choices; None: those of the action space above |
     | `queue_rows` | 64 | M, waiting requests observed one by one |
     | `decide_every` | 1 | iterations per decision |
-    | `decision_s` | 20e-6 | what a decision is charged on the engine's clock, s |
+    | `decision_s` | 20e-6 | time charged per decision on the engine's clock, s |
     | `episode_s` | None | time on the engine's clock after which an episode is cut, s; None serves every request |
     | `episode_decisions` | None | decisions after which an episode is cut |
     | `distinct_workloads` | 64 | draw the workload's seed from this many and keep what was drawn, because drawing \
 one costs about as much as serving it; None draws a new workload for every episode |
 
-    `reset(options={"workload": workload})` plays one given workload, for comparisons on common random numbers.
+    `reset(options={"workload": workload})` runs a given workload, for comparisons on common random numbers.
 
     ## Learners
 
@@ -128,10 +129,10 @@ one costs about as much as serving it; None draws a new workload for every episo
 
     ## Real engines
 
-    Spaces, info and reward are the same; times are those that the iterations take. The engine's clock stands still
-    between two steps, so a learner may take its time (`decision_s` is charged all the same), and jumps over times
-    without work. An episode is then not repeatable to the bit, and `spec.nondeterministic` says so. vLLM verifies the
-    c of an action one iteration later (`docs/vllm.md`). `close()` shuts the engine down.
+    Spaces, info and reward are the same; times are the measured times of the iterations. The engine's clock pauses
+    between two steps, so a learner's own time does not count (`decision_s` is still charged), and it skips idle time.
+    Such an episode is not reproducible to the bit, and `spec.nondeterministic` is true. vLLM verifies the c of an
+    action one iteration later (`docs/vllm.md`). `close()` shuts the engine down.
     """
 
     metadata = {"render_modes": RENDER_MODES, "render_fps": FPS}  # noqa: RUF012
@@ -206,12 +207,12 @@ one costs about as much as serving it; None draws a new workload for every episo
         return None if self._viewer is None else self._viewer.frame()
 
     def close(self) -> None:
-        """Let go of the engine."""
+        """Release the engine."""
         self.batch.close()
 
     @property
     def spec(self) -> EnvSpec | None:
-        """How the environment was made."""
+        """The environment's spec."""
         return self._spec
 
     @spec.setter

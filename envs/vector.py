@@ -29,7 +29,7 @@ class ServingVectorEnv(VectorEnv[dict[str, NDArray[np.float32]], NDArray[np.int6
     Environment i seeded with s + i behaves bit for bit like the single environment seeded with s + i. Observations are
     fresh arrays at every step.
 
-    With `AutoresetMode.SAME_STEP` an episode begins anew in the step that ends one: the last observation is in
+    With `AutoresetMode.SAME_STEP` the next episode begins in the step that ends one: the last observation is in
     `infos["final_obs"][i]`, the summary in `infos["final_info"]`. With `AutoresetMode.NEXT_STEP`, which wrappers such
     as `gymnasium.wrappers.vector.NormalizeObservation` need, the step that ends an episode returns its last observation
     and, in `infos`, its summary; the step after it begins the next one, whatever its action, at a reward of 0.
@@ -129,11 +129,11 @@ class ServingVectorEnv(VectorEnv[dict[str, NDArray[np.float32]], NDArray[np.int6
         return tuple(viewer.frame() for viewer in self._viewers) if self._viewers else None
 
     def snapshot(self) -> dict[str, Any]:
-        """Where every episode and every generator is, to be pickled; see `ServingBatch.snapshot`."""
+        """Picklable state of every episode and every generator; see `ServingBatch.snapshot`."""
         return {"batch": self.batch.snapshot(), "rngs": deepcopy(self._rngs), "ended": self._ended.copy()}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Take up a `snapshot` of an environment of the same settings: the next steps are the same, bit for bit."""
+        """Continue from a `snapshot` of an environment of the same settings; the next steps are equal, bit for bit."""
         self._rngs = deepcopy(snapshot["rngs"])
         self._ended = snapshot["ended"].copy()
         self.batch.restore(snapshot["batch"])
@@ -147,10 +147,10 @@ class ServingVectorEnv(VectorEnv[dict[str, NDArray[np.float32]], NDArray[np.int6
     ) -> tuple[
         dict[str, NDArray[np.float32]], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
     ]:
-        """One decision in every environment; episodes that have ended begin anew as `autoreset_mode` says."""
+        """One decision in every environment; ended episodes restart according to `autoreset_mode`."""
         actions = np.asarray(actions)
         observation, costs, over = self.batch.step(actions)
-        # An engine whose episode ended a step ago has taken part in this one as well: that is undone by its reset.
+        # An engine whose episode ended in the previous step has run in this one as well; its reset undoes that.
         begun = self._ended
         costs[begun] = 0.0
         over &= ~begun
@@ -187,7 +187,7 @@ class ServingVectorEnv(VectorEnv[dict[str, NDArray[np.float32]], NDArray[np.int6
 
 
 def _autoreset(mode: AutoresetMode | str) -> AutoresetMode:
-    """The mode of this name. Raises ValueError for others, which this environment has not."""
+    """The mode of this name. Raises ValueError for modes that this environment does not support."""
     for known in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
         if mode in (known, known.name, known.value):
             return known

@@ -36,8 +36,8 @@ class Viewer:
     """Draws the last `DECISIONS` decisions of one engine as bars, the newest at the right.
 
     The queue (requests whose prompt is not done) and the batch (requests that decode) are drawn against their largest
-    value in the picture, rounded up to a power of two; c and n by their place among the choices of `grid`. Beside each
-    strip stands its newest value and the value at its top.
+    value in the picture, rounded up to a power of two; c and n by their place among the choices of `grid`. Labels
+    beside each strip show its newest value and the value at its top.
     """
 
     def __init__(self, grid: ActionGrid) -> None:
@@ -45,7 +45,7 @@ class Viewer:
         self._seen: deque[tuple[int, int, int, int]] = deque(maxlen=DECISIONS)
 
     def clear(self) -> None:
-        """Forget the decisions so far: an episode begins."""
+        """Clear the decisions at the beginning of an episode."""
         self._seen.clear()
 
     def add(self, action: NDArray[np.int64], observation: Observation, e: int) -> None:

@@ -1,1 +1,1 @@
-"""Bounds that look at the future: clairvoyant policies, which run on the simulator alone."""
+"""Clairvoyant bounds: policies that know the future and run only on the simulator."""

@@ -1,4 +1,4 @@
-"""What the bounds share: they look at the workload, so they run on the simulator alone and never choose."""
+"""Common base of the bounds: clairvoyant policies, which read the workload and run only on the simulator."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ from engine.simulator.simulator import Loop, Simulator
 
 
 class PeekingError(ValueError):
-    """A bound was asked to control an engine whose future it cannot see."""
+    """A bound was used to control an engine whose future it does not know."""
 
 
 @configured
 class PeekingController(Controller):
-    """A bound: it sees what no controller can, so it is compared with and never served.
+    """A clairvoyant policy: a reference for comparisons, not for serving.
 
-    Its decisions cost nothing on the simulated clock. It looks for the lowest objective (`engine.core.objective`) with
-    the run's own `ttft_target` and these prices, which must be those of the report for the bound to be one.
+    Its decisions take no time on the simulated clock. It minimises the objective (`engine.core.objective`) with the
+    run's own `ttft_target` and these prices, which must be those of the report for the bound to be valid.
 
     Args:
         tpot_target: TPOT in s that costs 1 per request.
@@ -42,11 +42,11 @@ class PeekingController(Controller):
 
     @property
     def prices(self) -> Prices:
-        """What the objective charges."""
+        """Prices of the objective."""
         return Prices(tpot_target=self.tpot_target, violation=self.violation, lateness=self.lateness)
 
     def choose(self, observation: Mapping[str, NDArray[np.float32]]) -> NoReturn:
-        """Refused: telemetry does not hold what a bound looks at."""
+        """Raise PeekingError: telemetry does not contain the future."""
         raise PeekingError(
             f"{self.label()} is a bound, not a controller: it looks at the whole workload before it serves it, which "
             "an observation does not hold. Run it with python -m runs.evaluate on a simulated engine; in an "
@@ -54,7 +54,7 @@ class PeekingController(Controller):
         )
 
     def act(self, observation: Mapping[str, NDArray[np.float32]]) -> NoReturn:
-        """Refused, as `choose` is."""
+        """Raise PeekingError, as `choose` does."""
         self.choose(observation)
 
 

@@ -1,4 +1,4 @@
-"""The clairvoyant bound: before its choices it rolls the true engine forward, future included."""
+"""The clairvoyant bound: chooses by rollouts of the true engine, including its future."""
 
 import logging
 from typing import Annotated, NamedTuple
@@ -42,7 +42,7 @@ TOKEN_MEMORY = 0.1
 
 
 class Planning(NamedTuple):
-    """What planning reads and keeps.
+    """Parameters and state of planning.
 
     scratch: see `Scratch` · horizon_s, every_s: settings · decision_s: charged before every iteration · pair: (2,) c
     and n of the best fixed pair · prices: (3,) per s of TPOT, violation, s of lateness · plan: (4,) the incumbent
@@ -75,7 +75,7 @@ def _drain_time(state, tables, budgets):
 
 @kernel
 def _choose_plan(system, planning):
-    """Search the plans around the incumbent and keep the cheapest in `planning.plan`."""
+    """Search plans around the incumbent and store the cheapest in `planning.plan`."""
     scratch, plan, memory = planning.scratch, planning.plan, planning.memory
     budgets = scratch.budgets
     state, tables, origin = system.state, system.tables, scratch.origin
@@ -98,7 +98,7 @@ def _choose_plan(system, planning):
     fixed = b_fixed = FORESEEN
     held, mixed = useful, 2 * useful
     for trial in range(mixed + len(WORTH_STEPS) + 2):
-        # 0 is the incumbent, by which the time behind the horizon is judged.
+        # 0 is the incumbent, which sets the estimate of costs after the horizon.
         if 1 <= trial <= held:
             first = tail = budgets[trial - 1]
         elif held < trial <= mixed:
@@ -163,23 +163,23 @@ def play(observation, i, params, memory):
 
 @configured
 class Oracle(PeekingController):
-    """A bound: a policy that sees agreements, output lengths and arrivals, and tries its choices on the engine itself.
+    """A bound: a policy that knows agreements, output lengths and arrivals, and tries its choices on the engine.
 
     **Candidates.** Before every iteration it knows how many candidates of each request would be accepted. c minimises
-    sum(w) T(c, n) - mu sum(w_i tokens_i(c)), where a second costs request i w_i = 1 / (output - 1) of TPOT, T is the
-    simulator's own, and mu, what a token is worth in s, is `worth` times what tokens have lately cost.
+    sum(w) T(c, n) - mu sum(w_i tokens_i(c)), where a second costs request i w_i = 1 / (output - 1) of TPOT, and T is
+    the simulator's own. mu, the value of a token in s, is `worth` times the recent cost of tokens.
 
     **Budget.** Every `every` it copies the engine, with its queue and the arrivals of the horizon, and rolls the copy
     forward with the scheduler that serves (`controllers.bounds.rollout`): each budget held over the horizon; each
     budget until the next choice and then the best held one; the best of these with other values of `worth`; and the
-    best fixed pair in hindsight. A rollout is charged the objective over the horizon and an estimate of what is
-    unfinished then. The cheapest is followed until the next choice: rollout over a finite horizon (Bertsekas, Rollout,
-    Policy Iteration, and Distributed Reinforcement Learning, 2020, chapter 2).
+    best fixed pair in hindsight. A rollout is charged the objective over the horizon and an estimate for requests
+    unfinished then. The cheapest plan is followed until the next choice: rollout over a finite horizon (Bertsekas,
+    Rollout, Policy Iteration, and Distributed Reinforcement Learning, 2020, chapter 2).
 
     **What it bounds.** The run is planned once for each of `horizons`, and the cheapest of these runs, or that of
-    `oracle_grid` if none is below it, is the one served, which only hindsight can do. So no fixed pair of the grid is
-    ever cheaper. It is what a policy that peeks achieves, by construction not more than that: the optimum is lower
-    still, and nothing proves that no controller without foresight could be lower as well.
+    `oracle_grid` if none is below it, is the one served. So no fixed pair of the grid is ever cheaper. The result is
+    what one clairvoyant policy achieves and no proven bound: the optimum may be lower, and a controller without
+    foresight could be lower as well.
 
     With candidates other than greedy chains the choice of c is a heuristic; rollouts and costs stay exact.
 
@@ -242,5 +242,5 @@ class Oracle(PeekingController):
         return np.concatenate(parts)
 
     def label(self) -> str:
-        """Says that this is a bound."""
+        """Label that marks a bound."""
         return "oracle (bound)"

@@ -32,8 +32,8 @@ class FixedPair:
 def best_fixed_pair(simulator: Simulator, grid: ActionGrid, prices: Prices, decision_s: float = 0.0) -> FixedPair:
     """The pair of the grid whose run of the loaded workload is charged least; the workload is loaded afresh after.
 
-    A pair is given up as soon as it has been charged more than the best so far: nothing is ever paid back. Ties go to
-    fewer candidates, then to the larger budget.
+    A run is stopped as soon as it has been charged more than the best so far, because charges are never refunded. Ties
+    go to fewer candidates, then to the larger budget.
     """
     nothing = np.zeros(0, dtype=ITERATION)
     workload = simulator.workloads[0]
@@ -55,12 +55,12 @@ def best_fixed_pair(simulator: Simulator, grid: ActionGrid, prices: Prices, deci
 
 @configured
 class OracleGrid(PeekingController):
-    """A bound: the fixed (c, n) that turns out cheapest for this workload.
+    """A bound: the cheapest fixed (c, n) for this workload, found in hindsight.
 
-    Every pair of the grid serves the very requests of the run, agreements included, and the pair with the lowest
-    objective serves them again. What an operator could get from tuning a fixed setting on exactly the traffic to come;
-    a controller below it gains from adapting. The objective alone decides: it prices missed deadlines already, and an
-    attainment demanded besides would be a second, arbitrary price.
+    Every pair of the grid serves the requests of the run, agreements included, and the pair with the lowest objective
+    serves them again. This is the result of tuning a fixed setting on exactly the traffic to come; a controller below
+    it gains from adapting. Only the objective counts: it already prices missed deadlines, and an additional attainment
+    constraint would be a second, arbitrary price.
 
     The pair that was chosen is in the log and, as `candidates` and `token_budget`, in the run's summary.
     """
@@ -83,7 +83,7 @@ class OracleGrid(PeekingController):
         self._best = None
 
     def loop(self, simulator: Simulator, decision_s: float) -> Loop:
-        """Try every pair on the loaded workload, then the constant loop of the best. ValueError in mid-run."""
+        """Try every pair on the loaded workload, then return the constant loop of the best. ValueError in mid-run."""
         check_unserved(simulator)
         grid = self.plant.grid
         self._best = best = best_fixed_pair(simulator, grid, self.prices, decision_s)
@@ -97,5 +97,5 @@ class OracleGrid(PeekingController):
         return simulator.loop(constant(best.candidates, best.token_budget), decision_s)
 
     def label(self) -> str:
-        """The same whatever pair was chosen."""
+        """A label that does not depend on the chosen pair."""
         return "oracle grid (bound)"

@@ -1,6 +1,6 @@
-"""Rolling the true engine forward from where it is: a small copy of it, the shared scheduler, and what stays undone.
+"""Rollouts of the true engine from its present state: a small copy, the shared scheduler, and the remaining cost.
 
-Only a policy that peeks may do this: the copy holds output lengths, agreements and arrivals of the time to come.
+For clairvoyant policies only: the copy holds future output lengths, agreements and arrivals.
 """
 
 import math
@@ -25,7 +25,7 @@ FORESEEN = -1
 
 
 class Scratch(NamedTuple):
-    """Copies of an engine and room to think.
+    """Copies of an engine and scratch space.
 
     origin: the engine now, its unfinished requests and the next arrivals in order of arrival · trial: where rollouts
     run, see `fork` · weights, limits: (C + 2,) by number of candidates that a request can use and can have · choices:
@@ -41,9 +41,9 @@ class Scratch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a rollout does: n in its first iterations and after; c as `foreseen_candidates` says, or a fixed one.
+    """Actions of a rollout: n in its first iterations and after; c by `foreseen_candidates`, or a fixed one.
 
-    `worth` scales what a token counts for when c is chosen; `fixed` is the c of every iteration, or FORESEEN.
+    `worth` scales the value of a token when c is chosen; `fixed` is the c of every iteration, or FORESEEN.
     """
 
     first: int
@@ -53,10 +53,10 @@ class Plan(NamedTuple):
 
 
 class Outlook(NamedTuple):
-    """What is assumed of the time behind the horizon, and the prices.
+    """Assumptions about the time after the horizon, and the prices.
 
     token_s: s that a decoding request takes per token · prefill_s: s per prompt token of a queue that is drained ·
-    interference: cost of a prompt token that is left, because others decode slower while it is computed · second,
+    interference: cost of a remaining prompt token, because others decode slower while it is computed · second,
     violation, lateness: costs per s of summed TPOT, per missed deadline and per s of lateness.
     """
 
@@ -69,9 +69,9 @@ class Outlook(NamedTuple):
 
 
 class Rolled(NamedTuple):
-    """What a rollout came to.
+    """Results of a rollout.
 
-    cost: see `roll` · decoding_s: s that requests spent decoding · tokens: that these got · tpot_s: summed TPOT
+    cost: see `roll` · decoding_s: s that requests spent decoding · tokens: emitted by these · tpot_s: summed TPOT
     charged · seconds: on the engine's clock.
     """
 
@@ -150,7 +150,7 @@ def _next_prefill(state, i, tables, token_budget):
 
 @kernel
 def foreseen_candidates(system, i, scratch, token_budget, token_s):
-    """The c whose tokens are worth most beyond the time they take, with the agreements to come in view.
+    """The c with the highest value of tokens less time, given the future agreements.
 
     A second of the iteration costs every decoding request 1 / (output - 1), a token spares its request `token_s`
     of them: c minimises sum(w) T(c) - token_s sum(w_i tokens_i(c)).
@@ -202,7 +202,7 @@ def foreseen_candidates(system, i, scratch, token_budget, token_s):
 
 @kernel
 def remaining_cost(state, feed, outlook):
-    """What the unfinished requests of a fork will be charged, estimated.
+    """Estimate the future charges of a fork's unfinished requests.
 
     A decoding request takes `token_s` per token; prompts are computed in order of arrival at `prefill_s` per
     token, each when it has arrived and those before it are done.
@@ -238,8 +238,8 @@ def remaining_cost(state, feed, outlook):
 def roll(scratch, plan, switch, until, decision_s, outlook, most):
     """Run a copy of the engine under `plan` until its clock passes `until` (s), and charge it.
 
-    `plan.first` holds for iterations that begin before `switch` (s). A rollout that is charged more than `most` ends
-    there, because what is charged is never paid back; its cost is then only known to be larger.
+    `plan.first` applies to iterations that begin before `switch` (s). A rollout ends once it is charged more than
+    `most`, because charges are never refunded; its cost is then only known to be larger.
     """
     origin, trial = scratch.origin, scratch.trial
     fork(origin.state, 0, origin.feed, trial.state, trial.feed, math.inf)

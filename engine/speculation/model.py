@@ -238,7 +238,7 @@ def _catch_up(runner: Runner, batch: Batch, who: NDArray[np.int64]) -> Any:
 
 
 def _distribution(sampling: Sampling, logits: Any, row: int) -> NDArray[np.float64]:
-    """(V,) distribution of a sampled request's candidates; uniform where the drafter's logits are not finite.
+    """(V,) distribution of a sampled request's candidates; arbitrary where the drafter's logits are not finite.
 
     The target verifies candidates, so such a drafter costs speed but no request fails.
     """

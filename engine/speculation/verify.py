@@ -7,8 +7,8 @@ are tried in that order: child x is accepted with probability min(1, p(x) / q(x)
 norm(max(0, p - q)) and q loses x and is normalised again; when all are rejected the token is drawn from the resulting p
 (Sequoia, Chen et al., 2024, algorithm 2; SpecInfer, Miao et al., ASPLOS 2024, algorithm 2, has the same
 recursion for independent draws). With one child it is speculative sampling (Leviathan, Kalman, Matias, ICML 2023,
-algorithm 1). This is lossless only if the tree's shape was fixed before its tokens were drawn: keeping, of the drawn
-nodes, those whose values look probable changes what they are distributed as.
+algorithm 1). This is lossless only if the tree's shape was fixed before its tokens were drawn: keeping only the
+drawn nodes that look probable changes their distribution.
 
 *Determined candidates*: the tree follows from the tokens before it, as the drafter's most probable tokens or a prompt
 lookup do. A token is drawn from the target's p; if it is a child, the walk goes on there, and otherwise it is emitted.

@@ -38,8 +38,8 @@ class LoggedTurn:
         """(new_tokens,) per output position: 1 agreed, 0 disagreed, -1 unobserved.
 
         Steps start after the token of the prefill (position 0, never drafted, unobserved). A step that starts with g
-        tokens generated and accepts n of k agreed at g ... g + n - 1. If n < k it disagreed at g + n; if n = k, position g + n
-        was not drafted, and agreement there is unobserved. Logs of engines that also draft the very first token
+        tokens generated and accepts n of k agreed at g ... g + n - 1. If n < k it disagreed at g + n. If n = k,
+        position g + n was not drafted, and agreement there is unobserved. Logs of engines that also draft the very first token
         are shifted by it: the last step's bonus token then falls off the end.
         """
         seen = np.full(int((self.accepted + 1).sum()) + 1, UNOBSERVED, dtype=np.int8)
