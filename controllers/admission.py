@@ -6,7 +6,7 @@ from engine.core.telemetry import FREE_KV_TOKENS, FREE_SEQS, NUM_DECODES, PREFIL
 
 @kernel
 def admissible_tokens(observation, e):
-    """Prompt tokens that the next iteration could prefill: the prompt in progress and what fits behind it.
+    """Prompt tokens that the next iteration could prefill: the prompt in progress and those that fit after it.
 
     With the KV cache or the batch full, the result is small even for a long queue, and a budget chosen for the queue
     would go unused.

@@ -104,7 +104,7 @@ class Layout(BaseModel):
 
 
 class FeatureMemory(NamedTuple):
-    """The recent past of N engines, and scratch space.
+    """Memory of the recent past of N engines, and scratch space.
 
     acceptance: (N, 2, C) and tokens: (N, C + 1), see `controllers.acceptance` · arriving: (N, 4) moving averages of
     requests/s, fast and slow, and of prompt tokens/s · finished: (N, 2) fading sums of finished requests and their

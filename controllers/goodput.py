@@ -170,7 +170,7 @@ def _choose(observation, e, params, mine):
 
 @kernel
 def decide(observation, i, params, memory):
-    """(the c of the highest goodput, chosen every so many iterations, n as configured)."""
+    """(the c of the highest goodput, chosen every `every` iterations, n as configured)."""
     mine = _row(memory, i)
     _learn(observation, i, params, mine)
     if mine.current[1] <= 0.0:

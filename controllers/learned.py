@@ -172,7 +172,7 @@ def show_all(observation, i, sight, memory, m, base_c, base_n, out):
 
 @kernel
 def shifted(sight, base_c, base_n, c, n):
-    """Indices of the choices of c and n that a policy's own pair of indices stands for."""
+    """Indices of the choices of c and n that a policy's own pair of indices selects."""
     if sight.residual == 0:
         return c, n
     c = min(max(base_c + c - sight.reach[0], 0), sight.candidates.shape[0] - 1)

@@ -213,8 +213,8 @@ class Mpc(KernelController):
         tpot_target: TPOT in s that costs 1 per request.
         violation: cost of a missed TTFT deadline.
         lateness: cost of being late by one more `ttft_target`.
-        horizon_s: how far the model is rolled forward, in s.
-        switch_s: how long the first of two budgets is held, in s; below `horizon_s`. 0 tries no second one.
+        horizon_s: length of a rollout, in s.
+        switch_s: time for which the first of two budgets is held, in s; below `horizon_s`. 0 tries no second one.
         guard: share of a request's slack that carries no cost.
         prefill_price: factor on the price of prompt tokens left; above 1, as they also delay prompts behind them.
         batch_memory_s: time constant in s of the usual batch.

@@ -196,7 +196,7 @@ def read_stored(
             header = json.loads(str(stored[HEADER]))
             version = header.get("schema_version")
             arrays = {name: stored[name] for name in names if version == schema}
-    except Exception as error:  # whatever a damaged file makes of numpy
+    except Exception as error:  # a damaged file may raise anything in numpy
         raise PolicyError(f"{path} is no {kind} that python -m {maker} wrote, or damaged: {_said(error)}") from error
     if version != schema:
         raise PolicyError(

@@ -51,8 +51,8 @@ class ServingBatch(Episodes):
         super().__init__(num_envs, engine=engine, **settings)
         if runs_for_real(engine):
             raise ValueError(
-                f"engine={engine if isinstance(engine, str) else engine.name} runs for real, one engine and no "
-                "batch of them: gymnasium.make('governor/Serving-v0', engine=...) steps it, make_vec simulated ones"
+                f"engine={engine if isinstance(engine, str) else engine.name} runs for real and cannot be "
+                "batched: step it with gymnasium.make('governor/Serving-v0', engine=...); make_vec takes simulated ones"
             )
         if isinstance(engine, str):
             engine = EngineConfig(name=engine, latency=engine, tpot_target=self.prices.tpot_target)

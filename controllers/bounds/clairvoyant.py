@@ -48,9 +48,9 @@ class PeekingController(Controller):
     def choose(self, observation: Mapping[str, NDArray[np.float32]]) -> NoReturn:
         """Raise PeekingError: telemetry does not contain the future."""
         raise PeekingError(
-            f"{self.label()} is a bound, not a controller: it looks at the whole workload before it serves it, which "
-            "an observation does not hold. Run it with python -m runs.evaluate on a simulated engine; in an "
-            "environment or on a real engine choose a controller that does not peek, such as controller=analytic or mpc"
+            f"{self.label()} is a bound, not a controller: it reads the whole workload in advance, which an "
+            "observation does not contain. Run it with python -m runs.evaluate on a simulated engine; in an "
+            "environment or on a real engine use a controller, such as controller=analytic or mpc"
         )
 
     def act(self, observation: Mapping[str, NDArray[np.float32]]) -> NoReturn:

@@ -22,7 +22,7 @@ CHUNK_ITERATIONS = 2_000
 
 @dataclass(frozen=True)
 class FixedPair:
-    """A pair (c, n) and what a whole run with it is charged, summed over requests."""
+    """A pair (c, n) and the cost of a whole run with it, summed over requests."""
 
     candidates: int
     token_budget: int
@@ -30,7 +30,7 @@ class FixedPair:
 
 
 def best_fixed_pair(simulator: Simulator, grid: ActionGrid, prices: Prices, decision_s: float = 0.0) -> FixedPair:
-    """The pair of the grid whose run of the loaded workload is charged least; the workload is loaded afresh after.
+    """The pair of the grid whose run of the loaded workload costs least; reloads the workload afterwards.
 
     A run is stopped as soon as it has been charged more than the best so far, because charges are never refunded. Ties
     go to fewer candidates, then to the larger budget.

@@ -67,7 +67,7 @@ def check_decision(answer: Any, num_decodes: int) -> tuple[int, int]:
     check_action(int(candidates), max(int(token_budget), 1))
     if token_budget < 0 or (token_budget == 0 and num_decodes == 0):
         raise ActionError(
-            f"token_budget={token_budget} with {num_decodes} requests decoding: the engine would stand still"
+            f"token_budget={token_budget} with {num_decodes} requests decoding: the engine would make no progress"
         )
     return int(candidates), int(token_budget)
 

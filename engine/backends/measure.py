@@ -104,7 +104,7 @@ def begin(visits: Path, points: Sequence[Point], identity: str) -> list[dict[str
     if not isinstance(found, dict) or found | title != found:
         raise AnotherProfileError(
             f"{visits} holds measurements of other points or of another engine; give another folder "
-            "(hydra.run.dir=...), or remove this one to measure anew"
+            "(hydra.run.dir=...), or remove this one to measure again"
         )
     return list(_lines(visits))
 

@@ -216,7 +216,7 @@ class RealEngine(ABC):
         self._earliest = max(self._earliest, math.nextafter(now, math.inf))
         return bool(unfinished)
 
-    def _arrived(self, rows: range) -> None:  # noqa: B027 - only who has a queue beside the table needs it
+    def _arrived(self, rows: range) -> None:  # noqa: B027 - only engines with a queue beside the table need it
         """The requests of these rows joined the queue."""
 
     def new_observation(self) -> Observation:

@@ -1,4 +1,4 @@
-"""The governor's action: how many candidate tokens each request speculates, how many prompt tokens are prefilled."""
+"""The governor's action: candidate tokens of each request, and prompt tokens to prefill."""
 
 from collections.abc import Sequence
 from itertools import pairwise

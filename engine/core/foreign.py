@@ -35,7 +35,7 @@ def _enter(state, i, r):
 def take_up(state, i, rows, tokens, num_decodes, candidates, token_budget, free_blocks):
     """Write the planned batch, decodes first, as `plan` would have.
 
-    rows, tokens: (b,) requests and how many tokens each gets, 1 + its candidates for the first `num_decodes` ·
+    rows, tokens: (b,) requests and the tokens of each, 1 + its candidates for the first `num_decodes` ·
     candidates, token_budget: the c that was verified and the n · free_blocks: left by the batch.
 
     No request may be preempted between this call and `commit`.

@@ -16,7 +16,7 @@ from engine.limits import EngineLimits
 
 
 def for_limits(limits: EngineLimits, num_requests: int, ttft_target: float) -> State:
-    """One empty instance within these limits, with room for so many requests; `ttft_target` in s."""
+    """One empty instance within these limits, with room for `num_requests` requests; `ttft_target` in s."""
     return allocate(
         1,
         num_requests,

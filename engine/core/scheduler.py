@@ -11,7 +11,7 @@ batched with the decodes; all but the first are the baselines of that paper:
 
 - chunked: decodes run in every iteration, prompts beside them, cut into chunks that fill n (its stall-free batching).
 - whole: as before, but no prompt is cut (Orca; its "hybrid-batching-only"). A prompt starts in an iteration when it
-  fits what is left of n there; the first one always may.
+  fits the rest of n there; the first one always may.
 - first: whole prompts alone while one can be admitted, decodes alone otherwise (vLLM before chunked prefill).
 - turns: chunks alone and decodes alone, in turns while there are both (its "chunked-prefills-only").
 """

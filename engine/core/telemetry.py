@@ -137,7 +137,7 @@ def forget(seen: Seen, i: int) -> None:
 
 @kernel
 def _observe_queue(state, i, queue):
-    """Fill the queue rows in order of service: the prompts in progress, then the queue. Returns how many wait."""
+    """Fill the queue rows in order of service: the prompts in progress, then the queue. Returns the number waiting."""
     instance = state.instances[i]
     now = instance.now
     rows = queue.shape[1] - 1

@@ -71,7 +71,7 @@ class Space:
         return (self.limits.total_blocks - self.limits.watermark_blocks) * self.limits.block_size
 
     def reserve(self, decodes: int) -> int:
-        """Cache slots (tokens) that `decodes` requests may need beyond what they hold, whole blocks counted."""
+        """Further cache slots (tokens) that `decodes` requests may need, counted in whole blocks."""
         return decodes * (max(self.candidates) + 1 + self.limits.block_size)
 
 

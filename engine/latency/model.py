@@ -256,7 +256,7 @@ class LatencyModel:
         """A closed form for tests and queueing limits: exact, no attention, no LM head, no speculation overhead.
 
         T = base_s + per_token_s * (decode_tokens + prefill_tokens) + per_request_s * (decodes + prefills)
-            + per_draft_step_s * candidate_steps. `kv_capacity_tokens` is what `kv_capacity_tokens(1.0)` returns.
+            + per_draft_step_s * candidate_steps. `kv_capacity_tokens` is the value of `kv_capacity_tokens(1.0)`.
         """
         for key, value in (("base_s", base_s), ("per_token_s", per_token_s), ("per_request_s", per_request_s)):
             if not np.isfinite(value) or value < 0:

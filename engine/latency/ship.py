@@ -38,7 +38,7 @@ class ShipError(ValueError):
 
 
 def table_document(folder: Path, name: str) -> dict[str, Any]:
-    """The content of the table file: the profile's, named, with what was measured and how far off it is held out.
+    """Content of the table file: the profile's table with a name, the measured engine and held-out errors.
 
     Raises ShipError when the folder is no finished profile.
     """
@@ -96,7 +96,7 @@ def ship(folder: Path, name: str, tables: Path, engines: Path, *, replace: bool 
     table, rows, engine = tables / f"{name}.json", tables / f"{name}.parquet", engines / f"{name}.yaml"
     standing = [str(path) for path in (table, rows, engine) if path.exists()]
     if standing and not replace:
-        raise ShipError(f"{', '.join(standing)}: there already; choose another --name, or give --replace")
+        raise ShipError(f"{', '.join(standing)}: already exists; choose another --name, or give --replace")
     document = dump(table_document(folder, name))
     text = engine_yaml(folder, name, (ENGINES_FOLDER / PATTERN).read_text(encoding="utf-8"))
     measured = folder / "iterations.parquet"
@@ -144,7 +144,7 @@ def _unfinished(path: Path) -> ShipError:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line. Exits with 2 and one message on what the user can fix."""
+    """Command line. Exits with 2 and a one-line message for user errors."""
     parser = argparse.ArgumentParser(description="Make a measured profile one of the shipped engines.")
     parser.add_argument("profile", type=Path, help="folder that runs.profile left")
     parser.add_argument("--name", required=True, help="of the engine: vicuna_7b_h200")

@@ -1,4 +1,4 @@
-"""Random weights whose text is a table of successors, with a drafter that agrees as a real one does.
+"""Models of random weights whose text follows a successor table, with a drafter of realistic agreement.
 
 A model of random weights repeats itself after a few tokens, and a second one never agrees with it. Here, too, every
 matrix is random and every product is computed in full. But the outputs of attention and MLP are tiny, so the hidden

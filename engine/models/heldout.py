@@ -61,8 +61,8 @@ def lookup_agreement(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Prompt lookup of the next token at each generated position: (proposed, right), both (n, length - prompt_tokens).
 
-    The proposal is what followed the latest earlier occurrence of the text's last tokens, of the longest suffix length
-    in `suffixes` that has one (A. Saxena, "Prompt Lookup Decoding", 2023).
+    The proposal is the token after the latest earlier occurrence of the text's last tokens, of the longest suffix
+    length in `suffixes` that has one (A. Saxena, "Prompt Lookup Decoding", 2023).
     """
     proposed = np.zeros((len(texts), texts.shape[1] - prompt_tokens), bool)
     right = np.zeros_like(proposed)

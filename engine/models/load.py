@@ -58,7 +58,7 @@ def _read(kind: Any, source: str, trust_remote_code: bool, **options: Any) -> An
     what = "model" if "Model" in kind.__name__ else "tokenizer"
     try:
         return kind.from_pretrained(str(path), trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # whatever a damaged file makes of the reader
+    except Exception as error:  # a damaged file may raise anything in the reader
         if "trust_remote_code" in str(error):
             reason = "it comes with Python code of its own, which runs only with engine.trust_remote_code=true"
         elif not path.exists():

@@ -181,14 +181,14 @@ class Trainer:
         try:
             state = torch.load(path, weights_only=True)
         except Exception as error:
-            raise TrainingError(f"{path}: not a checkpoint of this script; delete it to start anew") from error
+            raise TrainingError(f"{path}: not a checkpoint of this script; delete it to start again") from error
         mine, theirs = self._identity(), state["identity"]
         different = [key for key in mine if mine[key] != theirs.get(key)]
         if different:
             raise TrainingError(
                 f"{path}: made with "
                 + ", ".join(f"{key}={theirs.get(key)} (now {mine[key]})" for key in different)
-                + "; give the same to resume, or delete the file to start anew"
+                + "; give the same to resume, or delete the file to start again"
             )
         self.target.load_state_dict(state["target"])
         self.drafter.load_state_dict(state["drafter"])

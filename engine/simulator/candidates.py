@@ -60,7 +60,7 @@ class Sharing(NamedTuple):
     or an order, nodes on the frontier · value: (S,) of the best node there · frontier_value, frontier_above: (S, W + 2)
     path probability of a node that may be next, and of its parent · frontier_depth, frontier_rank, frontier_right: (S,
     W + 2) likewise, and whether its parent is right · node_depth, node_parent, node_right: (S, W) of the nodes kept,
-    best first · need: (S,) · taken, gains: (S * W,) who got the batch's k-th candidate, and tokens expected with it.
+    best first · need: (S,) · taken, gains: (S * W,) request of the batch's k-th candidate, and tokens expected with it.
     """
 
     kind: int
@@ -92,7 +92,7 @@ class Sharing(NamedTuple):
 
 
 def new_trace(positions: int, ranks: bool) -> AcceptanceTrace:
-    """Room for so many output positions, with their ranks and confidences or without."""
+    """Memory for `positions` output positions, with or without ranks and confidences."""
     ranked = positions if ranks else 0
     return AcceptanceTrace(
         run_lengths=np.zeros(positions, dtype=np.uint8),

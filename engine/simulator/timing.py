@@ -33,7 +33,7 @@ def batch_time(state, i, tables):
 
 @kernel
 def reading_time(state, i, tables):
-    """Seconds that the drafter takes in the planned iteration to read what was cached since it last drafted.
+    """Drafter seconds in the planned iteration for tokens cached since it last drafted.
 
     The owners of these tokens are not tracked: the count is at most the cached tokens of the decoding requests.
     """

@@ -114,8 +114,8 @@ def share_globally(paths, limits, budget, heap, value, kept):
 
     paths: (B, W) each request's path probabilities in falling order · limits: (B,) most nodes each may keep · heap:
     (B,) int64 and value: (B,) float64, scratch · kept: (B,) result. A path probability never exceeds that of
-    the path's beginning, so what is kept is closed under prefixes, and no other set of `budget` nodes within the limits
-    has a greater sum. Nodes of probability 0 are never kept.
+    the path's beginning, so the kept nodes are closed under prefixes, and no other set of `budget` nodes within the
+    limits has a greater sum. Nodes of probability 0 are never kept.
     """
     size = 0
     for i in range(len(limits)):

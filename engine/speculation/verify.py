@@ -11,7 +11,7 @@ algorithm 1). This is lossless only if the tree's shape was fixed before its tok
 drawn nodes that look probable changes their distribution.
 
 *Determined candidates*: the tree follows from the tokens before it, as the drafter's most probable tokens or a prompt
-lookup do. A token is drawn from the target's p; if it is a child, the walk goes on there, and otherwise it is emitted.
+lookup do. A token is drawn from the target's p. If it is a child, the walk continues there; otherwise it is emitted.
 This is lossless for every such tree and every subset of its nodes.
 """
 

@@ -1,4 +1,4 @@
-"""Acceptance logs: how many drafted tokens each verify step of a real run accepted, read and replayed as a workload."""
+"""Acceptance logs: accepted tokens of each verify step of a real run, read and replayed as a workload."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class LoggedTurn:
 
         Steps start after the token of the prefill (position 0, never drafted, unobserved). A step that starts with g
         tokens generated and accepts n of k agreed at g ... g + n - 1. If n < k it disagreed at g + n. If n = k,
-        position g + n was not drafted, and agreement there is unobserved. Logs of engines that also draft the very first token
-        are shifted by it: the last step's bonus token then falls off the end.
+        position g + n was not drafted, and agreement there is unobserved. Logs of engines that also draft the very
+        first token are shifted by it: the last step's bonus token then falls off the end.
         """
         seen = np.full(int((self.accepted + 1).sum()) + 1, UNOBSERVED, dtype=np.int8)
         position = 1

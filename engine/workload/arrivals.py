@@ -58,7 +58,7 @@ class RateArrivals(Arrivals):
 
     @abstractmethod
     def time_of(self, expected: Times) -> Times:
-        """The earliest time by which so many arrivals are expected: the inverse of `expected`."""
+        """The earliest time by which this number of arrivals is expected: the inverse of `expected`."""
 
     @property
     def expected_in_total(self) -> float:

@@ -75,7 +75,7 @@ ACCEPTED = (
 
 
 def format_of(path: Path, keys: list[str]) -> TraceFormat:
-    """The format of a file with these columns. Raises WorkloadError saying what is missing from the nearest one."""
+    """The format of a file with these columns. Raises WorkloadError naming the nearest format's missing columns."""
     form = next((form for form in FORMATS if form.matches(keys)), None)
     if form is not None:
         return form

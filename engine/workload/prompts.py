@@ -296,7 +296,7 @@ def prompts_for(workload: Workload, seed: int, tokenizer: Any, limits: EngineLim
     acceptance depends on the engine's drafter and target.
 
     Raises:
-        WorkloadError: a request exceeds the limits; the message names rows and what helps.
+        WorkloadError: a request exceeds the limits; the message names rows and remedies.
     """
     workload.check_fits(limits.max_model_len, limits.total_blocks * limits.block_size)
     texts = library_texts(held_out=True)

@@ -56,9 +56,9 @@ class Range(BaseModel):
 
 
 class RandomizedSource(WorkloadSource):
-    """Synthetic traffic whose rate, burstiness, lengths and acceptance are drawn anew for every seed.
+    """Synthetic traffic whose rate, burstiness, lengths and acceptance are drawn for every seed.
 
-    The rate is `load` times what the engine can serve, which for given lengths is taken as 1 / (mean prompt tokens /
+    The rate is `load` times the engine's capacity, which for given lengths is taken as 1 / (mean prompt tokens /
     `prefill_rate` + mean output tokens / `decode_rate`) requests/s.
 
     Args:
@@ -172,7 +172,7 @@ class RandomizedSource(WorkloadSource):
 
 
 def _bursts(rate: float, peak: float, requests: float) -> Arrivals:
-    """Bursts of so many requests at `peak`, and between them a fifth of the mean rate."""
+    """Bursts of a given number of requests at `peak`, and between them a fifth of the mean rate."""
     if peak <= 1.2 * rate:
         return PoissonArrivals(rate=rate)
     quiet = 0.2 * rate

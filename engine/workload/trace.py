@@ -218,7 +218,7 @@ def prepare_trace(
     arrival by `rate_scale` (0.5: the same requests at half the rate, over twice the time); `thin` keeps each request
     with probability `rate_scale`, the same ones for the same `thin_seed`, and those kept at a lower scale are among
     those kept at a higher one. Lengths over a maximum are refused, clipped (the output first, then the prompt) or
-    dropped, as `too_long` says. `max_requests` counts what is left.
+    dropped, as `too_long` says. `max_requests` counts the remaining requests.
 
     Raises `WorkloadError` naming the file, the row or the setting.
     """
@@ -252,7 +252,7 @@ def _thin(trace: Trace, rate_scale: float, seed: int) -> Trace:
             f"workload.rate_scale={rate_scale:g} with workload.rate_mode=thin: thinning can only remove requests; "
             "set workload.rate_mode=stretch to compress time instead"
         )
-    # Drawn per file row and not per request left, so that a window keeps what the whole trace would keep.
+    # Drawn per file row and not per request left, so that a window keeps the same requests as the whole trace.
     luck = np.random.default_rng(seed).random(int(trace.row.max()) + 1)
     return trace.keep(luck[trace.row] < rate_scale)
 

@@ -20,7 +20,7 @@ _ROWS_SHOWN = 5
 
 
 class WorkloadError(ValueError):
-    """A workload, or the file or setting it came from, is not usable; the message says where and what to change."""
+    """A workload, or the file or setting it came from, is not usable; the message names the place and the remedy."""
 
 
 @njit(cache=True, error_model="numpy")

@@ -38,8 +38,8 @@ class TorchEngineConfig(RealEngineConfig):
         drafter: source of candidate tokens: `model`, `ngram` (prompt lookup) or `none`.
         drafter_model: folder, hub id, `embedded` or `shape:NAME`; of the target's vocabulary. Read with `drafter=model`
             only.
-        agreement: whose fitted `MarkovChain` a drafter that is a shape has with a target that is one.
-        mean_agreement: how often they agree on average; None: as fitted.
+        agreement: name of the fitted `MarkovChain` by which a shape's drafter agrees with a shape's target.
+        mean_agreement: their average agreement; None: as fitted.
         weights_seed: of the weights of shapes, and so of their text.
         ngram_shortest, ngram_longest: tokens of the n-grams that prompt lookup matches.
         allocation: allocation of an action's candidates: `uniform`, `local` or `global`.

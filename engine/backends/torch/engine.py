@@ -55,7 +55,7 @@ class TorchEngine(RealEngine):
         ttft_target: latency requirement on TTFT in s, which telemetry and lateness are counted against.
         queue_rows: M, the requests an observation lists one by one.
         clock: real time by default.
-        record: keep what `replay` needs, in `recording`.
+        record: store the data for `replay` in `recording`.
     """
 
     def __init__(

@@ -58,7 +58,7 @@ def _copy(source, target):
 
 @_kernel
 def _add_four(x, w, k, first, end, m, out):
-    """Add what inputs k to k + 3 give to outputs [first, end) of rows m to m + 3."""
+    """Add the products of inputs k to k + 3 to outputs [first, end) of rows m to m + 3."""
     a0, a1, a2, a3 = x[m, k], x[m, k + 1], x[m, k + 2], x[m, k + 3]
     b0, b1, b2, b3 = x[m + 1, k], x[m + 1, k + 1], x[m + 1, k + 2], x[m + 1, k + 3]
     c0, c1, c2, c3 = x[m + 2, k], x[m + 2, k + 1], x[m + 2, k + 2], x[m + 2, k + 3]
@@ -145,7 +145,7 @@ def _normalise(row, weight, eps, out):
 
 @_kernel
 def add_and_normalise(hidden, added, weight, eps, out):
-    """Add to the residual stream (T, D), in place, and normalise what comes out."""
+    """Add to the residual stream (T, D), in place, and normalise the sum."""
     for t in range(len(hidden)):
         row, more = hidden[t], added[t]
         for d in range(len(row)):

@@ -51,7 +51,7 @@ Way = CompiledLlama | TritonLlama | FusedLlama
 
 
 class UnsupportedModelError(ValueError):
-    """The model cannot run over a paged cache; the message says what was tried and what came out."""
+    """The model cannot run over a paged cache; the message names the check and its result."""
 
 
 class PagedModel:
@@ -67,8 +67,8 @@ class PagedModel:
         block_size: tokens per block.
         fused: use a faster forward of Llama-family models where it gives the same logits: `CompiledLlama` on a CPU
             in float32, `TritonLlama` on a GPU, `FusedLlama` otherwise.
-        exact: for tests. A float64 copy of the model, and shapes that make every row's result independent of what else
-            is in the batch, bit for bit.
+        exact: for tests. A float64 copy of the model, and shapes that make every row's result independent of the
+            rest of the batch, bit for bit.
         max_model_len: most tokens of a request; None: as many as the cache holds. Every figure of the model's
             configuration below it that may bound attention (`reaches`) is passed once by the check, at the cost of
             about two prompts of that length.
@@ -275,7 +275,7 @@ class PagedModel:
         Args:
             shapes: of the layers.
             lengths: tokens of each text.
-            parts: by forward, how many tokens of each text it runs.
+            parts: by forward, the number of tokens of each text it runs.
             keep: by forward, the last of these whose logits are compared.
         """
         size, random = 16, np.random.default_rng(1)

@@ -48,9 +48,7 @@ class Promises:
             self._used, self._settled = 0, False
         first = self._used
         if first + count > self.spare:
-            raise RuntimeError(
-                f"{first + count} tokens promised since the last were read; there is room for {self.spare}"
-            )
+            raise RuntimeError(f"{first + count} tokens deferred since the last read; there is room for {self.spare}")
         self._used += count
         return np.arange(first, first + count)
 

@@ -135,7 +135,7 @@ class CacheTable:
         counts: NDArray[np.int64],
         new: NDArray[np.int64],
     ) -> None:
-        """Write `counts[i]` of the `new` tokens behind the first `lengths[i]` of each seat.
+        """Write `counts[i]` of the `new` tokens after the first `lengths[i]` of each request.
 
         Where there are any, the drafter has read no more than all but the last of them.
         """
@@ -144,7 +144,7 @@ class CacheTable:
     def places(
         self, seats: NDArray[np.int64], starts: NDArray[np.int64], counts: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The blocks, and the places within them, of `counts[i]` slots from `starts[i]` on of every seat."""
+        """The blocks, and the places within them, of `counts[i]` cache slots from `starts[i]` on of every request."""
         ends = np.cumsum(counts)
         slots = np.arange(counts.sum()) + np.repeat(starts - ends + counts, counts)
         return self.blocks[np.repeat(seats, counts), slots // self.block_size].astype(np.int64), slots % self.block_size

@@ -47,7 +47,7 @@ def _normalise(hidden, added, weight, out, eps, ADDED: tl.constexpr, WIDTH: tl.c
         tl.store(hidden + at, value, mask=inside)
     wide = value.to(tl.float32)
     scaled = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / WIDTH + eps)
-    # The family scales in the model's type what it normalises in float32.
+    # The family normalises in float32 and scales in the model's type.
     scaled = scaled.to(value.dtype) * tl.load(weight + columns, mask=inside, other=0.0)
     tl.store(out + at, scaled, mask=inside)
 
@@ -257,7 +257,7 @@ def paged_attention(
     tile_rows: int,
     splits: int = 1,
 ) -> Tensor:
-    """(T, heads, width) attention of T new tokens over what their requests have cached, these tokens included.
+    """(T, heads, width) attention of T new tokens over their requests' cache, these tokens included.
 
     Args:
         query: (T, heads, width), rows any distance apart; width a power of two of at least 16.
@@ -265,11 +265,11 @@ def paged_attention(
         tiles: (tiles, 4) int32: first row, rows (at most `tile_rows`; 0 for a tile that is none), request, and the
             slots of the request that any of its rows sees. Rows in no tile come out undefined.
         block_table: (requests, blocks) int32.
-        prefix: (T,) int32: a row sees its request's first so many slots,
-        bits: (T,) int64: and, where bit i is set, slot `prefix + i`; None: no row sees any.
+        prefix: (T,) int32: number of its request's first slots that a row sees.
+        bits: (T,) int64: where bit i is set, the row also sees slot `prefix + i`; None: no row sees any.
         scale: of scores.
-        tile_rows: how many rows a program takes at once.
-        splits: programs that share a tile's keys, a power of two; a second kernel joins what they found
+        tile_rows: rows per program.
+        splits: programs that share a tile's keys, a power of two; a second kernel combines their results
             (Flash-Decoding, Dao et al., 2023).
     """
     rows, heads, width = query.shape

@@ -197,12 +197,12 @@ class TritonLlama:
         return splits
 
     def _staged(self, size: int) -> tuple[Tensor, Inputs]:
-        """Memory on the host to write a graph's inputs to, and the parts of it for so many rows."""
+        """Host memory for a graph's inputs, and its parts for `size` rows."""
         host = self._staging.next()
         return host.memory, host.parts(size, self._most_tiles(size))
 
     def _inputs(self, size: int) -> Inputs:
-        """The parts of the device's memory that the graph of so many rows reads."""
+        """The parts of the device's memory that the graph of `size` rows reads."""
         return self._layout.cut(self._memory, torch.int64).first(size, self._most_tiles(size))
 
     def _most_tiles(self, size: int) -> int:

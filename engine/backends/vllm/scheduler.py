@@ -36,8 +36,8 @@ class Governor:
         controller = config.load_controller()
         if getattr(controller, "peeks", False) or not callable(getattr(controller, "choose", None)):
             raise GovernorError(
-                f"governor.controller={config.controller}: {type(controller).__name__} chooses from what no engine can "
-                "see; name a controller"
+                f"governor.controller={config.controller}: {type(controller).__name__} needs the future workload, "
+                "which is unknown here; name a controller"
             )
         own_target = getattr(controller, "ttft_target", None)
         self.config = config
