@@ -41,7 +41,7 @@ ESTIMATES = ("depths", "requests", "choices")
 LENGTH_MEMORY_S = 60.0
 """Time constant in s of the mean output length of finished requests."""
 PRIOR_OUTPUT_TOKENS = 200.0
-"""Output length believed before the first request finishes; it counts as one finished request."""
+"""Output length assumed before the first request finishes; it counts as one finished request."""
 
 
 class Settings(NamedTuple):

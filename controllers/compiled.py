@@ -22,7 +22,7 @@ class KernelController(Controller):
     decide: ClassVar[Any]
     """The compiled decision (`engine.policy`), in a `staticmethod`."""
     look: ClassVar[Any] = staticmethod(observe)
-    """What shows it an instance, in a `staticmethod`."""
+    """Function that writes its observation of an instance, in a `staticmethod`."""
 
     _policy: Policy | None = None
 

@@ -35,11 +35,11 @@ class Controller(ABC):
     """
 
     decision_s: ClassVar[float] = 0.0
-    """Seconds one decision is charged with `charge_decisions=constant`: a bound on what it takes on one core."""
+    """Seconds charged per decision with `charge_decisions=constant`: an upper bound of its time on one core."""
     peeks: ClassVar[bool] = False
-    """Whether it sees what no controller can see; reports label such a one as a bound."""
+    """True for a clairvoyant policy; reports label it as a bound."""
     static: ClassVar[bool] = False
-    """Whether it is one line of an engine's configuration that never changes; reports compare others with the best."""
+    """True for a constant setting of an engine's configuration; reports compare others with the best of these."""
 
     _plant: Plant | None = None
 

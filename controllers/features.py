@@ -46,9 +46,9 @@ FAST_S, SLOW_S = 2.0, 20.0
 LENGTH_MEMORY_S = 60.0
 PRIOR_OUTPUT_TOKENS = 200.0
 TIMING_WEIGHT = 0.05
-"""Weight of the latest iteration in the average of how far predicted times are off."""
+"""Weight of the latest iteration in the average error of predicted times."""
 FARTHEST = 8.0
-"""No feature is beyond this."""
+"""Bound of every feature's absolute value."""
 
 LOAD = (
     "decodes",

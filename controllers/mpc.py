@@ -36,18 +36,18 @@ UNBOUNDED = 1e30
 LENGTH_MEMORY_S = 60.0
 """Time constant in s of the mean prompt and output lengths."""
 PRIOR_OUTPUT_TOKENS = 200.0
-"""Output length believed before the first request finishes; it counts as one finished request."""
+"""Output length assumed before the first request finishes; it counts as one finished request."""
 PRIOR_PROMPT_TOKENS = 500.0
-"""Prompt length believed before the first arrival; it counts as one."""
+"""Prompt length assumed before the first arrival; it counts as one."""
 PRIOR_SECONDS = 1.0
-"""Seconds without an arrival believed to have gone before the first observation."""
+"""Seconds without an arrival assumed before the first observation."""
 MOST_ARRIVALS = 16
 """Arrivals predicted at most."""
 MOST_ROWS = 4096
 """Rows of the line; an observation that lists more requests is read up to there."""
 NEAR = 1
 COARSE = 2
-"""First budgets tried before a tail: those at most so many choices from it, and every so many-th beyond."""
+"""First budgets tried before a tail: those within NEAR choices of it, and every COARSE-th beyond."""
 
 
 class Params(NamedTuple):

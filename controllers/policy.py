@@ -23,8 +23,8 @@ HEADER = "header"
 ARRAYS = ("mean", "scale", "lstm", "sizes", "weights")
 
 Head = Literal["pair", "joint", "box"]
-"""What the network's outputs mean: one number for each c and one for each n; one for each (c, n); or a place in [-1, 1]
-along the choices of c and one along those of n, before a tanh."""
+"""Meaning of the network's outputs: one number for each c and one for each n; one for each (c, n); or a place in
+[-1, 1] along the choices of c and one along those of n, before a tanh."""
 HEADS: tuple[Head, ...] = ("pair", "joint", "box")
 
 

@@ -21,7 +21,7 @@ from engine.plant import Plant
 
 SCHEMA = 1
 AXES = ("decodes", "kv_tokens", "waiting_tokens")
-"""What a table is indexed by, all of the observation's `load`."""
+"""Axes of a table, all from the observation's `load`."""
 DECODES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 KV_TOKENS = (0, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 128_000)
 WAITING_TOKENS_EDGES = (0, 1, 64, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384, 65_536)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Prefill = Literal["chunked", "whole", "first", "turns"]
-"""How prompts are scheduled beside decodes; `engine.core.scheduler` says what each means."""
+"""Prefill modes, explained in `engine.core.scheduler`."""
 
 
 @dataclass(frozen=True)

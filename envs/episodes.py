@@ -29,10 +29,10 @@ LARGEST_SEED = 2**31 - 1
 RENDER_MODES = ["rgb_array"]
 
 Given = Workload | Prompts
-"""Requests that are played as they are; a simulated engine takes a workload only."""
+"""Requests that are served as given; a simulated engine only takes a workload."""
 
 Origin = tuple[WorkloadSource | Given, int]
-"""Where an episode's requests come from: a source and the seed they were drawn with, or the requests themselves."""
+"""Origin of an episode's requests: a source and a seed, or the requests themselves."""
 
 
 def default_workload() -> WorkloadSource:

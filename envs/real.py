@@ -20,7 +20,7 @@ from envs.episodes import Episodes, Given
 from envs.reward import TERMS, unfinished_cost
 
 VLLM = "vllm"
-"""Names vLLM as it is shipped, in place of its settings."""
+"""Name of vLLM with its default settings, in place of a config."""
 
 
 def runs_for_real(engine: Any) -> bool:

@@ -33,9 +33,9 @@ from engine.simulator.simulator import Loop, Simulator
 log = logging.getLogger(__name__)
 
 CHUNK_ITERATIONS = 2_000
-"""Iterations planned between two returns to Python, where an interrupt is taken."""
+"""Iterations planned between two returns to Python, where interrupts are handled."""
 WORTH_STEPS = (0.5, 0.7, 0.85, 1.2, 1.45, 2.0)
-"""Factors on what a token is worth that are tried beside the incumbent's."""
+"""Factors on the value of a token that are tried beside the incumbent's."""
 LEAST_WORTH, MOST_WORTH = 0.25, 4.0
 TOKEN_MEMORY = 0.1
 """Weight of the latest rollout in the time a token takes."""

@@ -17,7 +17,7 @@ from engine.simulator.simulator import Loop, Simulator
 log = logging.getLogger(__name__)
 
 CHUNK_ITERATIONS = 2_000
-"""Iterations between two looks at what a pair has been charged."""
+"""Iterations between two checks of a pair's cost."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from engine.simulator.simulator import Simulator
 
 UNBOUNDED = 1e300
 FORESEEN = -1
-"""In place of a c: chosen before every iteration with the agreements in view."""
+"""Value in place of a c: chosen before every iteration from the known agreements."""
 
 
 class Scratch(NamedTuple):

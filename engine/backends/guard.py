@@ -21,7 +21,7 @@ View = Mapping[str, NDArray[np.float32]]
 """One engine's telemetry (`engine.core.telemetry.as_dict`)."""
 
 Choose = Callable[[View], Any]
-"""What a controller's `choose` is: telemetry in, (c, n) in tokens out."""
+"""A controller's `choose`: maps telemetry to (c, n) in tokens."""
 
 SECONDS_PER_LOG_LINE = 10.0
 
@@ -33,13 +33,13 @@ class Tally:
     """Outcome counts of the requested decisions."""
 
     asked: int = 0
-    """Decisions wanted while the controller was on."""
+    """Decisions requested while the controller was on."""
     raised: int = 0
     """The controller raised an exception."""
     overran: int = 0
     """It had not answered within the time limit, or was still busy with an earlier decision."""
     nonsense: int = 0
-    """Its answer was none that an engine can run."""
+    """Its answer was not valid for the engine."""
 
     @property
     def failed(self) -> int:

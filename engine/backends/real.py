@@ -106,7 +106,7 @@ class RealEngine(ABC):
     ) -> None:
         self.limits, self.max_candidates, self.queue_rows = limits, max_candidates, queue_rows
         self.state = for_limits(limits, 64, ttft_target)
-        """One instance; its totals and timelines are what was served."""
+        """One instance; its totals and timelines record the served requests."""
         self.feed = new_feed(1)
         self.seen = new_seen(1)
         self.clock: Clock = WallClock() if clock is None else clock
@@ -115,7 +115,7 @@ class RealEngine(ABC):
         self.finished: list[int] = []
         """Requests that ended with it."""
         self.failed: list[int] = []
-        """Requests that it cancelled, because the model's logits for them were not finite."""
+        """Requests cancelled by it because the model's logits for them were not finite."""
         self._vocab_size = vocab_size
         self._earliest = 0.0
 

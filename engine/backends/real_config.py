@@ -29,7 +29,7 @@ class RealEngineConfig(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     unnamed: ClassVar[frozenset[str]] = frozenset({"name", "max_num_seqs", "max_model_len", "block_size", "profile"})
-    """Settings that `name` stands for, or that say what the engine has room for."""
+    """Settings that `name` covers, and settings of the engine's capacity."""
 
     name: str
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64

@@ -4,7 +4,7 @@ from engine.compiled import kernel
 
 PRIOR_RATE = 0.7
 PRIOR_COUNT = 4.0
-"""A request's acceptance rate before any of its candidates was verified, and how many candidates that counts as."""
+"""Prior acceptance rate of a request, and its weight in candidates."""
 
 
 @kernel

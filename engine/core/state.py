@@ -22,10 +22,10 @@ WHOLE = 1
 FIRST = 2
 TURNS = 3
 PREFILL_ORDERS = ("chunked", "whole", "first", "turns")
-"""How prompts are scheduled beside decodes (see `engine.core.scheduler`), by the numbers above."""
+"""Names of the prefill modes (see `engine.core.scheduler`), by the numbers above."""
 
 NOBODY = -1
-"""In place of a request or an instance: none."""
+"""Index that means no request or no instance."""
 
 MAX_CANDIDATES = 32
 """Largest c the core's per-depth acceptance counters hold, in candidate tokens per request."""
@@ -147,7 +147,7 @@ TOTALS = np.dtype(
     ],
     align=True,
 )
-"""What an instance has done so far; nothing is reset by looking at it."""
+"""Running totals of an instance; reading them resets nothing."""
 
 
 class State(NamedTuple):

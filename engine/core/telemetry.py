@@ -64,7 +64,7 @@ OVERDUE = LOAD_FIELDS.index("overdue")
 TTFT_TARGET_S = LOAD_FIELDS.index("ttft_target_s")
 
 NO_DEADLINE_S = 1e6
-"""Slack of a queued request whose first token is already out (it was preempted): no TTFT deadline binds it."""
+"""Slack of a queued request without a TTFT deadline, because it was preempted after its first token."""
 
 
 RATE_BANDS = 8

@@ -31,7 +31,7 @@ from engine.latency.table_file import MAX_CONTEXT_TOKENS
 
 CACHE_VERSION = 2
 USUAL_DECODES = 256
-"""Decodes of the batches that every table is learnt from, whatever the engine's limit is: most engines stay below."""
+"""Largest number of decodes in the samples of every table, for any engine limit: most engines stay below."""
 LOAD_EDGES = (0, 1, 9, 33, 65, 129, USUAL_DECODES + 1)
 HELDOUT_SEED = 7919
 _LARGE_SEED = 104729

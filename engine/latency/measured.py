@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from engine.files import FileFaultError, read_table, reading, write_table
 
 PROVENANCE_KEY = "provenance"
-"""Under which a file's own key-value metadata holds, as JSON, where its iterations come from."""
+"""Key of a file's metadata that holds the provenance of its iterations, as JSON."""
 
 LOAD_EDGES = (0, 1, 9, 33, 65, 129, 1 << 30)
 

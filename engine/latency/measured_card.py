@@ -25,7 +25,7 @@ MEASURED_FOREST = Forest(trees=100, min_samples_leaf=5, features=ALL_FEATURES, g
 """For the few hundred points of a profile."""
 
 Fit = Callable[[MeasuredIterations], Callable[[MeasuredIterations], NDArray[np.float64]]]
-"""Learns from some iterations a prediction of others."""
+"""Function that fits on some iterations and predicts others."""
 
 
 def observed(measured: MeasuredIterations) -> Observed:

@@ -40,7 +40,7 @@ OPERATOR_GROUPS = {
         "idle_drafter_request_s",
     ),
 }
-"""Fields of `LatencyTables` that are in seconds, by what they are times of."""
+"""Fields of `LatencyTables` that are in seconds, by group of operators."""
 
 
 @kernel

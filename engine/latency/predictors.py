@@ -29,7 +29,7 @@ class Observed(NamedTuple):
     candidates: NDArray[Any]
     prefill: NDArray[Any]
     unread: NDArray[Any] | None = None
-    """Tokens that the drafter reads only now; None where it reads with the target."""
+    """Tokens that the drafter reads in this iteration; None where it reads with the target."""
 
 
 _COLUMNS: dict[str, Callable[[Observed], NDArray[Any]]] = {

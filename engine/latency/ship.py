@@ -24,10 +24,10 @@ from engine.latency.table_file import dump
 
 ENGINES_FOLDER = Path(__file__).resolve().parents[2] / "conf" / "engine"
 PATTERN = "vicuna_7b_a100.yaml"
-"""Shipped engine whose file says in which order settings stand and what each means."""
+"""Shipped engine whose file sets the order of settings and their comments."""
 
 MEASURED = ("name", "latency", "max_num_seqs", "max_model_len", "block_size", "watermark", "num_kv_blocks")
-"""Settings that a profile says."""
+"""Settings given by a profile."""
 
 HELD_OUT = "latency table"
 """Entry of the profile's card that is the table's own held-out error."""

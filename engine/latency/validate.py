@@ -195,7 +195,7 @@ MIXED_FORMS: dict[str, Callable[[NDArray, NDArray, NDArray], NDArray]] = {
     "the same, a quarter of the smaller hidden": lambda p, pure, beside: p + beside - 0.25 * np.minimum(p, beside),
     "max(prefill, decode beside a chunk)": lambda p, pure, beside: np.maximum(p, beside),
 }
-"""Ways to compose a mixed attention call; the kernel uses the third."""
+"""Methods to compose a mixed attention call; the kernel uses the third."""
 
 
 def check_mixed(sources: Sources, name: str) -> list[Score]:

@@ -38,20 +38,20 @@ _CERTAIN = 1.0 - 1e-4
 """The target's probability of the successor."""
 
 _CONFIDENCE = (1.0 / 64.0, 1.0 - 1e-3)
-"""What confidences are clipped to, so that logits stay moderate."""
+"""Bounds of confidences, so that logits stay moderate."""
 
 _STEP = 0.8
 """A candidate is at most this much as probable as the one before: three steps of bfloat16 between their logits."""
 
 _TARGET_NOISE, _DRAFTER_NOISE = 2.0, 1.0
-"""Standard deviation of logits that mean nothing, beside what the meaningful ones leave between embeddings.
+"""Standard deviation of noise logits, without the contribution of the meaningful ones.
 
 Large enough for a logit's rounding in bfloat16 to be small beside it (`PagedModel` compares the two), small enough for
 no such logit to be among the best.
 """
 
 _DAMPING = 1e-4
-"""Scale of what attention and MLP write to the residual stream, in which an embedding's entries have variance 1."""
+"""Scale of the outputs of attention and MLP in the residual stream, where an embedding's entries have variance 1."""
 
 _ROWS = 2048
 

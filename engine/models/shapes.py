@@ -32,7 +32,7 @@ SHAPES: dict[str, Shape] = {
 }
 
 CONTEXT = 2048
-"""Positions that all of the published ones are made for."""
+"""Context length of all published shapes."""
 
 
 def shape_named(source: str) -> Shape | None:

@@ -33,8 +33,8 @@ from engine.speculation.tree import fixed_shape
 CHAINS, UNIFORM_TREES, LOCAL, GLOBAL, SLO = range(5)
 
 RANK_EXPONENT = 1.4
-"""The drafter believes that its choice of rank r >= 1 is right with probability proportional to r^-1.4, when its first
-is not: the law that `engine.workload.agreement` draws ranks from."""
+"""Exponent of the drafter's probabilities: when its first choice is wrong, its choice of rank r >= 1 is right with
+probability proportional to r^-1.4, the law from which `engine.workload.agreement` draws ranks."""
 
 
 class AcceptanceTrace(NamedTuple):

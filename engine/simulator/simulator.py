@@ -23,10 +23,10 @@ from engine.simulator.loop import ITERATION, System, bind, run_instance, run_ite
 from engine.workload.workload import Workload
 
 CHUNK_ITERATIONS = 200_000
-"""Iterations a compiled loop runs before it lets Python show progress or take an interrupt."""
+"""Iterations of a compiled loop between returns to Python for progress and interrupts."""
 
 Loop = Callable[[int, NDArray[np.void]], tuple[int, bool]]
-"""Runs at most so many iterations of an instance, filling the log; returns (iterations run, whether work is left)."""
+"""Runs up to so many iterations of an instance, filling the log; returns (iterations run, whether work is left)."""
 
 
 class Region:
@@ -86,9 +86,9 @@ class Simulator:
         self.system = System(state, new_feed(count), self.latency.tables, sharing, trace)
         self.seen = new_seen(count)
         self._regions = ([Region() for _ in workloads], [Region() for _ in workloads])
-        """Where each instance's workload stands in the request table, and in the acceptance trace."""
+        """Place of each instance's workload in the request table and in the acceptance trace."""
         self._used = [0, 0]
-        """Rows of these that are given out."""
+        """Rows in use of each."""
         self.workloads: list[Workload] = list(workloads)
         for i, workload in enumerate(workloads):
             self.load(i, workload)

@@ -9,10 +9,10 @@ from engine.compiled import kernel
 from engine.speculation.tree import Drafts
 
 PARTS = 16
-"""Probabilities are told apart by 1 / PARTS."""
+"""Number of probability bins."""
 
 PRIOR = 16.0
-"""The drafter's own word counts as so many observations."""
+"""Weight of the drafter's own probability, in observations."""
 
 
 @kernel

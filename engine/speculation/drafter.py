@@ -50,7 +50,7 @@ class Batch:
     wanted: NDArray[np.int64]
     """(B,) candidates planned; 0 for none."""
     limits: NDArray[np.int64]
-    """(B,) most candidates, and deepest, that the request's output leaves room for; at least `wanted`."""
+    """(B,) most candidates, and greatest depth, within the request's output limit; at least `wanted`."""
     speculation: Speculation = CHAINS
 
 
@@ -58,7 +58,7 @@ class Drafter(Protocol):
     """Proposes candidate tokens."""
 
     most_candidates: int
-    """Largest c it can be asked for."""
+    """Largest c it supports."""
 
     def propose(self, batch: Batch) -> Drafts:
         """Propose candidates in the batch's allocation; may write to `table.tokens` after the requests' tokens."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEAST_TEMPERATURE = 1e-5
-"""Below it a request is greedy: differences of logits divided by less may exceed what a float holds."""
+"""Below it a request is greedy, because scaled differences of logits may overflow a float."""
 
 
 class SamplingError(ValueError):

@@ -13,7 +13,7 @@ from engine.compiled import kernel
 from engine.core.state import MAX_CANDIDATES
 
 NEXT_RANK = 2 / 3
-"""Assumed by shapes that are fixed beforehand: the drafter's next token is right so often, given that those before it
+"""Acceptance assumed by fixed shapes: probability that the drafter's next token is right, given that those before it
 are wrong. A chain of three comes before a second child of the root, a chain of four after it."""
 
 
@@ -34,7 +34,7 @@ class Drafts:
     """(B,) nodes."""
     drawn_from: list[list[NDArray[np.float64] | None] | None]
     """For a request whose candidates were drawn: by 1 + node, the distribution (V,) that the node's children were drawn
-    from without replacement, in the order of their numbers. None: they follow from what stands before them."""
+    from without replacement, in the order of their numbers. None: they are determined by the tokens before them."""
     paths: NDArray[np.float64] | None = None
     """(B, W) estimated probability that the node and all above it are accepted; only where allocation asks for it."""
 

@@ -23,7 +23,7 @@ _NAMES: dict[TimeUnit, str] = {"s": "seconds", "ms": "milliseconds", "us": "micr
 _EPOCH = (1e9, 1e10)
 """Seconds since 1970 from 2001 to 2286: ten digits."""
 _USUAL_RATE = (0.01, 100.0)
-"""Requests/s of a trace whose unit has to be told from its rate."""
+"""Plausible requests/s of a trace whose unit is inferred from its rate."""
 _CENTURY_S = 100 * 365.25 * 86400
 
 

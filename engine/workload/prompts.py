@@ -94,7 +94,7 @@ class PromptSource(WorkloadSource):
     """
 
     name: Annotated[str, Field(min_length=1)] | None = None
-    """How reports call it; None: `prompts`, or the file's name."""
+    """Name in reports; None: `prompts`, or the file's name."""
     path: Path | None = None
     arrivals: SerializeAsAny[Arrivals]
     arrivals_path: Path | None = None

@@ -121,7 +121,7 @@ class RandomizedSource(WorkloadSource):
     def drawn(self, seed: int) -> SyntheticSource:
         """Draw the traffic of this seed."""
         rng = stream(seed, DOMAIN)
-        # Every quantity takes its number from the stream whether it is used or not, so that changing one range leaves
+        # Every quantity draws its number from the stream, used or not, so that changing one range leaves
         # the other draws as they were.
         name = self.lengths[int(rng.random() * len(self.lengths))]
         lengths = NamedLengths.model_validate(

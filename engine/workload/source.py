@@ -75,7 +75,7 @@ class TraceSource(WorkloadSource):
     max_total_tokens: Annotated[int, Field(ge=2)] | None = None
     zero_output: ZeroOutput = "error"
     time_unit: TimeUnit | None = None
-    """Of the file's times; None: the format's, or told from the numbers (`formats`)."""
+    """Of the file's times; None: the format's, or inferred from the numbers (`formats`)."""
     spread_ticks: bool | None = None
     """Spreads arrivals that a coarse clock logged over its ticks (`trace.read_trace`)."""
     thin_seed: Annotated[int, Field(ge=0)] = 0

@@ -65,7 +65,7 @@ class Workload:
     confidence: NDArray[np.float32]
     """(P,) the drafter's probability of its own first choice."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Where it came from: source, seed, options, fitted figures."""
+    """Provenance: source, seed, options, fitted figures."""
     source_row: NDArray[np.int64] | None = None
     """(R,) row of each request in its source (1 = first row of a trace file); for messages only."""
 

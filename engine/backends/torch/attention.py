@@ -24,7 +24,7 @@ from engine.backends.torch.pack import EXACT_ROWS, Pack
 NAME = "governor_paged"
 
 _UNKNOWN = ("attention_mask", "position_bias", "head_mask", "indices", "block_indices", "sinks", "alibi")
-"""What layers may ask of attention beyond scale, window, softcap and sinks, and does not get here."""
+"""Unsupported attention options of layers, beyond scale, window, softcap and sinks."""
 
 
 class Step(Protocol):

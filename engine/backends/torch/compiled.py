@@ -24,7 +24,7 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embedding whose angles depend on the position alone."""
 
 _FEW_ROWS = 8
-"""Up to so many rows are multiplied with weights by `kernels.times`; a single one is BLAS's matrix-vector product."""
+"""Up to this many rows are multiplied with weights by `kernels.times`; a single one is BLAS's matrix-vector product."""
 
 _ENDLESS = 1 << 62
 

@@ -87,8 +87,10 @@ class TorchEngine(RealEngine):
         self._generations: dict[int, Generation] = {}
         self._retired = 0
         self.logprobs: dict[int, list[TokenLogprob]] = {}
-        """Of the latest iteration's emissions, by request, where they are wanted; before those of a request's first
-        token stand those of its prompt's tokens from the second on, if these are wanted too."""
+        """Log probabilities of the latest iteration's emissions, by request, where requested.
+
+        Those of the prompt's tokens from the second on, if requested too, come before those of the first output token.
+        """
         self._scored: set[int] = set()
 
     @property

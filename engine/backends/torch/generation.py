@@ -32,20 +32,20 @@ class Generation:
     random: np.random.Generator
     constraints: Constraints = FREE
     logprobs: int | None = None
-    """The most probable tokens whose log probabilities are wanted beside those of the output; None: none at all."""
+    """Number of most probable tokens whose log probabilities are recorded beside the output's; None: record none."""
     prompt_logprobs: bool = False
-    """Whether those of the prompt are wanted too."""
+    """True to record those of the prompt too."""
     prompt_scored: list[TokenLogprob] = field(default_factory=list)
-    """Those of the prompt's tokens from the second on, as far as they are known."""
+    """Log probabilities of the prompt's tokens from the second on, as far as they are known."""
     output: list[int] = field(default_factory=list)
     stopped: bool = False
-    """Whether a stop token or `ending` has ended the output."""
+    """True once a stop token or `ending` has ended the output."""
     greedy: bool = field(init=False)
-    """Whether its next token is the most probable one."""
+    """True if its next token is always the most probable one."""
     may_stop: bool = field(init=False)
-    """Whether anything but its limit can end the output."""
+    """True if something other than its limit can end the output."""
     constrained: bool = field(init=False)
-    """Whether its constraints change anything."""
+    """True if its constraints have an effect."""
 
     def __post_init__(self) -> None:
         self.greedy = self.sampling.greedy

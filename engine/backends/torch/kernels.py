@@ -13,19 +13,19 @@ import numba
 import numpy as np
 
 _OPTIONS = {"cache": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True}
-"""Sums may be reordered: otherwise none becomes vectors."""
+"""Sums may be reordered, which vectorisation requires."""
 
 _kernel: Callable[..., Any] = numba.njit(**_OPTIONS, _nrt=False)  # type: ignore[call-overload]
-"""Counts no references of arrays, as `engine.compiled.kernel`."""
+"""Without reference counting of arrays, as `engine.compiled.kernel`."""
 
 _counting: Callable[..., Any] = numba.njit(**_OPTIONS)  # type: ignore[call-overload]
-"""For what calls `np.dot`."""
+"""For functions that call `np.dot`."""
 
 _TILE_OUTPUTS = 1024
 """Outputs that a product of few rows works on at a time: four rows of weights and results fit the nearest cache."""
 
 _PRODUCT_ROWS = 24
-"""From so many query rows a key-value head on, attention is two products over gathered keys, not a loop over blocks."""
+"""From this number of query rows per key-value head, attention is two products over gathered keys, not a loop."""
 
 TILE_ROWS = 128
 """Query rows of one such product."""

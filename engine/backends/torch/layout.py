@@ -15,7 +15,7 @@ from engine.core.state import MAX_CANDIDATES
 from engine.speculation.tree import Branches
 
 _ALIGNED = 4
-"""Every part begins at a multiple of so many int32, which is 16 bytes."""
+"""Every part begins at a multiple of this many int32, which is 16 bytes."""
 
 _NO_TREES = np.zeros(0, dtype=np.int64), np.zeros((0, 0), dtype=np.int32), np.zeros((0, 0), dtype=np.int32)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 ROWS_AT_ONCE = 256
-"""Rows of logits whose logarithms are taken at a time, so that a long prompt's need little memory."""
+"""Rows of logits processed at a time, which bounds the memory of a long prompt."""
 
 
 class TokenLogprob(NamedTuple):

@@ -25,16 +25,16 @@ from engine.speculation.sampling import finite_rows, most_probable
 from engine.speculation.tree import Branches
 
 TOLERANCE = {torch.float64: 5e-6, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
-"""Largest difference of logits that packing may make, as a share of the logits' standard deviation.
+"""Largest accepted difference of logits due to packing, as a share of the logits' standard deviation.
 
 In float64 too, some models take their softmax in float32 (Gemma 2).
 """
 
 ROUNDED = 2
-"""Logits may differ by so many units in their last place before the difference counts."""
+"""Differences of logits up to this many units in the last place are ignored."""
 
 REACH = re.compile(r"window|chunk|keep|local_attention|span|stride|block_size|topk|floor_scale")
-"""Settings of a model that may say how far back its attention sees, or from which position it does something else."""
+"""Settings of a model that may limit its attention span, or change its attention from some position on."""
 
 CHECKED_ROWS = 8
 """Logits compared before and behind each such position."""
@@ -47,7 +47,7 @@ STRETCHED_ROPE = ("dynamic", "longrope")
 
 
 Way = CompiledLlama | TritonLlama | FusedLlama
-"""A shorter way through a model than calling its modules."""
+"""A faster forward of a model than calling its modules."""
 
 
 class UnsupportedModelError(ValueError):

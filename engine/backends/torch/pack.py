@@ -22,8 +22,7 @@ EXACT_ROWS = 16
 
 
 MERGED_ROW_KEYS = 2048
-"""Groups become one as long as that adds at most so many (query row, key) pairs: an attention call of its own costs as
-much."""
+"""Groups are merged while that adds at most this many (query row, key) pairs, the cost of a separate attention call."""
 
 
 @dataclass

@@ -28,9 +28,9 @@ class Planned:
     completes: NDArray[np.bool_]
     """Prefills whose last chunk this is; the rest False."""
     ran_out: NDArray[np.bool_]
-    """(decodes,) whether the drafter proposed fewer candidates than it was asked for."""
+    """(decodes,) True where the drafter proposed fewer candidates than requested."""
     scored: NDArray[np.bool_]
-    """Prefills of which the logits after every token are wanted."""
+    """Prefills that need the logits after every token."""
 
     @property
     def keep(self) -> NDArray[np.int64]:

@@ -27,7 +27,7 @@ class Promises:
         self._used = 0
         self._settled = False
         self.settled = 0
-        """How often the device has been waited for."""
+        """Number of waits for the device."""
 
     @property
     def spare(self) -> int:

@@ -16,7 +16,7 @@ from engine.core.state import State
 from engine.limits import EngineLimits
 
 SCRATCH_TOKENS = 16
-"""Cache slots that belong to no request: rows that only fill up a forward write there."""
+"""Cache slots that belong to no request, for padding rows of a forward."""
 
 
 @kernel

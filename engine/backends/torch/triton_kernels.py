@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 KEYS_AT_ONCE = 64
-"""Keys that a program of `paged_attention` looks at in one turn."""
+"""Keys that a program of `paged_attention` processes per step."""
 
 _HEADS_AT_ONCE = 8
 _LOG2_E = tl.constexpr(1.4426950408889634)

@@ -34,19 +34,19 @@ _SMALL_TILE, _LARGE_TILE = 16, 64
 
 _MOST_SPLITS = 16
 _PROGRAMS_A_PROCESSOR = 2
-"""Keys are split among programs until there are so many for each multiprocessor."""
+"""Keys are split among programs up to this many programs per multiprocessor."""
 
 _INTERPRETED_PROCESSORS = 2
 
 _PROMISED = 1 << 19
-"""Choices of one iteration that there is room for: 4,096 requests, each with the largest tree grown and verified."""
+"""Capacity for one iteration's choices: 4,096 requests, each with the largest tree grown and verified."""
 
 
 class TritonLlama:
     """The forward of a model for which `supports` holds; see `FusedLlama` about its weights."""
 
     interpreted: ClassVar[bool] = False
-    """Whether Triton interprets kernels on a CPU (TRITON_INTERPRET=1 before it is imported): for tests."""
+    """True if Triton interprets kernels on a CPU (TRITON_INTERPRET=1 before it is imported): for tests."""
 
     def __init__(self, model: Any, shapes: list[LayerShape]) -> None:
         from engine.backends.torch import triton_kernels
@@ -66,7 +66,7 @@ class TritonLlama:
         self.graphs = Graphs(self._device)
         self.promises = Promises(_PROMISED, self._device)
         self.codes = np.zeros(0, dtype=np.int64)
-        """(rows,) what the latest forward chose, by the negative ids of `Promises`."""
+        """(rows,) the latest forward's choices, by the negative ids of `Promises`."""
         self._pool: Pool | None = None
         # Made for a cache and a table by `_follow`.
         self._layout: Layout

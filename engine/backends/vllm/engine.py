@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from engine.backends.vllm.rehearsal import VllmRehearsal
 
 _running: list[VllmEngine] = []
-"""Those of this process that are not closed."""
+"""Open engines of this process."""
 
 
 class Driver:
@@ -55,10 +55,10 @@ class Driver:
         self.action = (0, 1)
         """(c, n) of the next step."""
         self.observer: Observer
-        """Set anew by every reset of the engine, like `ledger`."""
+        """Replaced by every reset of the engine, like `ledger`."""
         self.ledger: Ledger
         self.ran_out: set[str] = set()
-        """Requests whose drafter proposed fewer candidates than it was asked for."""
+        """Requests whose drafter proposed fewer candidates than requested."""
         self._scheduler = scheduler
 
     def decide(self, drafted: int) -> tuple[int, int]:

@@ -56,7 +56,7 @@ class _Seen:
     rejections: int = 0
     band: int = 0
     ran_out: bool = False
-    """The drafter proposed fewer candidates than it was asked for, in the latest step."""
+    """The drafter proposed fewer candidates than requested, in the latest step."""
 
     def __post_init__(self) -> None:
         self.rate_again()
@@ -72,7 +72,7 @@ class _Step:
 
     started: float
     candidates: int
-    """c that its drafts were asked for, one step earlier."""
+    """c that its drafts were requested with, one step earlier."""
     num_decodes: int = 0
     decode_kv_tokens: int = 0
     prefill_tokens: int = 0

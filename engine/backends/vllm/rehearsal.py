@@ -20,7 +20,7 @@ from engine.core.state import DECODING
 from engine.latency.design import Point
 
 MOST_STEPS = 14
-"""Steps that a point's requests have candidates and a token each left for, once their prompts are done."""
+"""Steps for which a point's requests have candidates and tokens left after their prompts."""
 
 
 class VllmRehearsal:
