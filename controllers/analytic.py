@@ -332,9 +332,13 @@ def choose_pair(observation, e, grid, settings, memory):
 class Analytic(KernelController):
     """Chooses c for the decodes and n for the prompts, from predicted times and measured acceptance.
 
-    Symbols: T(c, n) predicted iteration time at the current batch and cache (lookup table), G(c) tokens per iteration
-    (measured online), mu = min_c T(c, 0) / G(c) the cost of a token to a decoding request without prefill, tau = T / n
-    of the largest budget alone, the cost of a prompt token prefilled in bulk, l the TTFT target.
+    Symbols:
+
+    - T(c, n): predicted iteration time at the current batch and cache (lookup table).
+    - G(c): tokens per iteration (measured online).
+    - mu = min_c T(c, 0) / G(c): cost of a token to a decoding request without prefill.
+    - tau = T / n of the largest budget alone: cost of a prompt token prefilled in bulk.
+    - l: TTFT target.
 
     **Candidates.** For every n, c minimises T(c, n) - mu G(c): the time of an iteration beyond the value of its tokens.
     Deadlines do not affect c: fewer candidates for the sake of one prompt would slow every decode, the batch would

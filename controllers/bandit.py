@@ -180,9 +180,9 @@ def decide(observation, i, params, memory):
 class Bandit(KernelController):
     """Plays each pair (c, n) for `every` iterations and prefers pairs with high rewards.
 
-    The reward of a play is the token rate its decoding requests had, tokens per request and second, as a share of the
-    best rate seen, and 0 if a request was past its TTFT deadline meanwhile; plays without decodes are not
-    counted. `ucb` is UCB1 (Auer, Cesa-Bianchi, Fischer, 2002) with forgetting, because loads change; `exp3` is Exp3
+    The reward of a play is the token rate of its decoding requests (tokens per request and second) as a share of the
+    best rate seen. It is 0 if a request was past its TTFT deadline meanwhile. Plays without decodes are not counted.
+    `ucb` is UCB1 (Auer, Cesa-Bianchi, Fischer, 2002) with forgetting, because loads change; `exp3` is Exp3
     (Auer et al., SIAM J. Computing 2002). BanditSpec (Hou et al., 2025) plays both over speculation settings. With
     `contextual` there is one bandit for each doubling of B, with and without a queue, as Nightjar chooses its arm, no
     speculation among them, by batch size.

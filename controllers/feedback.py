@@ -78,8 +78,8 @@ class Feedback(KernelController):
     The error is `wanted_slack` minus the least slack in the queue as a share of l (with an empty queue the slack is
     all of l). `aimd` applies TCP's rule (Jacobson, SIGCOMM 1988; Chiu and Jain, 1989) to the decodes: their share backs
     off at a congestion signal. So while the error is positive n is divided by `backoff`, and otherwise n falls by
-    `step_tokens` an iteration. `pi` sets log n between its bounds to `proportional` x error plus
-    the integral of `integral_per_s` x error over time, held in [0, 1] so that it does not wind up.
+    `step_tokens` an iteration. `pi` sets log n between its bounds to `proportional` x error plus the integral of
+    `integral_per_s` x error over time. The integral is clamped to [0, 1] against windup.
 
     Args:
         kind: `pi` or `aimd`.

@@ -205,8 +205,8 @@ class Mpc(KernelController):
     **Cost** is the objective (`engine.core.objective`) over the horizon: a decoding request pays 1 / ((L - 1)
     tpot_target) per second. A deadline costs nothing up to `guard` of its slack and rises linearly to `violation` at
     all of it, because predictions err and batches grow. Requests unfinished at the horizon are charged L mu of decoding
-    each, lateness in a queue drained at the highest rate, and `prefill_price` times the delay that the prompt
-    tokens left will cause to the usual batch.
+    each, and lateness in a queue drained at the highest rate. The remaining prompt tokens are charged `prefill_price`
+    times the delay that they will cause to the usual batch.
 
     Args:
         ttft_target: l in s.

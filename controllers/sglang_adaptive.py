@@ -164,11 +164,11 @@ def decide(observation, i, params, memory):
 class SglangAdaptive(KernelController):
     """Draft steps per range of batch sizes, moved by the average accepted length with hysteresis.
 
-    In every slot the accepted tokens a request and iteration are averaged (weight `ema_alpha`). After `warmup_batches`
-    and then every `update_interval` iterations in the slot, the steps fall to the next lower candidate as long as the
-    average is at most that candidate - 0.5 + `down_hysteresis` (0.5 + it for candidate 0), or else rise as long as the
-    average exceeds the current steps - 0.5 + `up_hysteresis`. At 0 steps acceptance is not observed, so the next update
-    tries the lowest positive candidate.
+    In every slot the accepted tokens per request and iteration are averaged (weight `ema_alpha`). The steps are updated
+    after `warmup_batches` and then every `update_interval` iterations in the slot. They fall to the next lower
+    candidate as long as the average is at most that candidate - 0.5 + `down_hysteresis` (0.5 + it for candidate 0).
+    Otherwise they rise as long as the average exceeds the current steps - 0.5 + `up_hysteresis`. At 0 steps acceptance
+    is not observed, so the next update tries the lowest positive candidate.
 
     Source: SGLang, `python/sglang/srt/speculative/adaptive_spec_params.py` (`AdaptiveStepSlot`), without its padding
     of batch sizes to those of CUDA graphs.

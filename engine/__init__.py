@@ -1,7 +1,7 @@
 """The serving engine: one scheduler, simulated and real clocks, and models of iteration time.
 
-Importing this package points numba's on-disk cache at a folder named after the compiled sources, because numba
-itself only notices a change in the file that holds a function, not in the functions it calls.
+Importing this package points numba's on-disk cache at a folder named after the compiled sources. Numba itself only
+notices a change in the file that holds a function, not in the functions it calls.
 """
 
 import hashlib

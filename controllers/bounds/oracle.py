@@ -176,9 +176,9 @@ class Oracle(PeekingController):
     unfinished then. The cheapest plan is followed until the next choice: rollout over a finite horizon (Bertsekas,
     Rollout, Policy Iteration, and Distributed Reinforcement Learning, 2020, chapter 2).
 
-    **What it bounds.** The run is planned once for each of `horizons`, and the cheapest of these runs, or that of
-    `oracle_grid` if none is below it, is the one served. So no fixed pair of the grid is ever cheaper. The result is
-    what one clairvoyant policy achieves and no proven bound: the optimum may be lower, and a controller without
+    **Meaning of the bound.** The run is planned once for each of `horizons`. In hindsight the cheapest of these runs is
+    served, or that of `oracle_grid` if none is below it. So no fixed pair of the grid is ever cheaper. The result is
+    that of one clairvoyant policy and not a proven bound: the optimum is lower still, and a controller without
     foresight could be lower as well.
 
     With candidates other than greedy chains the choice of c is a heuristic; rollouts and costs stay exact.

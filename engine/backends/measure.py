@@ -1,8 +1,8 @@
 """Measures the points of a design on a real engine, in rounds; a killed run can be resumed.
 
 Every round visits all points in a new random order. A machine that slows down therefore affects all parts of the design
-alike, and a burst of load affects a few repeats of many points instead of all repeats of a few. Each visit is one line
-of a file and is written once.
+alike. A burst of load affects a few repeats of many points instead of all repeats of a few. Each visit is one line of a
+file and is written once.
 """
 
 from __future__ import annotations

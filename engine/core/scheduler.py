@@ -291,9 +291,9 @@ def _commit_prefills(state, i):
 def commit(state, i, elapsed):
     """Close the planned iteration after `elapsed` seconds: emit tokens, finish requests, free their blocks.
 
-    `state.accepted[i, k]` is the number of accepted candidates of the k-th decode of the batch. If its candidates were
-    not a chain, `state.reach[i, k]` is one more where further candidates were verified behind the accepted ones or the
-    drafter ran out of proposals there, and the same number otherwise.
+    `state.accepted[i, k]` is the number of accepted candidates of the k-th decode of the batch. `state.reach[i, k]`
+    matters if its candidates were not a chain. It is one more where further candidates were verified behind the
+    accepted ones or the drafter ran out of proposals there, and the same number otherwise.
     """
     instance = state.instances[i]
     batch = state.batches[i]

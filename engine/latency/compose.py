@@ -114,7 +114,7 @@ def prefill_curves(profile: AttentionProfile, one_row: Curve, chunk_nodes: NDArr
     """Reduce prefill rows to curves over the chunk.
 
     Fresh chunks keep every measured node and the kernel's tile staircase. Rows with cached tokens are fitted in
-    relative least squares by fresh(chunk) + extra(chunk) + slope(chunk) * context, extra and slope linear between
+    relative least squares by fresh(chunk) + extra(chunk) + slope(chunk) * context. extra and slope are linear between
     `chunk_nodes`, each of which must be near measured chunks. `one_row` is decode attention of one request by cached
     tokens: its slope is that of a chunk of one token.
     """

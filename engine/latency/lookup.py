@@ -191,10 +191,10 @@ def sample_iterations(
 ) -> Iterations:
     """Draw iterations over a range of batch sizes, as profiling runs of an engine do.
 
-    Decodes log-uniform from `min_num_seqs` to `max_num_seqs` (one in 20 none); cached tokens a request lognormal
-    (median 600) for most, and uniform in total for the rest so that the grid's corners are covered; a third of the
-    batches have no prefill, the rest a budget choice (or anything below it), split over one to three prompts whose
-    cached part is exponential (mean 600 tokens), as prompts of about a thousand tokens in chunks leave it.
+    Decodes are log-uniform from `min_num_seqs` to `max_num_seqs` (one in 20 none). Cached tokens per request are
+    lognormal (median 600) for most, and uniform in total for the rest so that the grid's corners are covered. A third
+    of the batches have no prefill. The rest have a budget choice (or anything below it), split over one to three
+    prompts. Their cached part is exponential (mean 600 tokens), as for chunked prompts of about a thousand tokens.
     """
     decodes = np.round(np.exp(rng.uniform(np.log(min_num_seqs), np.log(max_num_seqs), samples))).astype(np.int64)
     decodes[rng.random(samples) < 0.05] = 0

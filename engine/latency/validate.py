@@ -160,8 +160,8 @@ def check_transcribed_points(sources: Sources) -> list[Score]:
     """Vidur's own A100 Llama-2-7b attention, 34 points transcribed by hand, from another build of FlashInfer.
 
     Alone, and inside a whole iteration, where the rest is the table's own. The prefill points are twice as slow as the
-    newer kernels at hand (Frontier's FlashInfer on the A800 and vLLM 0.14's FlashAttention in aiconfigurator agree
-    within 20 %), so alone they have no target.
+    newer kernels in use, so alone they have no target. (Frontier's FlashInfer on the A800 and vLLM 0.14's
+    FlashAttention in aiconfigurator agree within 20 %.)
     """
     name = "vicuna_7b_a100"
     model, layers = LatencyModel.load(name), ENGINES[name].model.layers

@@ -1,9 +1,9 @@
 """Text to train on and to prompt with: the running CPython's standard library, and files that the user gives.
 
-The corpus is every `.py` source under the interpreter's standard library folder except third-party packages
+The corpus is every `.py` source under the interpreter's standard library folder. Excluded are third-party packages
 (`site-packages`), tests (half of the bytes, and mostly data), `encodings` and `pydoc_data` (generated tables) and the
-build's own settings (`_sysconfigdata*`, `config-*`). A file is held out by a hash of its path relative to that folder,
-so the split is the same for everyone and a held-out file stays held out in another version of Python.
+build's own settings (`_sysconfigdata*`, `config-*`). A file is held out by a hash of its path relative to that folder.
+The split is therefore the same on every machine, and a held-out file stays held out in another version of Python.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Fits by maximum likelihood on half of the questions and prints its prediction of the other half, then the parameters
 fitted to all of them, as `markov.DRAFTERS` holds them. Censoring is exact: after a draft accepted as a whole the next
-position is unobserved and adds nothing to the likelihood, and since draft lengths depend only on earlier
-observations, leaving them out of the likelihood adds no bias.
+position is unobserved and adds nothing to the likelihood. Draft lengths depend only on earlier observations, so leaving
+them out of the likelihood adds no bias.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def fit_agreement(log: AcceptanceLog) -> MarkovChain:
 def fit_chain_equivalent(log: AcceptanceLog) -> MarkovChain:
     """`fit_agreement`, with its base moved until drafts of the log's constant depth have the log's accepted length.
 
-    For tree drafters: a chain whose agreement does not depend on the depth cannot follow acceptance that first rises
-    above and then falls below it as the tree narrows, but it can emit as many tokens an iteration.
+    For tree drafters: their acceptance first rises above that of a chain with depth-independent agreement, and then
+    falls below it as the tree narrows. The chain cannot follow this, but it can emit as many tokens per iteration.
     """
     fitted, target = fit_agreement(log), logged_steps(log).accepted.mean()
     shift = brentq(lambda by: simulated_steps(fitted.shifted(by), log).accepted.mean() - target, -2.0, 2.0, xtol=1e-3)

@@ -26,8 +26,8 @@ second hand: they were not recomputed from the data, so check them against the p
 - cnn_dailymail: computed from the 80 CNN/DailyMail questions of Spec-Bench with Vicuna-7B's greedy summaries
   (medians, sigmas and correlation of logarithms: 793, 0.46, 159, 0.37, 0.50). A small sample, one model's verbosity.
 - bigcodebench: an estimate. The mean prompt of 1,112.5 characters and the mean solution of 426 characters (Zhuo et
-  al., "BigCodeBench", ICLR'25, statistics of Complete) at 3.5 and 3.2 characters a Llama-2 token, plus 40 tokens of
-  instruction and, because chat models repeat the signature and imports and explain, twice the solution. Sigmas and
+  al., "BigCodeBench", ICLR'25, statistics of Complete) count 3.5 and 3.2 characters a Llama-2 token. Prompts have 40
+  more tokens of instruction. Solutions count twice: chat models repeat signature and imports, and explain. Sigmas and
   correlation are guesses.
 """
 

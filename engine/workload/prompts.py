@@ -86,11 +86,11 @@ class PromptSource(WorkloadSource):
     """Prompts cut from text, or given by the user one by one, with drawn or recorded arrivals.
 
     Without `path`, prompts are cut from the held-out files of the running Python's standard library, which the embedded
-    models were not trained on (`engine.models.corpus`). A text file is cut the same way; the prompts of a `.jsonl`
-    (vLLM's custom ones too) and the conversations of a ShareGPT `.json` are taken as they are, in file order, over
-    again when more are asked for. Of conversations those are taken that `vllm bench serve` takes, by their lengths;
-    the output has the length of the recorded answer unless `max_tokens` is set. Texts, lengths, arrivals and sampling
-    are drawn from streams of their own.
+    models were not trained on (`engine.models.corpus`). A text file is cut the same way. The prompts of a `.jsonl`
+    (vLLM's custom ones too) and the conversations of a ShareGPT `.json` are used as they are, in file order, and
+    repeated when more are requested. Conversations are selected by length, as `vllm bench serve` does. The output has
+    the length of the recorded answer unless `max_tokens` is set. Texts, lengths, arrivals and sampling are drawn from
+    separate streams.
     """
 
     name: Annotated[str, Field(min_length=1)] | None = None

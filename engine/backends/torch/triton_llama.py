@@ -1,9 +1,9 @@
 """Forward pass of Llama-family models on a GPU: library matrix products, and a kernel for each part between them.
 
 A batch of decodes is bound by the launches of a few hundred small kernels and by their memory traffic beside the
-weights. Here a layer is four products and five or six kernels, small batches are replayed as CUDA graphs, a forward's
-inputs come in one copy, and chosen tokens stay on the device until they are read (`Promises`). `PagedModel` checks the
-result against the plain model when it loads.
+weights. Here a layer is four products and five or six kernels, and small batches are replayed as CUDA graphs. A
+forward's inputs come in one copy, and chosen tokens stay on the device until they are read (`Promises`). `PagedModel`
+checks the result against the plain model when it loads.
 """
 
 from __future__ import annotations
