@@ -87,5 +87,5 @@ class AdaServe(KernelController):
         return Speculation("slo", tpot_target=self.tpot_target)
 
     def label(self) -> str:
-        """For example `adaserve n=512`."""
+        """Label, for example `adaserve n=512`."""
         return f"adaserve n={self.token_budget}"

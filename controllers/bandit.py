@@ -243,5 +243,5 @@ class Bandit(KernelController):
         return stacked(one, instances)._replace(random=states[:, None])
 
     def label(self) -> str:
-        """For example `bandit ucb by load`."""
+        """Label, for example `bandit ucb by load`."""
         return f"bandit {self.kind}" + (" by load" if self.contextual else "")

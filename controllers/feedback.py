@@ -134,5 +134,5 @@ class Feedback(KernelController):
         return Memory(np.full(instances, float(self.lowest_budget)), np.zeros(instances))
 
     def label(self) -> str:
-        """For example `feedback pi c=3`."""
+        """Label, for example `feedback pi c=3`."""
         return f"feedback {self.kind} c={self.candidates}"

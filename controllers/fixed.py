@@ -65,5 +65,5 @@ class Fixed(KernelController):
         return self.plant.grid.action(self.candidates, self.token_budget)
 
     def label(self) -> str:
-        """For example `fixed c=3 n=512`."""
+        """Label, for example `fixed c=3 n=512`."""
         return f"fixed c={self.candidates} n={self.token_budget}"

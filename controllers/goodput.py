@@ -189,7 +189,7 @@ class Goodput(KernelController):
     squares fit to the engine's predicted times, as the released code profiles offline, and follow the measured times by
     recursive least squares. The token acceptance rate a is a moving average of the share of candidates accepted so far,
     as in the released code. The share of each single iteration, a handful of candidates with few requests running, is
-    noisy enough to reach k = 0, where nothing is drafted and so nothing is learned again. For the same reason old
+    noisy enough to reach k = 0, where nothing is drafted and acceptance is not observed. For the same reason old
     observations fade: after speculation stops, a returns to `initial_acceptance`, and speculation is tried again.
 
     X. Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput" (arXiv 2406.14066,
@@ -268,5 +268,5 @@ class Goodput(KernelController):
         return stacked(one, instances)
 
     def label(self) -> str:
-        """For example `goodput n=512`."""
+        """Label, for example `goodput n=512`."""
         return f"goodput{' per request' if self.per_request else ''} n={self.token_budget}"

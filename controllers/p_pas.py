@@ -55,7 +55,7 @@ class PPas(KernelController):
         return Params(self.candidates, self.contended_budget, self.free_budget)
 
     def label(self) -> str:
-        """For example `p_pas 2048/16384`."""
+        """Label, for example `p_pas 2048/16384`."""
         return f"p_pas {self.contended_budget}/{self.free_budget}" + (
             f" c={self.candidates}" if self.candidates else ""
         )

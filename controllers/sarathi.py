@@ -57,5 +57,5 @@ class Sarathi(KernelController):
         return Params(self.candidates, self.total_budget)
 
     def label(self) -> str:
-        """For example `sarathi 512`."""
+        """Label, for example `sarathi 512`."""
         return f"sarathi {self.total_budget}" + (f" c={self.candidates}" if self.candidates else "")

@@ -57,6 +57,6 @@ class TrtllmSchedule(BatchSchedule):
         return table
 
     def label(self) -> str:
-        """For example `trtllm 4:4 16:3 64:1`."""
+        """Label, for example `trtllm 4:4 16:3 64:1`."""
         bounds = sorted(self.draft_len_schedule.items())
         return "trtllm " + " ".join(f"{bound}:{candidates}" for bound, candidates in bounds)

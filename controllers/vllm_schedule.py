@@ -61,5 +61,5 @@ class VllmSchedule(BatchSchedule):
         return table
 
     def label(self) -> str:
-        """For example `vllm 1:3 17:2 65:0`."""
+        """Label, for example `vllm 1:3 17:2 65:0`."""
         return "vllm " + " ".join(f"{low}:{candidates}" for low, _, candidates in self.schedule)

@@ -232,5 +232,5 @@ class Episodes(ABC):
         """The reported figures of engine `e`'s episode."""
         return episode_summary(self.state, e, self.arrived(e), self.prices)
 
-    def close(self) -> None:  # noqa: B027 - simulated engines hold nothing
+    def close(self) -> None:  # noqa: B027 - simulated engines hold no resources
         """Release the engines."""

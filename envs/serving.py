@@ -122,10 +122,10 @@ one costs about as much as serving it; None draws a new workload for every episo
 
     ## Learners
 
-    Observations and rewards are in engineering units, which networks want scaled: `envs.wrappers.FlatObservation` does
-    it for observations. With Stable-Baselines3, `VecNormalize(make_vec_env("governor/Serving-v0"))` scales both for
-    `PPO("MultiInputPolicy", ...)`. The wrappers in `gymnasium.wrappers.vector` that normalise need the vector
-    environment with `autoreset_mode="NEXT_STEP"`.
+    Observations and rewards are in engineering units, which should be scaled for networks:
+    `envs.wrappers.FlatObservation` scales observations. With Stable-Baselines3,
+    `VecNormalize(make_vec_env("governor/Serving-v0"))` scales both for `PPO("MultiInputPolicy", ...)`. The wrappers in
+    `gymnasium.wrappers.vector` that normalise need the vector environment with `autoreset_mode="NEXT_STEP"`.
 
     ## Real engines
 

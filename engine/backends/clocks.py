@@ -92,7 +92,7 @@ def clocks_of(device: str) -> GpuClocks | None:
     import torch
 
     found: Any = torch.cuda.get_device_properties(torch.device(device))
-    # NVML also counts the GPUs that this process may not see, so the index says nothing.
+    # NVML also counts GPUs that are hidden from this process, so its indices differ.
     if not all(hasattr(found, f"pci_{part}_id") for part in ("domain", "bus", "device")):
         return None
     return GpuClocks.at(f"{found.pci_domain_id:08x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0")

@@ -249,7 +249,7 @@ class RealEngine(ABC):
         self._earliest = 0.0
         self.clock = WallClock() if clock is None else clock
 
-    def prepare(self) -> None:  # noqa: B027 - most have nothing that only first iterations take time for
+    def prepare(self) -> None:  # noqa: B027 - most engines need no set-up
         """Do in advance whatever would slow down the first iterations; serves no requests meanwhile."""
 
     @abstractmethod

@@ -60,7 +60,7 @@ def arrive(state, i, feed, now):
 
 @kernel
 def settle(state, i, feed):
-    """Submit arrivals and, with nothing to do, jump to the next one; returns False when no request is left."""
+    """Submit arrivals and, if idle, jump to the next one; returns False when no request is left."""
     deliver(state, i, feed)
     while not has_work(state, i):
         if feed.next[i] >= feed.end[i]:

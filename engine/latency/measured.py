@@ -60,7 +60,7 @@ class MeasuredIterations:
 
     @classmethod
     def from_columns(cls, columns: dict[str, Any]) -> MeasuredIterations:
-        """From a column of values for every field; KeyError names a missing one."""
+        """Build from a column of values for every field; KeyError names a missing one."""
         made: dict[str, Any] = {}
         for field in fields(cls):
             if field.name == "chunks":

@@ -140,7 +140,7 @@ def attention_part(sources: Sources, engine: Engine) -> Attention:
 
 
 def attention_a100(sources: Sources, engine: Engine) -> Attention:
-    """From Frontier's A800 Llama-2-7b profile, which is A100 silicon with a slower NVLink that attention does not use.
+    """Attention from Frontier's A800 Llama-2-7b profile: A100 silicon with a slower NVLink, unused by attention.
 
     Other head counts: decode by (request, head) pairs, prefill by aiconfigurator's measured ratio of head counts, which
     also carries chunks past 4,096 tokens.
@@ -164,7 +164,7 @@ def attention_a100(sources: Sources, engine: Engine) -> Attention:
 
 
 def attention_h100(sources: Sources, engine: Engine) -> Attention:
-    """From aiconfigurator: decode of 8 heads by (request, head) pairs, prefill of chunks with nothing cached.
+    """Attention from aiconfigurator: decode of 8 heads by (request, head) pairs, prefill of chunks with nothing cached.
 
     The cost of cached tokens in a chunk was not measured; it follows from the area of causal attention. The cost of a
     verified row is that of the A100.
@@ -180,7 +180,7 @@ def attention_h100(sources: Sources, engine: Engine) -> Attention:
 
 
 def attention_llmservingsim(sources: Sources, engine: Engine) -> Attention:
-    """From LLMServingSim's mixed-batch grid: pure decode, pure prefill, and decode beside the shortest chunk.
+    """Attention from LLMServingSim's mixed-batch grid: pure decode, pure prefill, and decode beside the shortest chunk.
 
     vLLM runs a mixed batch in one kernel, in which decoding rows lose the packing of query heads and the split over
     cached tokens. So decode beside a chunk has its own surface: rows with the shortest chunk on nothing cached, minus

@@ -119,7 +119,7 @@ def bigram_target(config: Any, seed: int, *, dtype: torch.dtype, device: torch.d
 
 
 def bigram_drafter(config: Any, seed: int, law: MarkovChain, *, dtype: torch.dtype, device: torch.device) -> Any:
-    """A drafter for the target of the same seed and vocabulary, which it agrees with as `law` says."""
+    """A drafter for the target of the same seed and vocabulary, with agreement by `law`."""
     table = drafter_table(config.vocab_size, seed, law)
     return _build(config, table, _DRAFTER_NOISE, (seed, _DRAFTER), dtype, device)
 

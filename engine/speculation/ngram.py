@@ -122,7 +122,7 @@ class NgramDrafter:
         self._proposed.pop(number, None)
 
     def prepare(self, table: Any, trees: bool) -> None:
-        """There is nothing to do."""
+        """Do nothing."""
 
     def _learn(self, number: int, tokens: NDArray[np.int32]) -> None:
         """Count how much of the request's latest proposal was right, as far as its tokens are known."""
@@ -142,7 +142,7 @@ def _estimated(how: Speculation) -> bool:
 
 
 def _first_branch(drafts: Drafts, i: int) -> list[int]:
-    """Tokens of the latest continuation, which come first in a row."""
+    """Tokens of the latest continuation, the first nodes of the tree."""
     parents = drafts.parents[i, : drafts.counts[i]]
     elsewhere = np.flatnonzero(parents != np.arange(len(parents)) - 1)
     return drafts.tokens[i, : elsewhere[0] if len(elsewhere) else len(parents)].tolist()

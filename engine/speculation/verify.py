@@ -107,7 +107,7 @@ def _try_drawn(
         left = np.maximum(p - q, 0.0)
         remaining = left.sum()
         if remaining <= 0.0:
-            # p = q up to rounding leaves nothing to draw from, and a rejection there is itself a rounding error.
+            # p = q up to rounding leaves an empty residual, and a rejection there is itself a rounding error.
             break
         p = left / remaining
         q[token] = 0.0

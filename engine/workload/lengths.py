@@ -43,7 +43,7 @@ class LengthModel(BaseModel, ABC):
 
 
 class FixedLengths(LengthModel):
-    """Every request alike: for experiments by hand and for checks against a formula."""
+    """Equal lengths for all requests: for experiments by hand and for checks against a formula."""
 
     prompt_tokens: Tokens
     output_tokens: Tokens

@@ -1,4 +1,4 @@
-"""Request traces: the formats that `engine.workload.formats` knows, their windows and scales."""
+"""Request traces: reading the formats of `engine.workload.formats`, windows and scales."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ class TorchEngine(RealEngine):
         return row
 
     def retire(self) -> NDArray[Any]:
-        """Take the rows of the earliest requests out of the table, up to the first unfinished; returns them.
+        """Remove the rows of the earliest requests from the table, up to the first unfinished; returns them.
 
         Requests keep their numbers. The state then holds only the others.
         """

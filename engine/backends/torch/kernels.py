@@ -195,7 +195,7 @@ def _position(tree, slot):
 
 @_kernel
 def _hide_strangers(scores, low, tree, slot, least):
-    """Among scores from slot `low` on, hide those of the tree that are not of `slot` and its ancestors.
+    """Mask the scores, from slot `low` on, of tree nodes other than `slot` and its ancestors.
 
     `least` is the first position seen.
     """

@@ -123,7 +123,7 @@ def _write(
     bits, kept, entries, ids, positions, slots, prefix, tiles, blocks,
     tokens, table, seats, starts, counts, keep, promised, spare, scratch, block_size, tile_rows, roots, parents, depths,
 ):  # fmt: skip
-    """Fill `Inputs`; rows beyond the batch's own fill up the forward: they see nothing and are cached in scratch."""
+    """Fill `Inputs`; padding rows beyond the batch's own attend to nothing and are cached in scratch."""
     row, tile, wanted = 0, 0, 0
     for i in range(len(seats)):
         seat, end = seats[i], starts[i] + counts[i]

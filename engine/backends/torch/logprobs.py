@@ -20,7 +20,7 @@ class TokenLogprob(NamedTuple):
 
 
 def token_logprobs(logits: torch.Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Of `tokens[i]` under row `rows[i]` of `logits` (R, V), with the `top` most probable tokens of that row."""
+    """Log probabilities of `tokens[i]` under row `rows[i]` of `logits` (R, V), and of that row's `top` tokens."""
     found: list[TokenLogprob] = []
     for first in range(0, len(rows), ROWS_AT_ONCE):
         here = slice(first, first + ROWS_AT_ONCE)

@@ -5,7 +5,7 @@ so that a captured graph can be replayed for another batch. Rows are tokens. Sco
 are float32 whatever the model's type.
 """
 
-# Kernels say by annotation which of their arguments are compiled in, and nothing else.
+# Kernels only annotate the arguments that are compile-time constants.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _attend(
                 visible = visible | ((behind >= 0) & (behind < 64) & (((branch[:, None] >> node) & 1) == 1))
             score = tl.where(visible & inside[None, :], score, float("-inf"))
             higher = tl.maximum(peak, tl.max(score, axis=1))
-            # A row that has seen nothing yet has no peak to subtract.
+            # A row without keys so far has no maximum to subtract.
             base = tl.where(higher == float("-inf"), 0.0, higher)
             weight = tl.exp2(score - base[:, None])
             kept = tl.exp2(peak - base)
@@ -263,7 +263,7 @@ def paged_attention(
         query: (T, heads, width), rows any distance apart; width a power of two of at least 16.
         keys, values: a layer's pools, (blocks * kv_heads, block_size * width).
         tiles: (tiles, 4) int32: first row, rows (at most `tile_rows`; 0 for a tile that is none), request, and the
-            slots of the request that any of its rows sees. Rows in no tile come out undefined.
+            slots of the request that any of its rows sees. Rows outside all tiles are undefined.
         block_table: (requests, blocks) int32.
         prefix: (T,) int32: number of its request's first slots that a row sees.
         bits: (T,) int64: where bit i is set, the row also sees slot `prefix + i`; None: no row sees any.

@@ -32,8 +32,8 @@ class GovernorConfig(BaseModel):
     Args:
         controller: a controller's yaml, as in `conf/controller`: `_target_` and settings. The environment variable
             GOVERNOR_CONTROLLER names it where this is not given.
-        engine: an engine's yaml, as in `conf/engine` or as `runs.profile` writes it, whose iteration times controllers
-            predict with; one that predicts nothing needs none.
+        engine: an engine's yaml, as in `conf/engine` or as `runs.profile` writes it, the source of predicted iteration
+            times; not needed by controllers without predictions.
         ttft_target: latency requirement on TTFT in s; None: the controller's own, or 1 s.
         actions: the choices of controllers that choose from a grid; those above vLLM's maxima are left out.
         queue_rows: waiting requests that are observed one by one.
