@@ -87,7 +87,7 @@ class TorchEngineConfig(RealEngineConfig):
 
     @property
     def speculation(self) -> Speculation:
-        """How the candidates of an action are shared out."""
+        """Allocation of an action's candidates."""
         return Speculation(self.allocation, self.branching, self.draft_depth)
 
     def governed_by(self, speculation: Speculation | None) -> Self:
@@ -105,7 +105,7 @@ class TorchEngineConfig(RealEngineConfig):
 
     @property
     def limits(self) -> EngineLimits:
-        """What the scheduler knows of the cache."""
+        """Scheduler limits, as they follow from the cache."""
         blocks = self.num_kv_blocks or self.max_num_seqs * -(-self.max_model_len // self.block_size)
         return EngineLimits(
             blocks, self.block_size, int(self.watermark * blocks), self.max_num_seqs, self.max_model_len, self.prefill
