@@ -2,11 +2,16 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+
+INTERRUPTED = 130
+"""Exit status of a process that was told to stop."""
 
 _WANTED = os.environ.get(FULL_ERROR, "0") not in ("", "0")
 
@@ -45,13 +50,26 @@ def ending(log: logging.Logger, interrupted: str, traceback: Callable[[], bool] 
         sys.exit(2)
     except KeyboardInterrupt:
         log.error("%s", interrupted)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Makes SIGTERM what Ctrl-C is, so that a run that is being written cleans up after itself."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def command(main: Callable[[], int]) -> None:
     """Run the `main` of an app without Hydra and exit with what it returns, or as `ending` does."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with ending(logging.getLogger("runs"), "interrupted"), named():
+    with stopped_by_sigterm(), ending(logging.getLogger("runs"), "interrupted"), named():
         status = main()
     sys.exit(status)
 

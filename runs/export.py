@@ -24,14 +24,19 @@ from runs.reporting.statistics import PairedDifference
 log = logging.getLogger("export")
 
 
-def job(config: DictConfig) -> None:
-    """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
+def job(config: DictConfig) -> float:
+    """One Hydra job; returns the mean objective of what was exported.
+
+    A single run exits with 2 and one message on what the user can fix, with 130 when interrupted.
+    """
     out = Path(HydraConfig.get().runtime.output_dir)
     with mistakes.ending(log, "interrupted: nothing was written", out):
         export = mistakes.instantiate(config, Export)
         _warn(export)
         with mistakes.named():
-            _say(export, export.run(out, progress), out)
+            exported = export.run(out, progress)
+            _say(export, exported, out)
+        return exported.mean(EXPORTED, "objective")
 
 
 def _warn(export: Export) -> None:

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import hydra
 import hydra.utils
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
@@ -21,13 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from conf import plain
+from conf.compose import CONF, ChoiceError, compose, compose_choice, no_choice
 from engine.files import FileFaultError, locked
 from runs import endings, whole
-from runs.endings import MistakeError, named, one_line
+from runs.endings import INTERRUPTED, MistakeError, named, one_line
 from runs.progress import compiling
 
-__all__ = ["JobError", "MistakeError", "app", "ending", "explain", "in_sweep", "instantiate", "named"]
+__all__ = ["JobError", "MistakeError", "app", "ending", "explain", "in_sweep", "instantiate", "named", "said"]
 
 Task = Callable[[DictConfig], Any]
 
@@ -36,9 +35,6 @@ T = TypeVar("T")
 FAILURE = "failure.json"
 """What a failed job of a sweep leaves in its folder: its overrides, and the error."""
 
-_NO_CHOICE = re.compile(
-    r"Could not find '([^']+)'(?:\s+Available options in '[^']+':\s+(.*?)\s*(?:Config search path|\Z))?", re.S
-)
 _NO_KEY = re.compile(r"Could not (?:override|delete from config\.) '([^']+)'|is not in struct\s+full_key: (\S+)")
 
 NEAR = 0.5
@@ -75,18 +71,21 @@ def app(name: str) -> Callable[[Task], Callable[[], None]]:
             # A failing log file would print a traceback at every line.
             logging.raiseExceptions = endings.wants_traceback()
             try:
-                with _raising():
+                with _raising(), endings.stopped_by_sigterm():
                     main()
             except (HydraException, OmegaConfBaseException, OSError, MistakeError, FileFaultError) as error:
                 if wants_traceback():
                     raise
-                said = (
-                    refused(error, name, sys.argv[1:])
-                    if isinstance(error, HydraException) or not isinstance(error, OSError)
-                    else endings.of_system(error)
-                )
-                print(f"E {said}", file=sys.stderr)
+                print(f"E {said(error, name, sys.argv[1:])}", file=sys.stderr)
                 sys.exit(2)
+            except JobError:
+                # Sweepers that end with the first failed job pass its error on.
+                if wants_traceback():
+                    raise
+                sys.exit(1)
+            except KeyboardInterrupt:
+                print("E interrupted", file=sys.stderr)
+                sys.exit(INTERRUPTED)
 
         return command
 
@@ -107,18 +106,21 @@ def _raising() -> Iterator[None]:
             os.environ[endings.FULL_ERROR] = before
 
 
-def refused(error: Exception, name: str, words: Sequence[str]) -> str:
-    """What Hydra or OmegaConf refuses, on one line, with what could have been meant instead."""
+def said(error: Exception, name: str, words: Sequence[str]) -> str:
+    """What an error of the app `name` with this command line says, on one line."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _refused(error, name, words)
+    return endings.of_system(error) if isinstance(error, OSError) else one_line(error)
+
+
+def _refused(error: Exception, name: str, words: Sequence[str]) -> str:
+    """What Hydra or OmegaConf refuses, with what could have been meant instead."""
     said = str(error)
     if found := _NO_KEY.search(said):
         key = found.group(1) or found.group(2)
         return f"{key}: unknown key{_meant(key, _keys(name, words))}"
-    if found := _NO_CHOICE.search(said):
-        group, _, choice = found.group(1).rpartition("/")
-        known = (found.group(2) or "").split()
-        near = difflib.get_close_matches(choice, known, n=1)
-        there = f"there are {', '.join(known)}" if known else "there is no such group"
-        return f"{group}={choice}: no such choice; {f'did you mean {near[0]}?' if near else there}"
+    if wrong := no_choice(error):
+        return wrong
     if found := re.search(r"Error parsing override '(.*)'\n(.*)", said):
         word, reason = found.groups()
         return f"{word}: not of the form key=value ({reason}); quote it as in 'key=\"value\"' if it holds , : {{ [ or ="
@@ -126,7 +128,7 @@ def refused(error: Exception, name: str, words: Sequence[str]) -> str:
         word = found.group(1)
         key, _, value = word.partition("=")
         return f"{word}: several values: add -m to run one job for each, or give a list as '{key}=[{value}]'"
-    return one_line(error).split(" full_key:")[0]
+    return " ".join(said.split()).split(" full_key:")[0]
 
 
 def _meant(wrong: str, known: Sequence[str]) -> str:
@@ -149,13 +151,10 @@ def _meant(wrong: str, known: Sequence[str]) -> str:
 
 def _keys(name: str, words: Sequence[str]) -> list[str]:
     """All keys of the configuration that the command line chooses, as far as it can be composed."""
-    groups = [word for word in words if (plain.CONF / word.lstrip("+~").partition("=")[0]).is_dir() and "," not in word]
+    groups = [word for word in words if (CONF / word.lstrip("+~").partition("=")[0]).is_dir() and "," not in word]
     for overrides in (groups, []):
         try:
-            GlobalHydra.instance().clear()
-            with hydra.initialize_config_dir(str(plain.CONF), version_base=None):
-                config = hydra.compose(name, overrides)
-            return [*_below(OmegaConf.to_container(config, resolve=False), "")]
+            return [*_below(OmegaConf.to_container(compose(name, overrides), resolve=False), "")]
         except (HydraException, OmegaConfBaseException):
             continue
     return []
@@ -172,7 +171,7 @@ def instantiate(config: DictConfig, kind: type[T]) -> T:
     """The object that a config with `_target_`s describes. Raises MistakeError naming the key of what is refused."""
     try:
         if HydraConfig.initialized():
-            whole.replace(config, HydraConfig.get().overrides.task)
+            whole.replace(config, _overrides("task"))
         made = hydra.utils.instantiate(config, _convert_="all")
     except MissingMandatoryValue as error:
         raise MistakeError(f"{error.full_key} must be given, for example {error.full_key}=VALUE") from error
@@ -208,12 +207,12 @@ def ending(log: logging.Logger, interrupted: str, out: Path) -> Iterator[None]:
             yield
     except KeyboardInterrupt:
         log.error("%s", interrupted)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         expected = isinstance(error, MistakeError) and not wants_traceback()
         log.error("%s", error, exc_info=None if expected else error)
         with suppress(OSError):
-            left = {"overrides": list(HydraConfig.get().overrides.task), "error": one_line(error)}
+            left = {"overrides": _overrides("task"), "error": one_line(error)}
             record.write_text(json.dumps(left, indent=1) + "\n", encoding="utf-8")
         raise JobError(one_line(error)) from None
 
@@ -228,8 +227,14 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
+def _overrides(of: str) -> list[str]:
+    """The command line's overrides of the `task`, or of `hydra`, as they were given."""
+    # Interpolations stay: what they name may be another job's, or not there yet.
+    return [str(text) for text in OmegaConf.to_container(HydraConfig.get().overrides, resolve=False)[of]]  # type: ignore[index,call-overload]
+
+
 def _refuse_folder_of_a_sweep() -> None:
-    for text in HydraConfig.get().overrides.hydra:
+    for text in _overrides("hydra"):
         key, _, value = text.lstrip("+").partition("=")
         if key in ("hydra.sweep.dir", "hydra.sweep.subdir"):
             raise MistakeError(f"{key}={value} is of a sweep, and this is one run: set hydra.run.dir, or sweep with -m")
@@ -274,10 +279,10 @@ def _chosen(group: str) -> str:
 def _choices(group: str, kinds: Sequence[str]) -> list[str]:
     """The choices of a group that are made into one of these classes."""
     found = []
-    for path in sorted((plain.CONF / group).glob("*.yaml")):
+    for path in sorted((CONF / group).glob("*.yaml")):
         try:
-            target = str(plain.read_choice(group, path.stem).get("_target_", ""))
-        except MistakeError:
+            target = str(compose_choice(group, path.stem).get("_target_", ""))
+        except ChoiceError:
             continue
         if target.rpartition(".")[2] in kinds:
             found.append(path.stem)

@@ -2,16 +2,12 @@
 
 Composes the configuration (conf/profile.yaml) and writes into the run folder (`hydra.run.dir`): `iterations.parquet`
 (one row a measured iteration, its provenance in the file), `table.json` (latency table), `card.json` (held-out errors),
-`acceptance.jsonl` and `agreement.npz` (what speculation got), `tokens_per_iteration.json`, `provenance.json`,
-`machine.json` (what only this machine can say), and `engine.yaml`, which `engine=PATH` accepts in every app.
-`visits.jsonl` holds every timing as it was made: the same command goes on from it. `device=cuda` is short for
-`engine.device=cuda`.
+`acceptance.jsonl` and `agreement.npz` (what speculation got), `tokens_per_iteration.json`, `provenance.json`, and
+`engine.yaml`, which `engine=PATH` accepts in every app. `visits.jsonl` holds every timing as it was made: the same
+command goes on from it. `device=cuda` is short for `engine.device=cuda`.
 
-Where Hydra or pydantic is missing the same command runs without them (`runs.bare`): torch, transformers, numpy, numba
-and scikit-learn are enough, pyarrow but for `iterations.parquet` and `engine.yaml`.
-
-`python -m runs.profile --finish FOLDER` measures nothing: in a folder that was measured elsewhere it writes what was
-missing there, and everything that names a place anew.
+Needs torch, transformers, numpy, numba, scikit-learn, hydra-core, omegaconf and pydantic; pyarrow for
+`iterations.parquet` and `engine.yaml` alone.
 
 `python -m runs.profile --from-vllm-bench FILE... base=TABLE` (also `from_vllm_bench=[FILE,...]`) measures nothing: it
 reads what `vllm bench serve` reported of a server (conf/from_vllm_bench.yaml), fits a few factors on the base table,
@@ -19,15 +15,34 @@ and writes `table.json`, `card.json` (errors on runs left out), `engine.yaml`, a
 speculated.
 """
 
-import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from runs import mistakes
+from runs.measured_folder import ENGINE, Result
+from runs.profiling import Profile
+from runs.progress import progress
+
+log = logging.getLogger("profile")
+
 BENCH, BENCH_KEY = "--from-vllm-bench", "from_vllm_bench"
-FINISH = "--finish"
-APP_PACKAGES = ("hydra", "omegaconf", "pydantic")
-"""What the Hydra apps need and a GPU box may not have."""
+
+
+def job(config: DictConfig) -> None:
+    """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
+    out = Path(HydraConfig.get().runtime.output_dir)
+    with mistakes.ending(log, "interrupted: the same command goes on from here", out):
+        profile = mistakes.instantiate(config, Profile)
+        with mistakes.named():
+            _say(profile.run(out, progress), out)
+
+
+measure = mistakes.app("profile")(job)
 
 
 def bench_arguments(arguments: Sequence[str]) -> list[str] | None:
@@ -60,24 +75,39 @@ def _names_a_result(word: str) -> bool:
     return (word.endswith(".json") and "=" not in word) or Path(word).is_file()
 
 
-def main() -> None:
-    """Measure; or finish a folder, or calibrate, as the command line says."""
-    arguments = sys.argv[1:]
-    missing = [package for package in APP_PACKAGES if importlib.util.find_spec(package) is None]
-    bench = bench_arguments(arguments)
-    if missing and {"-h", "--help"} & set(arguments):
-        print(__doc__)
-    elif FINISH in arguments or (missing and bench is None):
-        from runs import bare
-
-        bare.main(profile_arguments(arguments))
-    elif missing:
-        sys.exit(f"{BENCH} needs {', '.join(missing)}, which is not installed here")
+def _say(result: Result, folder: Path) -> None:
+    """Print held-out errors and what speculation got; log what can be done with the folder now."""
+    groups = list(result.card["linear"])
+    rows = [["", *groups]]
+    rows += [[name, *(f"{100 * errors[group]:.1f}" for group in groups)] for name, errors in result.card.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    print(f"Held-out iteration times, mean absolute error in %, {len(result.measured)} points")
+    for first, *others in rows:
+        print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)))
+    gains = "  ".join(f"c={c}: {gain:.2f}" for c, gain in result.tokens_per_iteration.items())
+    print(f"Tokens per iteration  {gains}")
+    if result.missing:
+        log.warning(
+            "%s not written: pyarrow is missing; install it and give the same command again, it goes on from here",
+            " and ".join(result.missing),
+        )
     else:
-        from runs import profile_apps
+        log.info("engine=%s simulates this engine in every app", folder / ENGINE)
 
-        sys.argv[1:] = profile_arguments(arguments) if bench is None else bench
-        (profile_apps.measure if bench is None else profile_apps.calibrate)()
+
+def main() -> None:
+    """Measure, or calibrate from a benchmark's results, as the command line says."""
+    arguments = sys.argv[1:]
+    bench = bench_arguments(arguments)
+    if bench is None:
+        sys.argv[1:] = profile_arguments(arguments)
+        measure()
+    else:
+        # Its tables need more packages than measuring does.
+        from runs.profile_from_bench import calibrate
+
+        sys.argv[1:] = bench
+        calibrate()
 
 
 if __name__ == "__main__":

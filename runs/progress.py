@@ -34,7 +34,7 @@ def progress(what: str = "Serving") -> Iterator[Callable[..., Any] | None]:
         yield lambda done, total, note="": bars.update(task, completed=done, total=total, note=note)
 
 
-NOTED_AFTER_S = 1.0
+NOTED_AFTER_S = 0.2
 """Compilation that is over sooner is not worth a word."""
 
 SECONDS_PER_NOTE = 10.0
@@ -93,12 +93,12 @@ class _CompileNotes:
         return self._spent + (time.monotonic() - self._begun if self._depth > 0 else 0.0)
 
     def _speak(self, over: threading.Event) -> None:
-        while not over.wait(0.2):
+        while not over.wait(0.1):
             seconds = self._seconds()
             due = NOTED_AFTER_S if self._said == 0.0 else self._said + (0.2 if self._terminal else SECONDS_PER_NOTE)
             if self._depth > 0 and seconds >= due:
                 first = self._terminal or self._said == 0.0
-                what = "compiling for the first run on this machine (about a minute, once)" if first else "compiling"
+                what = "compiling for this machine, once (up to a minute)" if first else "compiling"
                 self._say(f"{what}: {self._count} functions, {seconds:.0f} s")
                 self._said = seconds
 

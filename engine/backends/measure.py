@@ -33,6 +33,10 @@ VISIT_KEYS = {"round", "point", "planned", "timings", "load", "wall_s"}
 """Keys of a row of the visits."""
 
 
+BEGUN = "begun"
+"""Key of the file's first line beside what names the design."""
+
+
 class AnotherProfileError(ValueError):
     """The file of visits belongs to another design."""
 
@@ -87,19 +91,17 @@ def begin(visits: Path, points: Sequence[Point], identity: str) -> list[dict[str
     Raises AnotherProfileError as `measure` does.
     """
     title = {"design": digest(points), "identity": identity}
-    if not visits.exists():
-        visits.parent.mkdir(parents=True, exist_ok=True)
-        visits.write_text(json.dumps(title) + "\n", encoding="utf-8")
-        return []
-    whole = visits.read_bytes().rpartition(b"\n")[0]
-    with visits.open("r+b") as file:
-        file.truncate(len(whole) + 1 if whole else 0)
+    whole = visits.read_bytes().rpartition(b"\n")[0] if visits.exists() else b""
     if not whole:
-        visits.write_text(json.dumps(title) + "\n", encoding="utf-8")
+        visits.parent.mkdir(parents=True, exist_ok=True)
+        now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        visits.write_text(json.dumps(title | {BEGUN: now}) + "\n", encoding="utf-8")
         return []
+    with visits.open("r+b") as file:
+        file.truncate(len(whole) + 1)
     with reading(visits, "remove it to measure anew"):
         found = json.loads(whole.partition(b"\n")[0])
-    if found != title:
+    if not isinstance(found, dict) or found | title != found:
         raise AnotherProfileError(
             f"{visits} holds measurements of other points or of another engine; give another folder "
             "(hydra.run.dir=...), or remove this one to measure anew"
@@ -133,6 +135,13 @@ def collect(visits: Path) -> MeasuredIterations:
         for key, value in (rows[point]["planned"] | figures).items():
             columns.setdefault(key, []).append(value)
     return MeasuredIterations.from_columns(columns)
+
+
+def begun(visits: Path) -> str | None:
+    """When the first measurement of the file began, in the machine's local time; None where it does not say."""
+    with reading(visits), visits.open(encoding="utf-8") as file:
+        found: str | None = json.loads(file.readline()).get(BEGUN)
+    return found
 
 
 def loads(visits: Path) -> list[float]:

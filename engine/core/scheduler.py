@@ -217,11 +217,13 @@ def _commit_decodes(state, i, previous_end):
     usual = 0
     emitted_sum = 0
     drafted_sum = 0
+    deepest = totals.deepest
     for slot in range(num_decodes):
         request = state.requests[state.batch_request[i, slot]]
         drafted = state.batch_tokens[i, slot] - 1
         accepted = state.accepted[i, slot]
         depth = min(accepted, MAX_CANDIDATES)
+        deepest = max(deepest, depth)
         rejected = accepted < state.reach[i, slot]
         if rejected:
             state.stopped[i, depth] += 1
@@ -249,6 +251,7 @@ def _commit_decodes(state, i, previous_end):
     if usual > 0:
         _record_gap(state, i, usual_gap, usual)
     instance.kv_tokens += emitted_sum
+    totals.deepest = deepest
     totals.drafted += drafted_sum
     totals.accepted += emitted_sum - num_decodes
     totals.decode_steps += num_decodes

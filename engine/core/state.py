@@ -37,33 +37,32 @@ ITL_BINS_PER_E = 100.0
 
 REQUEST = np.dtype(
     [
-        # read and written in every iteration
+        # read of every request that waits, whenever telemetry is: together, in as few cache lines as may be
+        ("next", np.int64),  # in the queue of its instance; NOBODY at the end
+        ("context", np.int64),  # tokens its prefill must compute: the prompt, plus what it had generated if preempted
+        ("computed", np.int64),  # tokens whose keys and values are in the cache
+        ("generated", np.int64),  # output tokens emitted
+        ("arrival", np.float64),  # s
+        ("ttft_target", np.float64),  # s
+        # read and written of every request that decodes
         ("phase", np.int64),
         ("output", np.int64),  # tokens; the request finishes when `generated` reaches it
         ("first_position", np.int64),  # where its agreement run lengths start
-        ("computed", np.int64),  # tokens whose keys and values are in the cache
-        ("generated", np.int64),  # output tokens emitted
         ("blocks", np.int64),  # KV blocks held
-        ("context", np.int64),  # tokens its prefill must compute: the prompt, plus what it had generated if preempted
         ("drafted", np.int64),  # candidate tokens verified for it
         ("accepted", np.int64),  # candidate tokens accepted for it
         ("rejections", np.int64),  # verifications that ended at a rejected candidate
         ("last_token", np.float64),  # s, latest emission
         ("max_itl", np.float64),  # s, largest gap between emissions
-        # what was asked for
-        ("arrival", np.float64),  # s
+        # the rest of its life
         ("prompt", np.int64),  # tokens
-        ("ttft_target", np.float64),  # s
-        # what happened
         ("admitted", np.float64),  # s, first admission; NaN before
         ("first_token", np.float64),  # s; NaN before
         ("left", np.float64),  # s, when it was withdrawn from an instance; NaN if it never was
         ("preemptions", np.int64),
         ("late", np.int64),  # 1 once its TTFT deadline has passed without a first token
-        # where it is
         ("instance", np.int64),  # where it is or was served; NOBODY: nowhere yet, or it was withdrawn
-        ("previous", np.int64),  # in the queue of its instance; NOBODY at the end
-        ("next", np.int64),
+        ("previous", np.int64),  # in the queue of its instance; NOBODY at the beginning
         ("due_before", np.int64),  # in its instance's list of deadlines; NOBODY at the end
         ("due_after", np.int64),
     ],
@@ -138,6 +137,7 @@ TOTALS = np.dtype(
         ("drafted", np.int64),
         ("accepted", np.int64),
         ("decode_steps", np.int64),  # (request, iteration) pairs that decoded
+        ("deepest", np.int64),  # most candidates that one verification accepted, of those that are counted by depth
         ("busy_s", np.float64),  # time inside iterations
         ("lowest_free_blocks", np.int64),  # the one that falls
         # cost of the reward, in its own units (see engine.core.objective)

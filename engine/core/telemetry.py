@@ -182,14 +182,19 @@ def _observe_queue(state, i, queue):
 def _observe_acceptance(state, i, seen, drafted, accepted):
     """Per-depth counts from the growth of the histograms of accepted lengths."""
     depths = drafted.shape[1]
+    # No count is above 0 past the deepest acceptance, which spares most of both histograms.
+    last = min(state.totals[i].deepest + 1, MAX_CANDIDATES)
+    for depth in range(last, depths):
+        accepted[i, depth] = 0.0
+        drafted[i, depth] = 0.0
     reached = 0
-    for depth in range(MAX_CANDIDATES, 0, -1):
+    for depth in range(last, 0, -1):
         stopped = state.stopped[i, depth] - seen.stopped[i, depth]
         reached += stopped + state.exhausted[i, depth] - seen.exhausted[i, depth]
         if depth <= depths:
             accepted[i, depth - 1] = reached
             drafted[i, depth - 1] = reached + state.stopped[i, depth - 1] - seen.stopped[i, depth - 1]
-    for depth in range(MAX_CANDIDATES + 1):
+    for depth in range(last + 1):
         seen.stopped[i, depth] = state.stopped[i, depth]
         seen.exhausted[i, depth] = state.exhausted[i, depth]
 

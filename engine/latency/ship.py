@@ -138,8 +138,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _unfinished(path: Path) -> ShipError:
     return ShipError(
-        f"{path}: no such file; give the folder of a finished python -m runs.profile (one that was measured where "
-        f"packages are missing is finished with python -m runs.profile --finish {path.parent})"
+        f"{path}: no such file; give the folder of a finished python -m runs.profile (where it says that pyarrow is "
+        "missing, install it and give its command again)"
     )
 
 

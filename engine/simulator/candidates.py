@@ -148,10 +148,14 @@ def _kind(speculation: Speculation) -> int:
 
 
 def grown_trace(trace: AcceptanceTrace, positions: int) -> AcceptanceTrace:
-    """The same with room for `positions` output positions; `trace` itself if it has it."""
-    extra = positions - len(trace.run_lengths)
-    if extra <= 0:
+    """The same with room for at least `positions` output positions; `trace` itself if it has it.
+
+    Room at least doubles, so that one workload after another costs amortised constant time.
+    """
+    have = len(trace.run_lengths)
+    if positions <= have:
         return trace
+    extra = max(positions, 2 * have) - have
     ranks = extra if trace.rank.size else 0
     return AcceptanceTrace(
         run_lengths=np.pad(trace.run_lengths, (0, extra)),

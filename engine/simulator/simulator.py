@@ -39,8 +39,9 @@ class Region:
         """Have room for `count` rows of a table of which `used` are given out; returns how many then are."""
         if count <= self.room:
             return used
-        self.first, self.room = used, count
-        return used + count
+        # What follows a larger one is often larger still.
+        self.first, self.room = used, count + count // 2 if self.room else count
+        return used + self.room
 
 
 class Simulator:

@@ -1,7 +1,6 @@
 """The jobs of one sweep, composed and run inside whichever process is asked to."""
 
 import copy
-import difflib
 import signal
 import sys
 from collections.abc import Iterable
@@ -16,15 +15,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.singleton import Singleton
 from hydra.core.utils import configure_log, run_job, setup_globals
-from hydra.errors import ConfigCompositionException
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+from runs.endings import INTERRUPTED
+from runs.mistakes import said
 
 SUBDIR = "${hydra.job.num}"
-INTERRUPTED = 130
-"""Exit status of a process that was told to stop."""
-
 Job = tuple[int, list[str]]
 """Number and overrides."""
 
@@ -71,7 +68,7 @@ class Jobs:
                 raise KeyboardInterrupt from None
             return Outcome(number, error=f"ended with exit status {stop.code}")
         except Exception as error:
-            return Outcome(number, error=" ".join(str(error).split()) or type(error).__name__)
+            return Outcome(number, error=said(error, str(self.config.hydra.job.config_name), overrides))
 
     def compose(self, number: int, overrides: list[str]) -> DictConfig:
         """The configuration of one job, as Hydra composes it."""
@@ -88,7 +85,7 @@ class Jobs:
             self.bases[rest] = base
         config = copy.deepcopy(self.bases[rest])
         for override in plain:
-            _set(config, override)
+            OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
         with open_dict(config):
             config.hydra.job.id = number
             config.hydra.job.num = number
@@ -112,18 +109,6 @@ class Jobs:
             )
             self.parsed[text] = override, is_plain
         return self.parsed[text]
-
-
-def _set(config: DictConfig, override: Override) -> None:
-    try:
-        OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
-    except (ConfigKeyError, ConfigAttributeError) as error:
-        section, _, key = override.key_or_group.rpartition(".")
-        there = OmegaConf.select(config, section) if section else config
-        known = [str(name) for name in there or () if name != "_target_"]
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"{section or 'the configuration'} has {', '.join(known)}"
-        raise ConfigCompositionException(f"{override.input_line}: no such key; {hint}") from error
 
 
 def _needs_all_of_hydra(config: DictConfig) -> bool:

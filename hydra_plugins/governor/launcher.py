@@ -2,9 +2,7 @@
 
 import itertools
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +16,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 # Hydra loads plugin files itself, except those whose names begin with an underscore: there a worker's state is safe.
-from hydra_plugins.governor._jobs import INTERRUPTED, Job, Jobs, Outcome
+from hydra_plugins.governor._jobs import Job, Jobs, Outcome
 from hydra_plugins.governor._workers import Workers
+from runs.endings import INTERRUPTED
+from runs.mistakes import JobError
 
 SECONDS_PER_NOTE = 10.0
 MOST_PER_SHARE = 16
@@ -58,7 +58,6 @@ class ProcessLauncher(Launcher):
             workers = self.workers or (1 if self._any_real(jobs) else available_cores())
             # The workers are there before anything that may begin a thread.
             with (
-                _stopped_by_sigterm(),
                 _outcomes(self.jobs, list(jobs.items()), workers) as outcomes,
                 _notes(len(jobs)) as note,
             ):
@@ -91,7 +90,7 @@ class ProcessLauncher(Launcher):
 def _returned(overrides: list[str], outcome: Outcome) -> JobReturn:
     if outcome.error is None:
         return JobReturn(overrides=overrides, _return_value=outcome.value, status=JobStatus.COMPLETED)
-    return JobReturn(overrides=overrides, _return_value=RuntimeError(outcome.error), status=JobStatus.FAILED)
+    return JobReturn(overrides=overrides, _return_value=JobError(outcome.error), status=JobStatus.FAILED)
 
 
 @contextmanager
@@ -103,19 +102,6 @@ def _outcomes(jobs: Jobs, numbered: list[Job], workers: int) -> Iterator[Iterato
         return
     with Workers(jobs, _shares(numbered, workers), workers) as crew:
         yield crew.outcomes()
-
-
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Makes SIGTERM what Ctrl-C is, where the process may."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _shares(numbered: list[Job], workers: int) -> list[list[Job]]:

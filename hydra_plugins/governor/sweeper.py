@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
@@ -62,6 +63,8 @@ class AlternativesSweeper(Sweeper):
         assert self.config is not None
         assert self.hydra_context is not None
         assert self.launcher is not None
+        # The folder's name may be made of Hydra's own settings.
+        HydraConfig.instance().set_config(self.config)
         jobs = combine(self.params, self.axes, arguments, self.hydra_context.config_loader)
         folder = Path(self.config.hydra.sweep.dir)
         _refuse_folder_of_a_run(self.config, len(jobs))
@@ -77,7 +80,9 @@ class AlternativesSweeper(Sweeper):
 
 
 def _refuse_folder_of_a_run(config: DictConfig, jobs: int) -> None:
-    for text in config.hydra.overrides.hydra:
+    # A folder may be named after what only a job has.
+    given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
+    for text in given:
         key, _, value = text.lstrip("+").partition("=")
         if key == "hydra.run.dir":
             print(

@@ -68,8 +68,8 @@ def load_checkpoint(folder: Path, fingerprint: str) -> dict[str, Any] | None:
     stored_document = json.loads(document)
     if stored_document["fingerprint"] != fingerprint:
         raise ValueError(
-            f"{path} is of another configuration or version of the code: set hydra.run.dir to another folder, or "
-            "remove it to begin anew"
+            f"{path} is of another configuration or version of the code: set hydra.run.dir (in a sweep "
+            "hydra.sweep.subdir) to another folder, or remove it to begin anew"
         )
     content: dict[str, Any] = _unpacked(stored_document["content"], arrays)
     return content

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.backends.torch.build import build, cache_limits, device_of
+from engine.backends.torch.build import build, device_of
+from engine.backends.torch.config import TorchEngineConfig
 from engine.backends.torch.engine import TorchEngine
 from engine.files import write_whole
 from tests.bench import measure
@@ -29,7 +30,7 @@ from tests.bench.gpu import device as devices
 from tests.bench.gpu import iterations
 from tests.bench.gpu.attention import WAYS, Compared, compare
 from tests.bench.gpu.device import Peaks
-from tests.bench.gpu.engines import Settings, but, configured, overridden
+from tests.bench.gpu.engines import but, configured
 from tests.bench.gpu.iterations import Steps
 from tests.bench.gpu.paged import Case, Heads, PagedBatch
 from tests.bench.gpu.sizes import GPU, REHEARSED, Sizes
@@ -55,7 +56,7 @@ class Bench:
 
     def __init__(
         self,
-        config: Settings,
+        config: TorchEngineConfig,
         sizes: Sizes,
         *,
         peak_bandwidth: float | None = None,
@@ -71,7 +72,7 @@ class Bench:
         self._shape: tuple[Heads, torch.dtype] | None = None
         self.results: dict[str, Any] = {
             "note": "" if self.device.type == "cuda" else REHEARSAL,
-            "engine": vars(config),
+            "engine": config.model_dump(mode="json"),
             "machine": devices.about(self.device),
             "sizes": asdict(sizes),
             "datasheet": {"bandwidth_bytes_per_s": peak_bandwidth, "flop_per_s": peak_flop},
@@ -97,7 +98,7 @@ class Bench:
     def engine(self) -> TorchEngine:
         """The engine, built when it is first needed."""
         if self._engine is None:
-            sizes, limits = self.sizes, cache_limits(self.config)
+            sizes, limits = self.sizes, self.config.limits
             most = iterations.most_tokens(
                 (*sizes.kv_tokens, sizes.grid_kv_tokens),
                 (*sizes.candidates, *sizes.outside_candidates),
@@ -340,7 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
     try:
-        config = configured(options.engine, **(overridden(options.set) | {"device": options.device}))
+        config = configured(options.engine, *options.set, f"device={options.device}")
         on_gpu = device_of(config).type == "cuda"
     except ValueError as problem:
         parser.error(str(problem))

@@ -26,7 +26,7 @@ from engine.models.corpus import held_out_prompts
 from engine.speculation.allocation import Speculation
 from tests.bench import measure
 from tests.bench.gpu import device as devices
-from tests.bench.gpu.engines import but, configured, overridden
+from tests.bench.gpu.engines import but, configured
 
 Allocation = Literal["uniform", "local", "global"]
 
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
     try:
-        base = configured(options.engine, **(overridden(options.set) | {"device": options.device}))
+        base = configured(options.engine, *options.set, f"device={options.device}")
         device = device_of(base)
     except ValueError as problem:
         parser.error(str(problem))
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if options.out is not None:
-        about = {"engine": vars(base), "machine": devices.about(device), "rows": rows}
+        about = {"engine": base.model_dump(mode="json"), "machine": devices.about(device), "rows": rows}
         write_whole(options.out, (json.dumps(about, indent=1) + "\n").encode())
 
 

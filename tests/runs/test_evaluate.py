@@ -112,7 +112,7 @@ def test_measured_decisions_cost_more_time_than_free_ones(run: Run, tmp_path: Pa
         assert run(*TINY, "controller=fixed", f"charge_decisions={charge}", f"hydra.run.dir={tmp_path / charge}") == 0
     free, measured = (summary_of(tmp_path / charge) for charge in ("off", "measured"))
     assert measured["tpot_mean_s"] > free["tpot_mean_s"]
-    assert measured["decision_time_mean_s"] < 1e-3
+    assert measured["decision_time_p50_s"] < 1e-3
 
 
 def test_iterations_account_for_every_token(run: Run, tmp_path: Path) -> None:

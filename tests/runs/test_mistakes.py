@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 import pytest
 
 from engine.backends.torch.config import TorchEngineConfig
 from engine.config import EngineConfig
-from runs import evaluate, mistakes
+from runs import endings, evaluate, mistakes
 from runs.profiling import Profile
 
 
@@ -43,3 +45,12 @@ def test_an_object_of_another_class_is_refused_without_internals() -> None:
     assert "[" not in said
     assert TorchEngineConfig.__name__ not in said.partition("choose")[0]
     assert "torch_tiny" in said
+
+
+def test_sigterm_ends_an_app_without_hydra_as_ctrl_c_does(caplog: pytest.LogCaptureFixture) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        endings.command(lambda: os.kill(os.getpid(), signal.SIGTERM) or 0)
+    assert stopped.value.code == endings.INTERRUPTED
+    assert caplog.messages == ["interrupted"]
+    assert signal.getsignal(signal.SIGTERM) == before

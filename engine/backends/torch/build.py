@@ -1,66 +1,29 @@
-"""A torch engine from settings: the limits of its cache, its device, and the models it names.
-
-`settings` is anything with the attributes of `engine.backends.torch.config.TorchEngineConfig`, which says what they
-mean. Nothing here validates them, and nothing needs more than torch, transformers and numpy.
-"""
+"""A torch engine of its configuration: its device, and the models that it names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
 
 from engine.backends.clock import Clock
 from engine.backends.real import EMBEDDED
-from engine.limits import EngineLimits, Prefill
+from engine.limits import EngineLimits
 from engine.models.shapes import Shape, llama_config, shape_named
-from engine.speculation.allocation import Speculation
-from engine.workload.markov import FittedDrafter, fitted
+from engine.workload.markov import fitted
 
 if TYPE_CHECKING:
     # Loading torch takes seconds, which a simulated run has no use for: it is imported where a model is.
     import torch
 
+    from engine.backends.torch.config import TorchEngineConfig
     from engine.backends.torch.engine import TorchEngine
     from engine.backends.torch.model import PagedModel
     from engine.speculation.drafter import Drafter
 
-DrafterKind = Literal["model", "ngram", "none"]
-Sharing = Literal["uniform", "local", "global"]
-DeviceKind = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 
-CHOICES = {
-    "drafter": DrafterKind,
-    "agreement": FittedDrafter,
-    "allocation": Sharing,
-    "device": DeviceKind,
-    "dtype": Dtype,
-    "prefill": Prefill,
-}
-"""Settings that are one of a few words, for whoever checks them."""
-
-OPTIONAL_NUMBERS: dict[str, type] = {"layers": int, "draft_depth": int, "mean_agreement": float}
-"""Settings that are such a number or null."""
-
-MAY_BE_ZERO = ("num_kv_blocks", "watermark")
-
-
-def cache_limits(settings: Any) -> EngineLimits:
-    """What the scheduler knows of the cache."""
-    blocks = settings.num_kv_blocks or settings.max_num_seqs * -(-settings.max_model_len // settings.block_size)
-    return EngineLimits(
-        blocks,
-        settings.block_size,
-        int(settings.watermark * blocks),
-        settings.max_num_seqs,
-        settings.max_model_len,
-        settings.prefill,
-    )
-
-
-def device_of(settings: Any) -> torch.device:
+def device_of(settings: TorchEngineConfig) -> torch.device:
     """The device that `device` means here. Raises ValueError when there is none."""
     import torch
 
@@ -69,13 +32,13 @@ def device_of(settings: Any) -> torch.device:
     return torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def sharing(settings: Any) -> Speculation:
-    """How the candidates of an action are shared out."""
-    return Speculation(settings.allocation, settings.branching, settings.draft_depth)
-
-
 def build(
-    settings: Any, *, ttft_target: float, queue_rows: int = 64, clock: Clock | None = None, record: bool = False
+    settings: TorchEngineConfig,
+    *,
+    ttft_target: float,
+    queue_rows: int = 64,
+    clock: Clock | None = None,
+    record: bool = False,
 ) -> TorchEngine:
     """Load the models and return the engine; its clock starts when this returns.
 
@@ -89,7 +52,7 @@ def build(
     from engine.models.load import deepen, load_target
 
     torch.set_num_threads(settings.threads)
-    limits = cache_limits(settings)
+    limits = settings.limits
     target = _load(settings, settings.target, load_target)
     if settings.layers is not None and shape_named(settings.target) is None:
         target = deepen(target, settings.layers)
@@ -100,7 +63,7 @@ def build(
         model,
         limits,
         _drafter(settings, model, limits),
-        sharing(settings),
+        settings.speculation,
         ttft_target=ttft_target,
         queue_rows=queue_rows,
         clock=clock,
@@ -108,7 +71,9 @@ def build(
     )
 
 
-def _load(settings: Any, source: str, embedded: Callable[[torch.dtype], Any], *, drafts: bool = False) -> Any:
+def _load(
+    settings: TorchEngineConfig, source: str, embedded: Callable[[torch.dtype], Any], *, drafts: bool = False
+) -> Any:
     import torch
 
     shape = shape_named(source)
@@ -121,7 +86,7 @@ def _load(settings: Any, source: str, embedded: Callable[[torch.dtype], Any], *,
     return load_pretrained(source, settings.dtype, trust_remote_code=settings.trust_remote_code)
 
 
-def _random_weights(settings: Any, shape: Shape, drafts: bool) -> Any:
+def _random_weights(settings: TorchEngineConfig, shape: Shape, drafts: bool) -> Any:
     import torch
 
     from engine.models.bigram import bigram_drafter, bigram_target
@@ -135,7 +100,7 @@ def _random_weights(settings: Any, shape: Shape, drafts: bool) -> Any:
     return bigram_target(made, seed, dtype=dtype, device=device)
 
 
-def _paged(settings: Any, model: Any, limits: EngineLimits, source: str) -> PagedModel:
+def _paged(settings: TorchEngineConfig, model: Any, limits: EngineLimits, source: str) -> PagedModel:
     from engine.backends.torch.model import PagedModel
     from engine.backends.torch.positions import check_positions
     from engine.backends.torch.table import CacheTable
@@ -152,7 +117,7 @@ def _paged(settings: Any, model: Any, limits: EngineLimits, source: str) -> Page
     )
 
 
-def _drafter(settings: Any, target: PagedModel, limits: EngineLimits) -> Drafter:
+def _drafter(settings: TorchEngineConfig, target: PagedModel, limits: EngineLimits) -> Drafter:
     if settings.drafter == "none":
         from engine.speculation.drafter import NoDrafter
 

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator
 
 from engine.backends.clock import Clock
 from engine.backends.real import EMBEDDED, tokenizer_of
 from engine.backends.real_config import RealEngineConfig, refuse_sharing
-from engine.backends.torch.build import (
-    DeviceKind,
-    DrafterKind,
-    Dtype,
-    Sharing,
-    build,
-    cache_limits,
-    sharing,
-)
 from engine.limits import EngineLimits, Prefill
 from engine.models.shapes import shape_named
 from engine.speculation.allocation import CHAINS, Speculation
@@ -27,6 +18,12 @@ from engine.workload.markov import FittedDrafter
 
 if TYPE_CHECKING:
     from engine.backends.torch.engine import TorchEngine
+
+
+DrafterKind = Literal["model", "ngram", "none"]
+Sharing = Literal["uniform", "local", "global"]
+DeviceKind = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 
 
 class TorchEngineConfig(RealEngineConfig):
@@ -90,7 +87,7 @@ class TorchEngineConfig(RealEngineConfig):
     @property
     def speculation(self) -> Speculation:
         """How the candidates of an action are shared out."""
-        return sharing(self)
+        return Speculation(self.allocation, self.branching, self.draft_depth)
 
     def governed_by(self, speculation: Speculation | None) -> Self:
         """The same engine sharing candidates as a controller asks for; None: as it is configured.
@@ -108,7 +105,10 @@ class TorchEngineConfig(RealEngineConfig):
     @property
     def limits(self) -> EngineLimits:
         """What the scheduler knows of the cache."""
-        return cache_limits(self)
+        blocks = self.num_kv_blocks or self.max_num_seqs * -(-self.max_model_len // self.block_size)
+        return EngineLimits(
+            blocks, self.block_size, int(self.watermark * blocks), self.max_num_seqs, self.max_model_len, self.prefill
+        )
 
     def tokenizer(self) -> Any:
         """The target's tokenizer."""
@@ -118,4 +118,6 @@ class TorchEngineConfig(RealEngineConfig):
         self, *, ttft_target: float, queue_rows: int = 64, clock: Clock | None = None, record: bool = False
     ) -> TorchEngine:
         """See `engine.backends.torch.build.build`."""
+        from engine.backends.torch.build import build
+
         return build(self, ttft_target=ttft_target, queue_rows=queue_rows, clock=clock, record=record)

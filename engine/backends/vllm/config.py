@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from yaml import YAMLError
 
 from engine.config import EngineConfig
 from engine.core.action import ActionGrid
@@ -22,7 +19,6 @@ from engine.plant import Plant
 
 CONTROLLER_VARIABLE = "GOVERNOR_CONTROLLER"
 SECTION = "governor"
-TARGET = "_target_"
 USUAL_TTFT_TARGET_S = 1.0
 
 
@@ -78,7 +74,7 @@ class GovernorConfig(BaseModel):
 
     def load_controller(self) -> Any:
         """The configured controller, made. Raises GovernorError naming file and key."""
-        return made(read_yaml(self.controller, "controller"), self.controller)
+        return _made("controller", self.controller)
 
     def plant(self, most_candidates: int, most_tokens: int, max_num_seqs: int, kv_tokens: int) -> Plant:
         """What the controller may know: the choices within vLLM's maxima, and the predicted iteration times.
@@ -97,12 +93,9 @@ class GovernorConfig(BaseModel):
                 f"{SECTION}.engine: this controller predicts iteration times; name an engine's yaml, one of "
                 "conf/engine or as python -m runs.profile writes it"
             )
-        settings = read_yaml(self.engine, "engine")
-        settings.pop(TARGET, None)
-        try:
-            engine = EngineConfig.model_validate(settings)
-        except ValidationError as error:
-            raise GovernorError(f"{SECTION}.engine={self.engine}: {error}") from error
+        engine = _made("engine", self.engine)
+        if not isinstance(engine, EngineConfig):
+            raise GovernorError(f"{SECTION}.engine={self.engine}: it describes no simulated engine")
         choices = (grid.candidate_choices, grid.budget_choices)
         if engine.measured is not None:
             return LookupTable.of_measured(MeasuredIterations.read(engine.measured), *choices, max_num_seqs, kv_tokens)
@@ -114,33 +107,18 @@ def _within(choices: tuple[int, ...], most: int) -> tuple[int, ...]:
     return tuple(choice for choice in choices if choice <= most) or (most,)
 
 
-def read_yaml(path: Path, key: str) -> dict[str, Any]:
-    """A yaml file's mapping, its interpolations resolved. Raises GovernorError naming `key`."""
-    try:
-        settings = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        raise GovernorError(f"{SECTION}.{key}={path}: {error}") from error
-    if not isinstance(settings, dict):
-        raise GovernorError(f"{SECTION}.{key}={path} must hold a mapping, got {settings!r}")
-    return {str(name): value for name, value in settings.items()}
+def _made(group: str, path: Path) -> Any:
+    """What a yaml of a group of `conf` describes, composed and made by Hydra. Raises GovernorError naming it."""
+    # A vLLM that is not governed has no use for Hydra, and nothing else in the engine has.
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
 
+    from conf.compose import ChoiceError, compose_choice
 
-def made(settings: Any, source: Path) -> Any:
-    """What a mapping with `_target_` describes, and everything in it likewise; anything else as it is."""
-    if isinstance(settings, list):
-        return [made(item, source) for item in settings]
-    if not isinstance(settings, Mapping):
-        return settings
-    inner = {name: made(value, source) for name, value in settings.items()}
-    if TARGET not in inner:
-        return inner
-    target = inner.pop(TARGET)
-    module, _, name = str(target).rpartition(".")
     try:
-        build = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise GovernorError(f"{source}: {TARGET}={target!r} names nothing that can be imported: {error}") from error
-    try:
-        return build(**inner)
-    except (TypeError, ValueError) as error:
-        raise GovernorError(f"{source}: {error}") from error
+        return instantiate(compose_choice(group, str(path)), _convert_="all")
+    except ChoiceError as error:
+        raise GovernorError(f"{SECTION}.{error}") from error
+    except (InstantiationException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
+        raise GovernorError(f"{SECTION}.{group}={path}: {' '.join(str(cause).split())}") from error

@@ -19,7 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from engine.backends.vllm import GovernedAsyncScheduler, GovernedScheduler
-from engine.backends.vllm.config import CONTROLLER_VARIABLE, GovernorConfig, GovernorError
+from engine.backends.vllm.config import GovernorConfig, GovernorError
 from engine.core.state import MAX_CANDIDATES
 from engine.core.telemetry import LOAD_FIELDS
 from engine.latency.model import LatencyModel
@@ -249,56 +249,6 @@ def test_a_learned_times_controller_runs_on_an_engines_yaml(tmp_path: Path) -> N
     _served(governed, _workload())
     assert governed.governor.guard.tally.failed == 0
     assert governed.governor.guard.tally.asked > 0
-
-
-@pytest.mark.parametrize("path", sorted((CONF / "controller").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_controller_of_the_repository_can_be_named(path: Path) -> None:
-    assert GovernorConfig(controller=path).load_controller().label()
-
-
-def test_the_environment_names_the_controller_where_the_configuration_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = controller_file(tmp_path, f"{MADE}.Scripted", actions=[[1, 64]])
-    monkeypatch.setenv(CONTROLLER_VARIABLE, str(path))
-    assert GovernorConfig.read({}).controller == path
-    assert GovernorConfig.read({"governor": {"controller": "other.yaml"}}).controller == Path("other.yaml")
-
-
-@pytest.mark.parametrize(
-    ("section", "named"),
-    [
-        ({}, CONTROLLER_VARIABLE),
-        ("fixed", "must be a mapping"),
-        ({"controller": "a.yaml", "typo": 1}, "governor.typo"),
-        ({"controller": "a.yaml", "time_limit_s": 0}, "governor.time_limit_s=0"),
-        ({"controller": "a.yaml", "actions": {"candidate_choices": [3, 1]}}, "governor.actions.candidate_choices"),
-    ],
-)
-def test_a_wrong_configuration_is_refused_with_its_key(
-    section: Any, named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(CONTROLLER_VARIABLE, raising=False)
-    with pytest.raises(GovernorError, match=named):
-        GovernorConfig.read({"governor": section})
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("_target_: controllers.fixed.Fixed\ncandidate: 3\n", "candidate"),
-        ("_target_: controllers.fixed.Missing\n", "controllers.fixed.Missing"),
-        ("_target_: nowhere.at.All\n", "nowhere.at.All"),
-        ("- 1\n", "must hold a mapping"),
-        ("a: [", "governor.controller"),
-    ],
-)
-def test_a_wrong_controller_file_is_refused_with_its_name(tmp_path: Path, text: str, named: str) -> None:
-    path = tmp_path / "controller.yaml"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(GovernorError, match=named) as error:
-        GovernorConfig(controller=path).load_controller()
-    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["oracle", "oracle_grid"])

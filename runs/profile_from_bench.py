@@ -1,4 +1,4 @@
-"""The Hydra apps behind `python -m runs.profile`: measuring an engine, calibrating from what a server reported."""
+"""The app behind `python -m runs.profile --from-vllm-bench`: calibration from the results of `vllm bench serve`."""
 
 import logging
 from pathlib import Path
@@ -12,8 +12,6 @@ from runs import mistakes
 from runs.from_vllm_bench import calibration
 from runs.from_vllm_bench.calibration import BenchCalibration, Calibrated
 from runs.from_vllm_bench.factors import factor_table
-from runs.profile_outcome import say
-from runs.profiling import Profile
 from runs.progress import progress
 
 log = logging.getLogger("profile")
@@ -22,22 +20,13 @@ log = logging.getLogger("profile")
 def job(config: DictConfig) -> None:
     """One Hydra job. Exits with 2 and one message on what the user can fix, with 130 when interrupted."""
     out = Path(HydraConfig.get().runtime.output_dir)
-    with mistakes.ending(log, "interrupted: the same command goes on from here", out):
-        profile = mistakes.instantiate(config, Profile)
-        with mistakes.named():
-            say(profile.run(out, progress), out, log)
-
-
-def bench_job(config: DictConfig) -> None:
-    """One Hydra job of `--from-vllm-bench`. Exits as `job` does."""
-    out = Path(HydraConfig.get().runtime.output_dir)
     with mistakes.ending(log, "interrupted: nothing was written", out):
         wanted = mistakes.instantiate(config, BenchCalibration)
         with mistakes.named():
-            _say_bench(wanted.run(out, progress), out)
+            _say(wanted.run(out, progress), out)
 
 
-def _say_bench(calibrated: Calibrated, out: Path) -> None:
+def _say(calibrated: Calibrated, out: Path) -> None:
     table = Table(title="Simulated against reported, in % of the reported: TPOT, TTFT (means)", title_justify="left")
     headings = ("run", "load", "c", "TPOT, ms", "TTFT, ms", "base table", "fitted", "fitted without it")
     for place, heading in enumerate(headings):
@@ -58,5 +47,4 @@ def _pair(errors: dict[str, float]) -> str:
     return ", ".join(f"{100 * errors[key]:+.1f}" for key in ("tpot_mean_s", "ttft_mean_s")) if errors else ""
 
 
-measure = mistakes.app("profile")(job)
-calibrate = mistakes.app("from_vllm_bench")(bench_job)
+calibrate = mistakes.app("from_vllm_bench")(job)
