@@ -14,11 +14,11 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from engine.workload.records import ENDINGS, ending
+
 CONF = Path(__file__).resolve().parent
 
-_NO_CHOICE = re.compile(
-    r"Could not find '([^']+)'(?:\s+Available options in '[^']+':\s+(.*?)\s*(?:Config search path|\Z))?", re.S
-)
+_NO_CHOICE = re.compile(r"Could not find '([^']+)'")
 
 
 class ChoiceError(ValueError):
@@ -65,11 +65,26 @@ def no_choice(error: Exception) -> str | None:
     found = _NO_CHOICE.search(str(error))
     if found is None:
         return None
-    group, _, choice = found.group(1).rpartition("/")
-    known = (found.group(2) or "").split()
+    group, choice = _group_and_choice(found.group(1))
+    known = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
     near = difflib.get_close_matches(choice, known, n=1)
-    there = f"there are {', '.join(known)}" if known else "there is no such group"
-    return f"{group}={choice}: no such choice; {f'did you mean {near[0]}?' if near else there}"
+    if group == "workload" and ending(Path(choice)) in ENDINGS:
+        meant = f"a trace is workload=trace workload.path={choice}"
+    elif near:
+        meant = f"did you mean {near[0]}?"
+    else:
+        meant = f"there are {', '.join(known)}" if known else "there is no such group"
+    return f"{group}={choice}: no such choice; {meant}"
+
+
+def _group_and_choice(name: str) -> tuple[str, str]:
+    """Split GROUP/CHOICE where the groups of this folder end: a choice that is a path has slashes of its own."""
+    parts = name.split("/")
+    for depth in range(len(parts) - 1, 0, -1):
+        if all(parts[:depth]) and (CONF / "/".join(parts[:depth])).is_dir():
+            return "/".join(parts[:depth]), "/".join(parts[depth:])
+    group, _, choice = name.rpartition("/")
+    return group, choice
 
 
 @contextmanager

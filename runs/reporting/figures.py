@@ -131,7 +131,7 @@ def _shade_overload(both: tuple[Axes, Axes], static: pd.DataFrame) -> None:
 
 def _draw_controller(tpot: Axes, share: Axes, mine: pd.DataFrame, reference: pd.Series, colour: str) -> None:
     look = {"marker": palette.MARKERS[colour], "ms": 5, "clip_on": False}
-    _line(tpot, share, mine, colour, zorder=4, lw=1.7)
+    _line(tpot, share, mine, colour, zorder=4, lw=1.7, marker="")
     attains = (mine["slo_attainment"] >= reference.map(close_to)) | reference.isna()
     for points, inside in ((mine[attains], colour), (mine[~attains], "white")):
         _line(tpot, share, points, colour, zorder=4.5, mfc=inside, mew=1.3, ls="none", **look)
@@ -201,7 +201,7 @@ def _draw_speculation(axes: Axes, lines: pd.DataFrame, colours: Mapping[str, str
             1e3 * line["mean"],
             color=colour,
             lw=1.3 if is_static else 1.9,
-            marker=None if is_static else palette.MARKERS[colour],
+            marker=_mark(line) if is_static else palette.MARKERS[colour],
             ms=4,
             zorder=2 if is_static else 5,
         )
@@ -217,6 +217,11 @@ def _draw_speculation(axes: Axes, lines: pd.DataFrame, colours: Mapping[str, str
 
 
 def _line(tpot: Axes, share: Axes, line: pd.DataFrame, colour: str, **look: object) -> None:
-    look.setdefault("lw", 1.5)
+    look = {"lw": 1.5, "marker": _mark(line), "ms": 4, **look}
     tpot.plot(line["request_rate_rps"], 1e3 * line["tpot_mean_s"], color=colour, **look)  # type: ignore[arg-type]
     share.plot(line["request_rate_rps"], 100 * line["slo_attainment"], color=colour, **look)  # type: ignore[arg-type]
+
+
+def _mark(line: pd.DataFrame) -> str:
+    """A marker where there is one load only: a line through one point cannot be seen."""
+    return "o" if len(line) == 1 else ""

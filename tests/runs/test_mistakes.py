@@ -19,6 +19,12 @@ from runs.profiling import Profile
     [
         ("contoller=analytic", "contoller: unknown key; did you mean controller?"),
         ("controller=analitic", "controller=analitic: no such choice; did you mean analytic?"),
+        ("controller=nothing_like_it", "controller=nothing_like_it: no such choice; there are adaserve, analytic, "),
+        (
+            "workload=/data/day1.csv",
+            "workload=/data/day1.csv: no such choice; a trace is workload=trace workload.path=/d",
+        ),
+        ("workload=data/day1.jsonl.gz", "a trace is workload=trace workload.path=data/day1.jsonl.gz"),
         ("slo.tpot=1", "slo.tpot: unknown key; did you mean slo.tpot_target?"),
         ("tpot_target=1", "tpot_target: unknown key; did you mean slo.tpot_target?"),
         ("controler.ttft_target=1", "did you mean controller.ttft_target?"),

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from runs import report
-from runs.reporting import figures, page, palette, profiles, scores, tables
+from runs.reporting import claims, figures, page, palette, profiles, scores, tables
 from runs.reporting.collate import collate
 from runs.reporting.statistics import mark_best_static
 
@@ -132,6 +132,20 @@ def test_every_legend_is_within_its_figure(labels: list[str], columns: int) -> N
         for place in range(columns):
             figure.add_subplot(outer[0, place])
     assert _legend_is_whole(figure)
+
+
+def test_a_static_setting_that_ran_at_one_load_has_a_mark(tmp_path: Path) -> None:
+    """A line through one point is invisible, and a trace at its own rate is one load."""
+    for label, candidates in (("fixed c=0 n=512", 0), ("fixed c=1 n=512", 1)):
+        write_constant(tmp_path / label, label, 0.01 * (candidates + 1), scenario="trace")
+    collation = collate([tmp_path])
+    settings = mark_best_static(collation.runs)
+    panels = (
+        figures.overview(settings).axes + figures.speculation(collation.windows, claims.panel_budgets(settings)).axes
+    )
+    lines = [line for axes in panels for line in axes.lines]
+    assert lines
+    assert all(line.get_marker() == "o" for line in lines if len(line.get_xdata()) == 1)
 
 
 def test_labels_beside_a_panel_stay_clear_of_the_next_panel_and_the_edge(tmp_path: Path) -> None:
