@@ -4,7 +4,6 @@ import itertools
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+
+from engine.signals import handled
 
 # Hydra loads plugin files itself, except those whose names begin with an underscore: there a worker's state is safe.
 from hydra_plugins.governor._jobs import INTERRUPTED, Job, Jobs, Outcome
@@ -58,7 +59,7 @@ class ProcessLauncher(Launcher):
             workers = self.workers or (1 if self._any_real(jobs) else available_cores())
             # The workers are there before anything that may begin a thread.
             with (
-                _stopped_by_sigterm(),
+                handled(signal.default_int_handler, signal.SIGTERM),
                 _outcomes(self.jobs, list(jobs.items()), workers) as outcomes,
                 _notes(len(jobs)) as note,
             ):
@@ -103,19 +104,6 @@ def _outcomes(jobs: Jobs, numbered: list[Job], workers: int) -> Iterator[Iterato
         return
     with Workers(jobs, _shares(numbered, workers), workers) as crew:
         yield crew.outcomes()
-
-
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Makes SIGTERM what Ctrl-C is, where the process may."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _shares(numbered: list[Job], workers: int) -> list[list[Job]]:
