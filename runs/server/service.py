@@ -7,8 +7,8 @@ import hashlib
 import logging
 import signal
 import socket
-from collections.abc import Callable, Coroutine
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -287,9 +287,11 @@ class _Http(uvicorn.Server):
         for one in sockets or ():
             one.listen(BACKLOG)
 
-    def capture_signals(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
         """See uvicorn, which would heed a signal that the process was started to ignore."""
-        return handled(self.handle_exit, signal.SIGINT, signal.SIGTERM)
+        with handled(self.handle_exit, signal.SIGINT, signal.SIGTERM):
+            yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called in the main thread by the signal, wherever that was."""
