@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import io
 import json
@@ -140,13 +141,20 @@ def write_table(path: Path, table: pa.Table) -> None:
     write_whole(path, content.getvalue().to_pybytes())
 
 
-def read_table(path: str | Path, columns: Iterable[str] | None = None, maker: str = "") -> pa.Table:
-    """A parquet file, or columns of it, its checksums verified. Raises FileFaultError, also for a missing column."""
+def read_table(
+    path: str | Path, columns: Iterable[str] | None = None, maker: str = "", sha256: str | None = None
+) -> pa.Table:
+    """A parquet file, or columns of it, its checksums verified. Raises FileFaultError, also for a missing column.
+
+    The checksums are of pages; `sha256`, where it is known, is of the whole file.
+    """
     import pyarrow.parquet as pq
 
     with reading(path, maker, "parquet"):
         # Opened here: the reader gives its message without the file's name, and a folder would be a data set.
         with open(path, "rb") as file:
+            if sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise FileFaultError(f"{path}: damaged or edited: its sha256 is not the one it was written with")
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             wanted = None if columns is None else list(columns)
             for name in wanted or ():

@@ -107,12 +107,13 @@ def serve(
 
 def read(out: Path) -> RealRun:
     """What `serve` left."""
-    table = read_table(out / folder.REQUESTS)
+    summary = read_json(out / folder.SUMMARY)
+    table = read_table(out / folder.REQUESTS, sha256=summary.get(folder.REQUESTS_SHA256))
     requests = {name: table[name].to_numpy() for name in table.column_names}
     rank, confidence = read_arrays(out / AGREEMENT, ("rank", "confidence")).values()
     return RealRun(
         requests=requests,
-        summary=read_json(out / folder.SUMMARY),
+        summary=summary,
         recording=Recording.load(out / RECORDING),
         agreement=Agreement(run_lengths(rank, offsets(requests["output_tokens"])), rank, confidence),
     )

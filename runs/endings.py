@@ -4,9 +4,10 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from engine.signals import handled
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -56,14 +57,8 @@ def ending(log: logging.Logger, interrupted: str, traceback: Callable[[], bool] 
 @contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
     """Makes SIGTERM what Ctrl-C is, so that a run that is being written cleans up after itself."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
+    with handled(signal.default_int_handler, signal.SIGTERM):
         yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def command(main: Callable[[], int]) -> None:

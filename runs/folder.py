@@ -1,5 +1,6 @@
 """What a run leaves on disk, written all at once or not at all."""
 
+import hashlib
 import json
 import math
 import os
@@ -18,6 +19,8 @@ SUMMARY = "summary.json"
 REQUESTS = "requests.parquet"
 ITERATIONS = "iterations.parquet"
 OUTPUTS = "outputs.jsonl"
+REQUESTS_SHA256 = "requests_sha256"
+"""Key of the summary: the digest of `requests.parquet` as it was written, whose checksums leave out its footer."""
 
 
 def write_run(
@@ -30,7 +33,8 @@ def write_run(
 ) -> None:
     """Write a run's files beside their final names, then rename them, the summary last.
 
-    Where there is a summary, everything it speaks of is there; a run that is killed leaves none. The parquet files
+    Where there is a summary, everything it speaks of is there; a run that is killed leaves none. It holds the sha256 of
+    `requests.parquet`, so that damage anywhere in that file is found. The parquet files
     depend on their contents alone, so that equal runs are equal byte by byte.
     """
     with writing(folder):
@@ -60,7 +64,8 @@ def _write(
         else:
             lines = "".join(json.dumps(output, ensure_ascii=False) + "\n" for output in outputs)
             partial[OUTPUTS].write_text(lines, encoding="utf-8")
-        partial[SUMMARY].write_text(summary_text(summary), encoding="utf-8")
+        digest = hashlib.sha256(partial[REQUESTS].read_bytes()).hexdigest()
+        partial[SUMMARY].write_text(summary_text(summary | {REQUESTS_SHA256: digest}), encoding="utf-8")
         # An older summary would speak of files that are about to be replaced.
         for name in (SUMMARY, ITERATIONS, OUTPUTS):
             (folder / name).unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.command import run
 from engine.latency import compose, recipes
 from engine.latency.estimates import Estimates
 from engine.latency.recipes import ENGINES, KV_TOKENS, REQUESTS, Engine, Sources
@@ -132,4 +133,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from engine.command import run
 from engine.files import read_json, reading, write_whole
 from engine.latency.model import TABLES_FOLDER, LatencyModel
 from engine.latency.table_file import dump
@@ -144,7 +145,7 @@ def _unfinished(path: Path) -> ShipError:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line. Exits with 2 and a one-line message for user errors."""
+    """Command line. Raises ShipError."""
     parser = argparse.ArgumentParser(description="Make a measured profile one of the shipped engines.")
     parser.add_argument("profile", type=Path, help="folder that runs.profile left")
     parser.add_argument("--name", required=True, help="of the engine: vicuna_7b_h200")
@@ -152,13 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--engines", type=Path, default=ENGINES_FOLDER, help="folder for the engine's yaml")
     parser.add_argument("--replace", action="store_true", help="replace an engine of that name")
     options = parser.parse_args(arguments)
-    try:
-        written = ship(options.profile, options.name, options.tables, options.engines, replace=options.replace)
-    except ShipError as problem:
-        parser.error(str(problem))
+    written = ship(options.profile, options.name, options.tables, options.engines, replace=options.replace)
     for path in written:
         print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -9,7 +9,6 @@ measures (overheads, drafter) are in neither side, except against the real vLLM 
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from engine.command import run
 from engine.latency import holdout, profiles, recipes
 from engine.latency.model import LatencyModel, decode_attention_time, prefill_attention_time
 from engine.latency.profiles import AttentionProfile, DenseProfile
@@ -339,4 +339,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

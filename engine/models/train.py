@@ -25,10 +25,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.models.corpus import CorpusError, library_texts
+from engine.command import run
+from engine.files import locked
+from engine.models.corpus import library_texts
 from engine.models.heldout import speculation_figures, token_losses
 from engine.models.load import WEIGHTS, load_model, load_tokenizer
-from engine.models.trainer import MAX_POSITIONS, Settings, StepResult, Trainer, TrainingError
+from engine.models.trainer import MAX_POSITIONS, Settings, StepResult, Trainer
+from engine.signals import handled
 
 VOCABULARY = 2048
 END_OF_TEXT = "<|endoftext|>"
@@ -145,22 +148,22 @@ def held_out_figures(out: Path, prompts: int = 64) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """The command; returns its exit status. Raises TrainingError, CorpusError, FileFaultError and OSError."""
     options = _parser().parse_args(arguments)
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     torch.set_num_threads(options.threads)
-    out: Path = options.out
-    try:
-        settings = Settings(minutes=options.minutes, steps=options.steps, threads=options.threads, seed=options.seed)
-        texts = [text for _, text in library_texts(held_out=False)]
-        print(f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} million characters to train on", file=sys.stderr)
-        tokenizer = train_tokenizer(texts)
-        with _progress() as show, _asked_to_stop() as stop:
-            trainer = train(settings, out, texts, tokenizer, show, stop)
-    except (TrainingError, CorpusError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    settings = Settings(minutes=options.minutes, steps=options.steps, threads=options.threads, seed=options.seed)
+    with locked(options.out):
+        return _train_and_save(settings, options.out)
+
+
+def _train_and_save(settings: Settings, out: Path) -> int:
+    texts = [text for _, text in library_texts(held_out=False)]
+    print(f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} million characters to train on", file=sys.stderr)
+    tokenizer = train_tokenizer(texts)
+    with _progress() as show, _asked_to_stop() as stop:
+        trainer = train(settings, out, texts, tokenizer, show, stop)
     if trainer.progress < 1:
         print(f"stopped; the same command goes on from {out / 'checkpoint.pt'}", file=sys.stderr)
         return 130
@@ -197,18 +200,10 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Turns SIGINT and SIGTERM into a flag that is checked between steps, never in the middle of one.
-
-    A signal that the process was started to ignore, as Ctrl-C in the background of a shell, stays ignored.
-    """
+    """Turns SIGINT and SIGTERM into a flag that is checked between steps, never in the middle of one."""
     asked = threading.Event()
-    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in heeded}
-    try:
+    with handled(lambda *_: asked.set(), signal.SIGINT, signal.SIGTERM):
         yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -271,4 +266,4 @@ def _log_rows(log: Any, trainer: Trainer, results: list[StepResult], speed: floa
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.files import write_whole
 from engine.models.muon import Muon
 
 MAX_POSITIONS = 2048
@@ -172,9 +173,9 @@ class Trainer:
             "drafter": self.drafter.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
         }
-        partial = path.with_name(path.name + ".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_whole(path, content.getvalue())
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint written by `save`. Raises TrainingError if it was made with other settings."""

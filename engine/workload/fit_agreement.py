@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq, minimize
 from scipy.special import expit, logsumexp
 
+from engine.command import run
 from engine.workload.acceptance_log import AcceptanceLog, forward, read_acceptance_log
 from engine.workload.agreement import IidAgreement
 from engine.workload.markov import MarkovChain
@@ -231,4 +232,4 @@ def _decode(run_length, offset, constant):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import ks_2samp, spearmanr
 
+from engine.command import run
+from engine.files import reading
 from engine.workload.length_tables import LEVELS
 from engine.workload.lengths import QuantileLengths
 
@@ -65,8 +67,11 @@ def heldout_error(
 
 
 def read_lengths(path: Path, prompt: str, output: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Two integer columns of a CSV file."""
-    with path.open(newline="", encoding="utf-8") as file:
+    """Two integer columns of a CSV file. Raises FileFaultError."""
+    with (
+        reading(path, kind=f"CSV with the columns {prompt} and {output}"),
+        path.open(newline="", encoding="utf-8") as file,
+    ):
         rows = [(int(row[prompt]), int(row[output])) for row in csv.DictReader(file)]
     columns = np.array(rows, dtype=np.int64)
     return columns[:, 0], columns[:, 1]
@@ -89,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -14,10 +14,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from engine.files import FileFaultError, read_json, read_table, reading
+from runs.folder import CONFIG, REQUESTS, REQUESTS_SHA256, SUMMARY
 
-SUMMARY = "summary.json"
-REQUESTS = "requests.parquet"
-CONFIG = "config.yaml"
 LOG = "evaluate.log"
 
 IDENTITY_TEXT = ("engine", "workload", "scenario", "workload_digest", "controller", "label")
@@ -187,7 +185,7 @@ def read_run(
     row["config_digest"] = hashlib.sha256(config.read_bytes()).hexdigest()[:12] if config.is_file() else ""
     row["folder"] = str(folder)
     row["written"] = (folder / SUMMARY).stat().st_mtime
-    requests = _read_requests(folder / REQUESTS)
+    requests = _read_requests(folder / REQUESTS, row.pop(REQUESTS_SHA256))
     if len(requests["arrival_s"]) != row["requests_total"]:
         raise ReportError(
             f"{folder / REQUESTS}: {len(requests['arrival_s'])} rows where {SUMMARY} says requests_total = "
@@ -272,6 +270,8 @@ def _read_summary(path: Path) -> dict[str, Any]:
         row["label"] += BOUND_SUFFIX
     row["code"] = str(run.get("code") or "")
     row["speculation"] = str(run.get("speculation") or "")
+    # Runs from before the key was written have none.
+    row[REQUESTS_SHA256] = summary.get(REQUESTS_SHA256)
     for key in METRICS:
         if key not in summary:
             raise ReportError(f"{path}: key '{key}' is missing")
@@ -284,9 +284,9 @@ def _read_summary(path: Path) -> dict[str, Any]:
     return row
 
 
-def _read_requests(path: Path) -> dict[str, NDArray[np.float64]]:
+def _read_requests(path: Path, sha256: str | None) -> dict[str, NDArray[np.float64]]:
     try:
-        columns = read_table(path, REQUEST_COLUMNS)
+        columns = read_table(path, REQUEST_COLUMNS, sha256=sha256)
         with reading(path):
             requests = {name: columns[name].to_numpy().astype(np.float64) for name in REQUEST_COLUMNS}
     except FileFaultError as error:

@@ -7,7 +7,8 @@ import hashlib
 import logging
 import signal
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,7 @@ from engine.backends.torch.engine import TorchEngine
 from engine.core.action import ActionGrid
 from engine.core.metrics import request_table, summarize
 from engine.models.corpus import cut_prompts, library_texts
+from engine.signals import handled
 from engine.speculation.sampling import GREEDY
 from engine.workload.prompts import Prompts
 from runs import live
@@ -284,6 +286,12 @@ class _Http(uvicorn.Server):
         await super().startup(sockets)
         for one in sockets or ():
             one.listen(BACKLOG)
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """See uvicorn, which would heed a signal that the process was started to ignore."""
+        with handled(self.handle_exit, signal.SIGINT, signal.SIGTERM):
+            yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called in the main thread by the signal, wherever that was."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,21 @@ def test_random_bytes_in_a_page_of_parquet_are_refused(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(FileFaultError, match=r"requests\.parquet: not readable as parquet"):
             read_table(path, ["ttft_s"])
+
+
+def test_any_byte_of_parquet_that_is_not_as_written_is_refused_where_the_digest_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "requests.parquet"
+    table = pa.table({"ttft_s": np.arange(40.0)})
+    write_table(path, table)
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    assert read_table(path, sha256=digest).equals(table)
+    for place in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(FileFaultError, match=r"requests\.parquet: damaged or edited"):
+            read_table(path, sha256=digest)
 
 
 def test_a_flipped_byte_of_stored_arrays_is_refused(tmp_path: Path) -> None:

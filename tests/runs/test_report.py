@@ -15,6 +15,7 @@ from fake_runs import write_constant, write_run, write_sweep
 from matplotlib import image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from runs import folder as run_folder
 from runs import report
 from runs.reporting import chunked, claims, figures, palette
 from runs.reporting.collate import ReportError, collate, family_of
@@ -105,6 +106,21 @@ def test_a_half_written_run_is_refused_or_left_out_on_request(tmp_path: Path, da
     assert list(left.runs["label"]) == ["analytic"]
     assert len(left.skipped) == 1
     assert "bad" in left.skipped[0]
+
+
+def test_damage_to_the_footer_of_a_runs_requests_is_refused(tmp_path: Path) -> None:
+    made = write_constant(tmp_path / "made", "analytic", 0.01)
+    columns = {name: column.to_numpy() for name, column in pd.read_parquet(made / "requests.parquet").items()}
+    summary = json.loads((made / "summary.json").read_text())
+    run_folder.write_run(tmp_path / "run", "seed: 0\n", summary, columns, None)
+    assert len(collate([tmp_path / "run"]).runs) == 1
+    path = tmp_path / "run" / "requests.parquet"
+    content = bytearray(path.read_bytes())
+    # The file ends with the name of the library that wrote it, the footer's length and PAR1.
+    content[-40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ReportError, match=r"run/requests\.parquet: damaged or edited"):
+        collate([tmp_path / "run"])
 
 
 def test_fewer_rows_than_the_summary_says_is_a_half_written_run(tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import openai
 import pandas as pd
 import pytest
+import uvicorn
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from pydantic import SecretStr
@@ -27,6 +29,7 @@ from serving_client import PATIENCE_S
 
 from engine.backends.torch.config import TorchEngineConfig
 from runs import folder, serve
+from runs.server import service
 from runs.server.service import Service
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -55,20 +58,22 @@ def started(out: Path, *overrides: str) -> tuple[subprocess.Popen[str], str]:
 
 
 async def timed(client: openai.AsyncOpenAI, prompt: str, accepted: asyncio.Semaphore) -> tuple[float, float, int]:
-    """(TTFT, TPOT in s, tokens) of a stream, as its client sees them; says when the server has accepted it."""
+    """(TTFT, TPOT in s, tokens) of a stream, as its client sees them; says when the server has accepted it, or not."""
     begin = time.perf_counter()
     first = last = 0.0
     tokens = 0
-    stream = await client.completions.create(
-        model="torch_tiny",
-        prompt=prompt,
-        max_tokens=TOKENS,
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body={"ignore_eos": True},
-    )
-    accepted.release()
+    try:
+        stream = await client.completions.create(
+            model="torch_tiny",
+            prompt=prompt,
+            max_tokens=TOKENS,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+    finally:
+        accepted.release()
     async for chunk in stream:
         last = time.perf_counter()
         first = first or last
@@ -134,8 +139,10 @@ def test_a_second_signal_drops_what_is_open_and_says_so(tmp_path: Path) -> None:
 
     async def stream(client: openai.AsyncOpenAI, accepted: asyncio.Semaphore) -> Any:
         options: Any = {"max_tokens": 2000, "stream": True, "extra_body": {"ignore_eos": True}}
-        chunks = await client.completions.create(model="torch_tiny", prompt="def f", **options)
-        accepted.release()
+        try:
+            chunks = await client.completions.create(model="torch_tiny", prompt="def f", **options)
+        finally:
+            accepted.release()
         try:
             return [chunk async for chunk in chunks]
         except openai.OpenAIError as error:
@@ -162,6 +169,22 @@ def test_a_second_signal_drops_what_is_open_and_says_so(tmp_path: Path) -> None:
     assert any("the server ended before the request was finished" in str(one) for one in heard)
     server = json.loads((tmp_path / folder.SUMMARY).read_text())["server"]
     assert (server["drained"], server["finished"], server["cancelled"]) == (False, 0, 8)
+
+
+def test_ctrl_c_that_was_ignored_at_the_start_is_ignored_by_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: list[Any] = []
+
+    async def serving(*_: Any) -> None:
+        handlers.extend(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))
+
+    monkeypatch.setattr(uvicorn.Server, "_serve", serving)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        http = service._Http(uvicorn.Config(lambda: None), AsyncMock(), lambda: None)
+        asyncio.run(http.serve())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert handlers == [signal.SIG_IGN, http.handle_exit]
 
 
 def test_a_server_that_ends_on_a_full_disk_prints_its_summary(tmp_path: Path) -> None:
@@ -235,6 +258,6 @@ def test_the_config_lists_every_setting_with_its_default_and_keeps_the_key_to_it
         if not isinstance(settings[name], dict):
             assert settings[name] == field.default, name
     controller = Service.model_fields["fallback"].default
-    service = Service(engine=TorchEngineConfig(name="tiny"), controller=controller, api_key=SecretStr("sesame"))
-    assert "sesame" not in repr(service)
-    assert str(service.api_key) == "**********"
+    secret = Service(engine=TorchEngineConfig(name="tiny"), controller=controller, api_key=SecretStr("sesame"))
+    assert "sesame" not in repr(secret)
+    assert str(secret.api_key) == "**********"

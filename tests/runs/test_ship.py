@@ -84,14 +84,11 @@ def test_a_shape_is_named_by_its_name_and_a_path_by_its_end() -> None:
     assert ship._model("models/vicuna-7b/") == "vicuna-7b"
 
 
-def test_an_engine_that_is_there_is_replaced_only_when_asked_for(
-    profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_engine_that_is_there_is_replaced_only_when_asked_for(profile: Path, tmp_path: Path) -> None:
     tables, _ = shipped(profile, tmp_path)
     (tables / "small_cpu.json").write_text("another")
-    with pytest.raises(SystemExit):
+    with pytest.raises(ship.ShipError, match="--replace"):
         shipped(profile, tmp_path)
-    assert "--replace" in capsys.readouterr().err
     assert (tables / "small_cpu.json").read_text() == "another"
     shipped(profile, tmp_path, "--replace")
     assert json.loads((tables / "small_cpu.json").read_text())["name"] == "small_cpu"

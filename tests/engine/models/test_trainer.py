@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.files import FileFaultError, locked
 from engine.models import train as command
 from engine.models.muon import Muon, orthogonalised
 from engine.models.train import token_stream, train, train_tokenizer
@@ -233,6 +234,11 @@ def test_a_stopped_command_says_how_to_go_on_and_then_does(toy_command, tmp_path
     assert json.loads((tmp_path / "heldout.json").read_text())["training"]["steps"] == 3
 
 
+def test_a_second_command_is_refused_the_folder_of_one_that_runs(toy_command, tmp_path):
+    with locked(tmp_path), pytest.raises(FileFaultError, match="another process is writing into this folder"):
+        toy_command()
+
+
 def test_in_the_background_of_a_shell_ctrl_c_stays_ignored_and_a_kill_stops():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -246,7 +252,7 @@ def test_in_the_background_of_a_shell_ctrl_c_stays_ignored_and_a_kill_stops():
         signal.signal(signal.SIGINT, before)
 
 
-def test_the_command_names_what_it_cannot_use(toy_command, tmp_path, capsys):
+def test_the_command_names_what_it_cannot_use(toy_command, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"torn")
-    assert toy_command() == 2
-    assert "checkpoint.pt: not a checkpoint of this script" in capsys.readouterr().err
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt: not a checkpoint of this script"):
+        toy_command()
