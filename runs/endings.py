@@ -1,4 +1,4 @@
-"""The end of an app: one message on what the user can fix, or on Ctrl-C. Needs no other package."""
+"""The end of an app: one message on what the user can fix, or on Ctrl-C."""
 
 import logging
 import os
