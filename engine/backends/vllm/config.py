@@ -108,7 +108,7 @@ def _within(choices: tuple[int, ...], most: int) -> tuple[int, ...]:
 
 
 def _made(group: str, path: Path) -> Any:
-    """The object that a yaml of a group of `conf` describes, composed and made by Hydra. Raises GovernorError naming it."""
+    """The object that a yaml of a group of `conf` describes, composed and made by Hydra. Raises GovernorError."""
     # A vLLM that is not governed has no use for Hydra, and nothing else in the engine has.
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
