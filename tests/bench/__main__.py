@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.bench import cold_start, decisions, environment, simulator
+from tests.bench import cold_start, decisions, environment, instances, simulator
 
-for benchmark in (simulator, decisions, environment, cold_start):
+for benchmark in (simulator, decisions, environment, instances, cold_start):
     benchmark.main()
